@@ -1,0 +1,82 @@
+"""The two network shapes of this field: convolutions on stacked frames (Mnih et al., 2015) and an MLP on vectors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ATARI_OBS_SHAPE = (4, 84, 84)
+_FLAT = 7 * 7
+
+
+class ConvNet(nn.Module):
+    """Three convolutions (8 by 8 stride 4, 4 by 4 stride 2, 3 by 3), dense layers, scores; runs channels-last.
+
+    The input scaling, (frame - centre) / scale in grey levels, is not a pass over the pixels: the first convolution has no
+    padding, so that scaling its weights and moving its bias is the same thing for less work.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, widths: Sequence[int], hidden: Sequence[int], num_actions: int) -> None:
+        super().__init__()
+        one, two, three = widths
+        self.obs_shape, self.num_actions = ATARI_OBS_SHAPE, num_actions
+        self.conv1 = nn.Conv2d(ATARI_OBS_SHAPE[0], one, 8, 4)
+        self.conv2 = nn.Conv2d(one, two, 4, 2)
+        self.conv3 = nn.Conv2d(two, three, 3)
+        self.dense = nn.ModuleList(
+            nn.Linear(i, o) for i, o in zip([three * _FLAT, *hidden], [*hidden, num_actions], strict=False)
+        )
+        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("scale", torch.tensor(255.0))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, obs_BCHW: Tensor) -> Tensor:
+        """Returns scores, float32 `(batch, num_actions)`, of uint8 frames `(batch, 4, 84, 84)`, newest last."""
+        x = obs_BCHW.to(torch.float32, memory_format=torch.channels_last)
+        weight = self.conv1.weight / self.scale
+        bias = self.conv1.bias - self.centre * weight.sum(dim=(1, 2, 3))  # type: ignore[operator]
+        x = F.relu(F.conv2d(x, weight, bias, stride=4))
+        x = F.relu(self.conv2(x))
+        x = F.relu(self.conv3(x)).contiguous().flatten(1)  # SB3 flattens channel by channel
+        for layer in self.dense[:-1]:
+            x = F.relu(layer(x))
+        scores_BA: Tensor = self.dense[-1](x)
+        return scores_BA.float()
+
+
+class MLP(nn.Module):
+    """Dense layers on a vector."""
+
+    def __init__(self, obs_size: int, hidden: Sequence[int], num_actions: int, *, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.obs_shape, self.num_actions = (obs_size,), num_actions
+        self.dense = nn.ModuleList(
+            nn.Linear(i, o) for i, o in zip([obs_size, *hidden], [*hidden, num_actions], strict=False)
+        )
+        self.activation = activation()
+
+    def forward(self, obs_BF: Tensor) -> Tensor:
+        """Returns scores, float32 `(batch, num_actions)`, of vectors `(batch, features)`."""
+        x = obs_BF.float().flatten(1)
+        for layer in self.dense[:-1]:
+            x = self.activation(layer(x))
+        scores_BA: Tensor = self.dense[-1](x)
+        return scores_BA
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Returns how many numbers the acting path holds, each tensor counted once."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def num_macs(net: nn.Module, obs_shape: Sequence[int]) -> int:
+    """Returns the multiply-accumulates of one forward pass of one observation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros((1, *obs_shape), device=next(net.parameters()).device))
+    return int(counter.get_total_flops()) // 2

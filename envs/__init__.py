@@ -1,0 +1,1 @@
+"""Where agents play. Nothing here knows of agents or of learning."""

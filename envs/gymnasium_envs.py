@@ -1,0 +1,74 @@
+"""Any Gymnasium environment with discrete actions, such as CartPole, as a vector."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from policykd.envs.vector import Episode, Step
+
+
+class GymnasiumEnvs:
+    """`num_envs` copies of a registered environment; each episode is a pure function of (seed, env, number, actions)."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any) -> None:
+        try:
+            self._envs: list[gym.Env[Any, Any]] = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
+        except gym.error.Error as error:
+            raise ValueError(f"cannot make {env_id!r}: {error}") from error
+        actions, obs = self._envs[0].action_space, self._envs[0].observation_space
+        if not isinstance(actions, gym.spaces.Discrete) or not isinstance(obs, gym.spaces.Box):
+            raise ValueError(f"{env_id} has {actions} and {obs}; policykd needs discrete actions and array observations")
+        self.num_envs, self.num_actions, self.obs_shape, self.stack = num_envs, int(actions.n), obs.shape, 1
+        self.seed = seed
+        self._first_action = int(actions.start)
+        self._episode_numbers = [-1] * num_envs
+        self._returns = [0.0] * num_envs
+        self._actions: list[list[int]] = [[] for _ in range(num_envs)]
+
+    def reset(self) -> Tensor:
+        """Starts a new episode everywhere and returns the first observations, `(num_envs, *obs_shape)`."""
+        return torch.from_numpy(np.stack([self._new_episode(i) for i in range(self.num_envs)]))
+
+    def step(self, actions_B: Tensor) -> Step:
+        """Takes one action in every environment."""
+        obs, rewards, starts, episodes = [], [], [], []
+        for i, action in enumerate(actions_B.tolist()):
+            ob, reward, terminated, truncated = self._play(i, action)
+            if terminated or truncated:
+                episodes.append(Episode(i, self._returns[i], len(self._actions[i]), truncated))
+                ob = self._new_episode(i)
+            obs.append(ob)
+            rewards.append(reward)
+            starts.append(terminated or truncated)
+        return Step(torch.from_numpy(np.stack(obs)), torch.tensor(rewards), torch.tensor(starts), episodes)
+
+    def state(self) -> dict[str, Any]:
+        """Returns which episode each environment is in, and the actions since its reset."""
+        return {"episodes": list(self._episode_numbers), "actions": [list(a) for a in self._actions]}
+
+    def restore(self, state: dict[str, Any]) -> Tensor:
+        """Plays every episode up to its position again and returns the observations."""
+        obs = []
+        for i, (number, actions) in enumerate(zip(state["episodes"], state["actions"], strict=True)):
+            self._episode_numbers[i] = number - 1
+            ob = self._new_episode(i)
+            for action in actions:
+                ob = self._play(i, action)[0]
+            obs.append(ob)
+        return torch.from_numpy(np.stack(obs))
+
+    def _new_episode(self, i: int) -> np.ndarray:
+        self._episode_numbers[i] += 1
+        self._actions[i], self._returns[i] = [], 0.0
+        words = np.random.SeedSequence([self.seed, i, self._episode_numbers[i]]).generate_state(1)
+        obs, _ = self._envs[i].reset(seed=int(words[0]))
+        return np.asarray(obs)
+
+    def _play(self, i: int, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        obs, reward, terminated, truncated, _ = self._envs[i].step(self._first_action + action)
+        self._actions[i].append(action)
+        self._returns[i] += float(reward)
+        return np.asarray(obs), float(reward), terminated, truncated

@@ -1,0 +1,47 @@
+"""A one-step env whose best action is written in the observation.
+
+The smallest problem on which a distillation run can succeed or fail, so the end-to-end tests finish in seconds.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policykd.envs.vector import Episode, Step
+
+
+class IdentityEnv:
+    """`num_envs` independent copies; reward 1 when the action equals the hot index of the observation."""
+
+    def __init__(self, num_envs: int, num_actions: int, seed: int = 0) -> None:
+        self.num_envs, self.num_actions, self.obs_shape, self.stack = num_envs, num_actions, (num_actions,), 1
+        self._random = np.random.default_rng(seed)
+
+    def reset(self) -> Tensor:
+        """Returns the first observations, one-hot float32 `(num_envs, num_actions)`."""
+        return self._draw()
+
+    def step(self, actions_B: Tensor) -> Step:
+        """Ends every episode with its reward and starts the next."""
+        rewards_B = (self._hot_B == actions_B).float()
+        episodes = [Episode(i, reward, 1) for i, reward in enumerate(rewards_B.tolist())]
+        return Step(self._draw(), rewards_B, torch.ones(self.num_envs, dtype=torch.bool), episodes)
+
+    def state(self) -> dict[str, Any]:
+        """Returns the generator's state and the hot indices."""
+        return {"random": self._random.bit_generator.state, "hot": self._hot_B.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> Tensor:
+        """Returns the observations that stood there."""
+        self._random.bit_generator.state = state["random"]
+        self._hot_B = torch.tensor(state["hot"])
+        return self._obs()
+
+    def _draw(self) -> Tensor:
+        self._hot_B = torch.as_tensor(self._random.integers(self.num_actions, size=self.num_envs))
+        return self._obs()
+
+    def _obs(self) -> Tensor:
+        return torch.nn.functional.one_hot(self._hot_B, self.num_actions).float()

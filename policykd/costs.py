@@ -1,0 +1,45 @@
+"""What a policy costs to run: parameters, arithmetic, bytes and time are four different goals."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from policykd.agents.networks import num_macs, num_parameters
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one forward pass of the acting network."""
+
+    num_parameters: int
+    """on the acting path, each tensor counted once"""
+    num_macs: int
+    """multiply-accumulates for one observation"""
+    num_bytes: int
+    """of those parameters in float32"""
+    latency_microseconds: float
+    """median for one observation in torch on one CPU thread, eager"""
+
+
+def measure_costs(net: nn.Module, obs_shape: Sequence[int], *, num_calls: int = 200) -> Costs:
+    """Returns the costs of a network on observations of `obs_shape`, of bytes if they are frames."""
+    parameters = num_parameters(net)
+    device = next(net.parameters()).device
+    net = net.to("cpu").eval()
+    obs = torch.zeros((1, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(num_calls):
+                began = time.perf_counter()
+                net(obs)
+                seconds.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+        net.to(device)
+    median = sorted(seconds)[num_calls // 2]
+    return Costs(parameters, num_macs(net, obs_shape), 4 * parameters, 1e6 * median)

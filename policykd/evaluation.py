@@ -1,0 +1,130 @@
+"""Judges a policy by whole games."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policykd.agents.policy import Policy, greedy, sample
+from policykd.envs.atari import make_atari
+from policykd.envs.vector import VectorEnv
+
+ProtocolName = Literal["noop_sampled", "sticky_greedy"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How games differ from each other; without either chance a greedy policy plays the same few games for ever."""
+
+    noop_max: int
+    """raw frames without action at the start, drawn below this"""
+    repeat_action_probability: float
+    """chance a frame that the last action is repeated"""
+    deterministic: bool
+    """the best action instead of one drawn from the policy"""
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "noop_sampled": Protocol(noop_max=30, repeat_action_probability=0.0, deterministic=False),
+    "sticky_greedy": Protocol(noop_max=0, repeat_action_probability=0.25, deterministic=True),
+}
+"""no-op starts with sampled actions (Mnih et al., 2015; SB3's zoo), sticky actions with greedy play (Machado et al., 2018)"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every game of an evaluation."""
+
+    returns: list[float]
+    """episodic, unclipped"""
+    lengths: list[int]
+    """agent steps"""
+    num_truncated: int
+    """how many a time limit ended"""
+
+
+class RandomPolicy:
+    """Takes every action with the same chance (when its actions are sampled)."""
+
+    def __init__(self, num_actions: int) -> None:
+        self.num_actions = num_actions
+
+    def __call__(self, obs_BCHW: Tensor) -> Tensor:
+        """Returns zeros, `(batch, num_actions)`."""
+        return torch.zeros(len(obs_BCHW), self.num_actions)
+
+
+@torch.inference_mode()
+def evaluate(
+    policy: Policy,
+    envs: VectorEnv,
+    num_episodes: int,
+    *,
+    deterministic: bool,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Plays whole games and returns each one's result.
+
+    Every environment plays a number of games that is fixed beforehand, as in SB3's `evaluate_policy`: taking the first
+    `num_episodes` that end would favour short ones.
+
+    Args:
+        policy: scores observations.
+        envs: games; those beyond an environment's share are not counted.
+        num_episodes: at least 1.
+        deterministic: take the best action instead of a drawn one.
+        generator: draws the actions.
+        temperature: divides the scores before drawing.
+        device: where the policy lives.
+    """
+    if num_episodes < 1:
+        raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
+    shares = [(num_episodes + i) // envs.num_envs for i in range(envs.num_envs)]
+    obs = envs.reset()
+    returns, lengths, num_truncated = list[float](), list[int](), 0
+    while any(shares):
+        scores_BA = policy(obs.to(device)).cpu()
+        step = envs.step(greedy(scores_BA) if deterministic else sample(scores_BA / temperature, generator))
+        obs = step.obs
+        for episode in step.episodes:
+            if shares[episode.env]:
+                shares[episode.env] -= 1
+                returns.append(episode.episodic_return)
+                lengths.append(episode.length)
+                num_truncated += episode.truncated
+    return Evaluation(returns, lengths, num_truncated)
+
+
+def evaluate_on_atari(
+    policy: Policy,
+    game: str,
+    protocol: ProtocolName,
+    num_episodes: int,
+    *,
+    seed: int,
+    num_envs: int = 16,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Returns whole games of one of the `PROTOCOLS`; a `RandomPolicy` is always sampled."""
+    how = PROTOCOLS[protocol]
+    envs = make_atari(
+        game,
+        min(num_envs, num_episodes),
+        int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]),  # never the seed of the collected games
+        noop_max=how.noop_max,
+        repeat_action_probability=how.repeat_action_probability,
+    )
+    return evaluate(
+        policy,
+        envs,
+        num_episodes,
+        deterministic=how.deterministic and not isinstance(policy, RandomPolicy),
+        generator=torch.Generator().manual_seed(seed),
+        temperature=temperature,
+        device=device,
+    )

@@ -1,0 +1,92 @@
+"""Visited states with their soft targets: each frame stored once, stacks gathered when a batch is drawn.
+
+Suffixes name dimensions: B environments or a batch, S stack, N stored states, A actions.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Replay:
+    """A growing array of states in the order of their visit, in `num_envs` interleaved streams.
+
+    State n belongs to environment n mod `num_envs`; its stack is made of the newest frames of n, n - num_envs, ... back to
+    where its game (or life) began, and zeros before. A frame takes its own bytes, plus one for how far back the stack goes.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        num_actions: int,
+        obs_shape: tuple[int, ...],
+        *,
+        stack: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity, self.num_envs, self.obs_shape, self.stack = capacity, num_envs, obs_shape, stack
+        frame_shape = obs_shape[1:] if stack > 1 else obs_shape
+        self.frames = torch.zeros((1 + capacity, *frame_shape), dtype=dtype, device=device)
+        """row 0 is the zero frame before a game began, row 1 + n is state n's newest"""
+        self.pasts_N = torch.zeros(capacity, dtype=torch.uint8, device=device)
+        """how many earlier frames of the same game state n's stack holds"""
+        self.scores_NA = torch.zeros((capacity, num_actions), device=device)
+        """the teacher's raw scores: never probabilities, never divided by a temperature"""
+        self.size = 0
+        self._back_S = num_envs * torch.arange(stack - 1, -1, -1, device=device)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add(self, obs: Tensor, starts_B: Tensor, scores_BA: Tensor) -> None:
+        """Appends one state of every environment.
+
+        Args:
+            obs: `(num_envs, *obs_shape)`; of a stack only the newest frame is kept, the others are here already.
+            starts_B: where a stack begins anew; must be so everywhere at the first call.
+            scores_BA: the teacher's raw scores, `(num_envs, num_actions)`.
+        """
+        n, new = self.size, slice(self.size, self.size + self.num_envs)
+        if new.stop > self.capacity:
+            raise ValueError(f"replay is full: {self.capacity} states")
+        self.frames[1 + n : 1 + n + self.num_envs] = (obs[:, -1] if self.stack > 1 else obs).to(self.frames.device)
+        if n:
+            pasts_B = (self.pasts_N[n - self.num_envs : n] + 1).clamp_(max=self.stack - 1)
+            pasts_B.masked_fill_(starts_B.to(pasts_B.device), 0)
+            self.pasts_N[new] = pasts_B
+        self.scores_NA[new] = scores_BA
+        self.size = new.stop
+
+    def gather(self, rows_B: Tensor) -> Tensor:
+        """Returns the observations of the states `rows_B`, `(batch, *obs_shape)`."""
+        if self.stack == 1:
+            return self.frames.index_select(0, rows_B + 1)
+        frames_BS = rows_B[:, None] + 1 - self._back_S
+        frames_BS = frames_BS.masked_fill_(self._back_S > self.num_envs * self.pasts_N[rows_B][:, None], 0)
+        flat = self.frames.view(len(self.frames), -1).index_select(0, frames_BS.view(-1))
+        return flat.view(len(rows_B), *self.obs_shape)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns a uniform batch with replacement: observations `(batch, *obs_shape)`, scores `(batch, num_actions)`."""
+        rows_B = torch.randint(self.size, (batch_size,), generator=generator).to(self.frames.device)
+        return self.gather(rows_B), self.scores_NA.index_select(0, rows_B)
+
+    def arrays(self, first: int) -> dict[str, np.ndarray]:
+        """Returns the states from `first` on as arrays, for a shard on disk."""
+        return {
+            "frames": self.frames[1 + first : 1 + self.size].cpu().numpy(),
+            "pasts": self.pasts_N[first : self.size].cpu().numpy(),
+            "scores": self.scores_NA[first : self.size].cpu().numpy(),
+        }
+
+    def extend(self, arrays: dict[str, np.ndarray]) -> None:
+        """Appends the states of a shard that `arrays` returned."""
+        end = self.size + len(arrays["pasts"])
+        if end > self.capacity:
+            raise ValueError(f"the shard ends at state {end}, the replay holds {self.capacity}")
+        self.frames[1 + self.size : 1 + end] = torch.from_numpy(arrays["frames"])
+        self.pasts_N[self.size : end] = torch.from_numpy(arrays["pasts"])
+        self.scores_NA[self.size : end] = torch.from_numpy(arrays["scores"])
+        self.size = end

@@ -1,0 +1,74 @@
+"""What a list of episodic returns says, under the names of rliable (Agarwal et al., 2021)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of the returns of whole games."""
+
+    num_episodes: int
+    num_distinct: int
+    """different returns among them: few mean that the same game was played again and again"""
+    mean: float
+    std: float
+    """of one episode, with n - 1"""
+    interval: tuple[float, float]
+    """95 % percentile bootstrap of the mean"""
+    iqm: float
+    """interquartile mean: of the middle half"""
+    iqm_interval: tuple[float, float]
+    """95 % percentile bootstrap of the interquartile mean"""
+
+
+def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
+    """Returns the statistics of a list of episodic returns; `seed` is the bootstrap's. Raises ValueError for an empty list."""
+    x = np.asarray(returns, np.float64)
+    if not len(x):
+        raise ValueError("no episodes, no statistics: ask for at least one")
+    return Summary(
+        num_episodes=len(x),
+        num_distinct=len(np.unique(x)),
+        mean=float(x.mean()),
+        std=float(x.std(ddof=1)) if len(x) > 1 else 0.0,
+        interval=bootstrap_interval(x, np.mean, seed=seed),
+        iqm=float(interquartile_mean(x)),
+        iqm_interval=bootstrap_interval(x, interquartile_mean, seed=seed),
+    )
+
+
+def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray:
+    """Returns the mean of the middle half along an axis: a quarter of the values, rounded down, is cut off at either end."""
+    x = np.sort(np.asarray(values, np.float64), axis=axis)
+    cut = x.shape[axis] // 4
+    return np.asarray(x.take(range(cut, x.shape[axis] - cut), axis=axis).mean(axis=axis))
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, statistic: Callable[..., np.ndarray], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Returns the percentile bootstrap interval of `statistic(rows, axis=1)` (Efron, 1979)."""
+    x = np.asarray(values, np.float64)
+    rows = np.random.default_rng(seed).choice(x, (RESAMPLES, len(x)))
+    low, high = np.quantile(statistic(rows, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def difference_interval(
+    a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Returns mean(a) - mean(b) and the bootstrap interval of it; the two were played independently."""
+    generator = np.random.default_rng(seed)
+    means = [generator.choice(np.asarray(x, np.float64), (RESAMPLES, len(x))).mean(axis=1) for x in (a, b)]
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean(a) - np.mean(b)), float(low), float(high)
+
+
+def teacher_normalised_score(student: float, teacher: float, random: float) -> float | None:
+    """Returns (student - random) / (teacher - random), or None where the teacher plays no better than chance."""
+    return (student - random) / (teacher - random) if teacher > random else None
