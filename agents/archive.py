@@ -45,7 +45,9 @@ def read_archive(path: str | Path) -> Archive:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise ValueError(f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); is it the right file?")
+            raise ValueError(
+                f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); is it the right file?"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 .zip archive") from error
@@ -55,7 +57,9 @@ def read_archive(path: str | Path) -> Archive:
             data = json.loads(_read(path, archive, members, "data"))
             pth = _read(path, archive, members, "policy.pth")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: truncated, or not an SB3 .zip archive ({error}); download or save it again") from error
+        raise ValueError(
+            f"{path}: truncated, or not an SB3 .zip archive ({error}); download or save it again"
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
     return Archive(path, hashlib.sha256(content).hexdigest(), _tensors(path, pth), data)
@@ -78,9 +82,13 @@ def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.
 
 def _read(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:
     if name not in members:
-        raise ValueError(f"{path}: not an SB3 archive, it holds no {name!r}; save the agent with SB3's model.save")
+        raise ValueError(
+            f"{path}: truncated, or not an SB3 archive: it holds no {name!r}; save the agent with SB3's model.save"
+        )
     if members[name].file_size > MAX_BYTES:
-        raise ValueError(f"{path}: unsafe archive, {name!r} unpacks to {members[name].file_size:,} bytes; do not use it")
+        raise ValueError(
+            f"{path}: unsafe archive, {name!r} unpacks to {members[name].file_size:,} bytes; do not use it"
+        )
     with archive.open(members[name]) as stream:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -96,9 +104,13 @@ def _tensors(path: Path, pth: bytes) -> dict[str, Tensor]:
         state = torch.load(io.BytesIO(pth), map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{path}: policy.pth holds more than tensors, or is cut short ({reason}); do not use it") from error
+        raise ValueError(
+            f"{path}: policy.pth holds more than tensors, or is cut short ({reason}); do not use it"
+        ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: policy.pth is a {type(state).__name__}, not a state dict; save it with SB3's model.save")
+        raise ValueError(
+            f"{path}: policy.pth is a {type(state).__name__}, not a state dict; save it with SB3's model.save"
+        )
     for name, tensor in state.items():
         _check_tensor(path, name, tensor)
     return state

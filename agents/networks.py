@@ -13,8 +13,8 @@ _FLAT = 7 * 7
 class ConvNet(nn.Module):
     """Three convolutions (8 by 8 stride 4, 4 by 4 stride 2, 3 by 3), dense layers, scores; runs channels-last.
 
-    The input scaling, (frame - centre) / scale in grey levels, is not a pass over the pixels: the first convolution has no
-    padding, so that scaling its weights and moving its bias is the same thing for less work.
+    The input scaling, (frame - centre) / scale in grey levels, is not a pass over the pixels: the first convolution has
+    no padding, so that scaling its weights and moving its bias is the same thing for less work.
     """
 
     centre: Tensor
@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
         )
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("scale", torch.tensor(255.0))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it for modules
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
         """Returns scores, float32 `(batch, num_actions)`, of uint8 frames `(batch, 4, 84, 84)`, newest last."""

@@ -27,7 +27,8 @@ SIZES: dict[Size, tuple[tuple[int, int, int], int]] = {
     "4%": ((16, 16, 16), 64),
     "1%": ((8, 8, 8), 32),
 }
-"""share of the NatureCNN's parameters -> (convolution widths, dense units); the first three are Rusu et al.'s (2015) nets"""
+"""share of the NatureCNN's parameters -> (convolution widths, dense units); the first three are Rusu et al.'s (2015)
+nets"""
 
 FORMAT = 1
 
@@ -65,8 +66,8 @@ class Student(nn.Module):
     def centre_on(self, frames: Tensor) -> None:
         """Sets the input scaling from frames `(n, 84, 84)`: the background becomes 0, the spread of the pixels 1.
 
-        In [0, 1] a small network first learns the background, and may never get to the handful of pixels that is the ball
-        (docs/log.md has the measurements). Vectors are left as they are.
+        In [0, 1] a small network first learns the background, and may never get to the handful of pixels that is the
+        ball (docs/log.md has the measurements). Vectors are left as they are.
         """
         if isinstance(self.net, ConvNet):
             pixels = frames.float()
@@ -106,7 +107,9 @@ class Student(nn.Module):
         return (actions.numpy() if obs.ndim > len(expected) else actions.numpy()[0]), state
 
 
-def make_student(size: Size | Sequence[int], num_actions: int, obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE, *, seed: int = 0) -> Student:
+def make_student(
+    size: Size | Sequence[int], num_actions: int, obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE, *, seed: int = 0
+) -> Student:
     """Returns an untrained student.
 
     Args:
@@ -119,7 +122,9 @@ def make_student(size: Size | Sequence[int], num_actions: int, obs_shape: tuple[
         if size not in SIZES:
             raise ValueError(f"unknown student size {size!r}: choose from {', '.join(SIZES)}")
         if obs_shape != ATARI_OBS_SHAPE:
-            raise ValueError(f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units")
+            raise ValueError(
+                f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units"
+            )
         widths, units = SIZES[size]
         shape = Shape(widths, (units,), num_actions, obs_shape)
     else:
@@ -163,7 +168,9 @@ def load_student(path: str | Path) -> Student:
         if card["format"] != FORMAT:
             raise ValueError(f"{folder}: student of format {card['format']}, this policykd reads {FORMAT}; update it")
         if hashlib.sha256(weights).hexdigest() != card["sha256"]:
-            raise ValueError(f"{folder}/student.safetensors is not the file that student.json describes; copy both again")
+            raise ValueError(
+                f"{folder}/student.safetensors is not the file that student.json describes; copy both again"
+            )
         shape = card["shape"]
         student = Student(
             Shape(tuple(shape["widths"]), tuple(shape["hidden"]), int(shape["num_actions"]), tuple(shape["obs_shape"]))
@@ -172,5 +179,7 @@ def load_student(path: str | Path) -> Student:
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
     except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again") from error
+        raise ValueError(
+            f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again"
+        ) from error
     return student.eval()

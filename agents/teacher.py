@@ -74,9 +74,13 @@ def load_teacher(ref: str | Path = "bundled", *, game: str | None = None) -> Tea
     except (OSError, ValueError) as error:
         raise ValueError(f"{card_path}: the teacher's card cannot be read ({error}); mend or remove it") from error
     if "sha256" in card and card["sha256"] != archive.sha256:
-        raise ValueError(f"{path}: sha256 {archive.sha256[:12]}... is not its card's {card['sha256'][:12]}...; get it again")
+        raise ValueError(
+            f"{path}: sha256 {archive.sha256[:12]}... is not its card's {card['sha256'][:12]}...; get it again"
+        )
     if game and "game" in card and canonical_name(card["game"]) != canonical_name(game):
-        raise ValueError(f"{path}: this teacher plays {card['game']}, not {canonical_name(game)}; give another --teacher")
+        raise ValueError(
+            f"{path}: this teacher plays {card['game']}, not {canonical_name(game)}; give another --teacher"
+        )
     net, algorithm = _rebuild(archive)
     return Teacher(net.eval().requires_grad_(False), algorithm, path, archive.sha256, card)
 
@@ -87,7 +91,9 @@ def _bundled(game: str | None) -> Path:
     found = sorted(PRETRAINED.glob(f"*-{canonical_name(game)}.zip"))
     if not found:
         have = sorted({p.stem.split("-", 1)[1] for p in PRETRAINED.glob("*.zip")})
-        raise ValueError(f"no teacher is bundled for {canonical_name(game)}, only for {', '.join(have)}; give --teacher FILE.zip")
+        raise ValueError(
+            f"no teacher is bundled for {canonical_name(game)}, only for {', '.join(have)}; give --teacher FILE.zip"
+        )
     return found[-1]
 
 
@@ -96,13 +102,15 @@ def _rebuild(archive: Archive) -> tuple[ConvNet | MLP, Literal["PPO", "A2C", "DQ
     names = archive.tensors.keys()
     if "action_net.weight" in names:
         algorithm: Literal["PPO", "A2C", "DQN"] = "PPO" if "clip_range" in archive.data else "A2C"
-        prefixes = ("pi_features_extractor.", "features_extractor.")
+        prefixes: tuple[str, ...] = ("pi_features_extractor.", "features_extractor.")
         dense = [*_layers(archive, "mlp_extractor.policy_net."), "action_net."]
     elif any(n.startswith("q_net.q_net.") for n in names):
         algorithm, prefixes = "DQN", ("q_net.features_extractor.",)
         dense = _layers(archive, "q_net.q_net.")
     else:
-        raise ValueError(f"{archive.path}: holds no PPO, A2C or DQN policy (its tensors start with {next(iter(names), None)!r})")
+        raise ValueError(
+            f"{archive.path}: holds no PPO, A2C or DQN policy (its tensors start with {next(iter(names), None)!r})"
+        )
     extractor = next((p for p in prefixes if f"{p}cnn.0.weight" in names), None)
     if extractor:
         convolutions = [f"{extractor}cnn.{i}." for i in (0, 2, 4)]
@@ -123,7 +131,9 @@ def _fill_conv_net(archive: Archive, convolutions: Sequence[str], dense: Sequenc
         shapes = ", ".join(str(tuple(k.shape)) for k in kernels)
         raise ValueError(f"{archive.path}: its convolutions {shapes} are not SB3's NatureCNN on 4 stacked 84x84 frames")
     if len(dense) > 2:
-        raise ValueError(f"{archive.path}: a custom net_arch of {len(dense)} dense layers; only SB3's default CnnPolicy is read")
+        raise ValueError(
+            f"{archive.path}: a custom net_arch of {len(dense)} dense layers; only SB3's default CnnPolicy is read"
+        )
     sizes = [_weight(archive, layer, 2).shape[0] for layer in dense]
     net = ConvNet([k.shape[0] for k in kernels], sizes[:-1], sizes[-1])
     targets: list[nn.Module] = [net.conv1, net.conv2, net.conv3, *net.dense]

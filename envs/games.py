@@ -94,7 +94,11 @@ def rom_id(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Returns a game's name as papers write it: `MsPacman` for `ALE/MsPacman-v5`. Raises ValueError for an unknown game."""
+    """Returns a game's name as papers write it: `MsPacman` for `ALE/MsPacman-v5`.
+
+    Raises:
+        ValueError: an unknown game.
+    """
     return _camel_case(rom_id(name))
 
 

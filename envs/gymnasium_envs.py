@@ -11,7 +11,10 @@ from policykd.envs.vector import Episode, Step
 
 
 class GymnasiumEnvs:
-    """`num_envs` copies of a registered environment; each episode is a pure function of (seed, env, number, actions)."""
+    """`num_envs` copies of a registered environment.
+
+    Each episode is a pure function of (seed, env, number, actions).
+    """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any) -> None:
         try:
@@ -20,8 +23,11 @@ class GymnasiumEnvs:
             raise ValueError(f"cannot make {env_id!r}: {error}") from error
         actions, obs = self._envs[0].action_space, self._envs[0].observation_space
         if not isinstance(actions, gym.spaces.Discrete) or not isinstance(obs, gym.spaces.Box):
-            raise ValueError(f"{env_id} has {actions} and {obs}; policykd needs discrete actions and array observations")
-        self.num_envs, self.num_actions, self.obs_shape, self.stack = num_envs, int(actions.n), obs.shape, 1
+            raise ValueError(
+                f"{env_id} has {actions} and {obs}; policykd needs discrete actions and array observations"
+            )
+        self.num_envs, self.num_actions, self.stack = num_envs, int(actions.n), 1
+        self.obs_shape: tuple[int, ...] = obs.shape
         self.seed = seed
         self._first_action = int(actions.start)
         self._episode_numbers = [-1] * num_envs

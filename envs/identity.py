@@ -16,7 +16,8 @@ class IdentityEnv:
     """`num_envs` independent copies; reward 1 when the action equals the hot index of the observation."""
 
     def __init__(self, num_envs: int, num_actions: int, seed: int = 0) -> None:
-        self.num_envs, self.num_actions, self.obs_shape, self.stack = num_envs, num_actions, (num_actions,), 1
+        self.num_envs, self.num_actions, self.stack = num_envs, num_actions, 1
+        self.obs_shape: tuple[int, ...] = (num_actions,)
         self._random = np.random.default_rng(seed)
 
     def reset(self) -> Tensor:

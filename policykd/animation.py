@@ -14,7 +14,10 @@ from policykd.evaluation import PROTOCOLS
 
 
 def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_steps: int = 600, every: int = 2) -> None:
-    """Writes the first `num_steps` agent steps (15 a second) of one sticky, greedy game; every `every`th is a picture."""
+    """Writes the first `num_steps` agent steps (15 a second) of one sticky, greedy game.
+
+    Every `every`th is a picture.
+    """
     how = PROTOCOLS["sticky_greedy"]
     envs = make_atari(game, 1, seed, noop_max=how.noop_max, repeat_action_probability=how.repeat_action_probability)
     obs, screens = envs.reset(), list[np.ndarray]()
@@ -30,6 +33,12 @@ def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_ste
     pictures = [Image.fromarray(s).quantize(palette=palette, dither=Image.Dither.NONE) for s in screens[::every]]
     buffer = io.BytesIO()
     pictures[0].save(
-        buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=every * 1000 // 15, loop=0, optimize=False
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=every * 1000 // 15,
+        loop=0,
+        optimize=False,
     )
     write_atomically(path, buffer.getvalue())

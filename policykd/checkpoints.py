@@ -1,8 +1,8 @@
 """Saves and restores a learner at the end of a round, so that a run goes on as if nothing had happened.
 
-A checkpoint is one safetensors file with the student, the optimizer and the random stream, a shard of the replay for every
-round, and `checkpoint.json`, written last, which says which files belong together by their sha256. Until it is replaced the
-checkpoint before it is whole. Nothing in it is a pickle.
+A checkpoint is one safetensors file with the student, the optimizer and the random stream, a shard of the replay for
+every round, and `checkpoint.json`, written last, which says which files belong together by their sha256. Until it is
+replaced the checkpoint before it is whole. Nothing in it is a pickle.
 """
 
 import hashlib
@@ -30,11 +30,16 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
     Raises:
         OSError: no room or no permission; the checkpoint before stays valid.
     """
-    manifest = _manifest(folder) if (folder / MANIFEST).is_file() else {"round": 0, "files": {}, "num_states": 0}
+    manifest: dict[str, Any] = {"round": 0, "files": {}, "num_states": 0}
+    if (folder / MANIFEST).is_file():
+        manifest = _manifest(folder)
     files: dict[str, str] = {k: v for k, v in manifest["files"].items() if k.startswith("replay-")}
     shard = io.BytesIO()
     np.savez_compressed(shard, **learner.replay.arrays(manifest["num_states"]))  # type: ignore[arg-type]
-    contents = {f"replay-{learner.round:04d}.npz": shard.getvalue(), f"learner-{learner.round:04d}.safetensors": _tensors(learner)}
+    contents = {
+        f"replay-{learner.round:04d}.npz": shard.getvalue(),
+        f"learner-{learner.round:04d}.safetensors": _tensors(learner),
+    }
     for name, content in contents.items():
         write_atomically(folder / name, content)
         files[name] = hashlib.sha256(content).hexdigest()
@@ -65,12 +70,18 @@ def restore_checkpoint(learner: Learner, folder: Path) -> None:
         with np.load(io.BytesIO(_read(folder, name, manifest)), allow_pickle=False) as arrays:
             learner.replay.extend({key: arrays[key] for key in ("frames", "pasts", "scores")})
     tensors = load_tensors(_read(folder, f"learner-{manifest['round']:04d}.safetensors", manifest))
-    learner.student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
+    learner.student.load_state_dict(
+        {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    )
     state = learner.optimizer.state_dict()
     state["state"] = {}
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
+            weights = parameters[int(index)]
+            if tensor.shape == weights.shape:  # in the weights' memory format: fused Adam pairs them as they lie
+                tensor = torch.empty_like(weights).copy_(tensor)
             state["state"].setdefault(int(index), {})[key] = tensor
     learner.optimizer.load_state_dict(state)
     learner.obs = learner.envs.restore(manifest["envs"])
@@ -91,7 +102,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise ValueError(f"{folder}: checkpoint of format {manifest['format']}, this policykd reads {FORMAT}; update it")
+            raise ValueError(
+                f"{folder}: checkpoint of format {manifest['format']}, this policykd reads {FORMAT}; update it"
+            )
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST}: cannot be read ({error}); start a new run") from error
     return manifest
@@ -103,5 +116,7 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     except OSError as error:
         raise ValueError(f"{folder / name}: {error.strerror}; the checkpoint is incomplete, start a new run") from error
     if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
-        raise ValueError(f"{folder / name}: not what was saved (sha256 differs); the checkpoint is damaged, start a new run")
+        raise ValueError(
+            f"{folder / name}: not what was saved (sha256 differs); the checkpoint is damaged, start a new run"
+        )
     return content

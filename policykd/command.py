@@ -38,9 +38,13 @@ def prepare_device(name: DeviceName, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available: dict[DeviceName, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)  # type: ignore[assignment]
+        name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise ValueError(f"--device {name}: torch {torch.__version__} finds none here; use --device cpu")
     return torch.device(name)

@@ -72,7 +72,9 @@ class Learner:
     episodes: list[Episode] = field(default_factory=list)
 
 
-def make_learner(student: nn.Module, envs: VectorEnv, *, capacity: int, seed: int, device: torch.device | str = "cpu") -> Learner:
+def make_learner(
+    student: nn.Module, envs: VectorEnv, *, capacity: int, seed: int, device: torch.device | str = "cpu"
+) -> Learner:
     """Returns a learner at the start of a run.
 
     Args:
@@ -111,8 +113,9 @@ def distill(
 ) -> Iterator[Round]:
     """Fits the learner's student to a teacher in place, yielding what each round measured; stop by asking for no more.
 
-    A round visits states (acting and labelling share one forward pass of the teacher), adds them to the replay and fits the
-    student to batches drawn from all of it. It goes on from `learner.round`, so that a restored learner continues its run.
+    A round visits states (acting and labelling share one forward pass of the teacher), adds them to the replay and fits
+    the student to batches drawn from all of it. It goes on from `learner.round`, so that a restored learner continues
+    its run.
 
     Args:
         teacher: scores observations; raw scores are stored.
@@ -158,7 +161,7 @@ def distill(
         new_kl, new_agreement, teacher_entropy = compare(student, replay, first_new, temperature)
 
         # 2. Fit the student to every state so far.
-        began = time.perf_counter()
+        began, rate = time.perf_counter(), 0.0
         student.train()
         sums = torch.zeros(4, device=device)
         for update in range(updates_per_round):
@@ -179,7 +182,9 @@ def distill(
         mean_loss, grad_norm, kl, agreement = (sums / updates_per_round).tolist()
         fit_seconds = time.perf_counter() - began
         if not torch.isfinite(sums).all():
-            raise FloatingPointError(f"round {learner.round}: loss {mean_loss}, gradient norm {grad_norm}; lower the learning rate")
+            raise FloatingPointError(
+                f"round {learner.round}: loss {mean_loss}, gradient norm {grad_norm}; lower the learning rate"
+            )
 
         # 3. Report.
         learner.round += 1

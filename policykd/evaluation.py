@@ -30,7 +30,8 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "noop_sampled": Protocol(noop_max=30, repeat_action_probability=0.0, deterministic=False),
     "sticky_greedy": Protocol(noop_max=0, repeat_action_probability=0.25, deterministic=True),
 }
-"""no-op starts with sampled actions (Mnih et al., 2015; SB3's zoo), sticky actions with greedy play (Machado et al., 2018)"""
+"""no-op starts with sampled actions (Mnih et al., 2015; SB3's zoo), sticky actions with greedy play (Machado et al.,
+2018)"""
 
 
 @dataclass(frozen=True)

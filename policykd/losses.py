@@ -1,8 +1,9 @@
 """Distillation losses: how far a student's policy is from its teacher's.
 
-Each is a function of two score tensors and returns one number a row, in nats unless it says otherwise; the loop takes the
-mean, once. The temperature divides the teacher's scores alone and the student's softmax is untempered (Rusu et al., 2015), so that
-the trained student plays the tempered teacher as it stands. Suffixes name dimensions: B batch, A actions.
+Each is a function of two score tensors and returns one number a row, in nats unless it says otherwise; the loop takes
+the mean, once. The temperature divides the teacher's scores alone and the student's softmax is untempered (Rusu et al.,
+2015), so that the trained student plays the tempered teacher as it stands. Suffixes name dimensions: B batch, A
+actions.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class ScoreMSE:
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns the mean over the actions of the squared difference, in the scores' own units squared."""
-        return (student_BA.float() - teacher_BA.float()).square().mean(dim=-1)
+        return (_widened(student_BA) - _widened(teacher_BA)).square().mean(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,18 @@ class ActionNLL:
 def log_policy(scores_BA: Tensor, temperature: float = 1.0) -> Tensor:
     """Returns log softmax(scores / temperature), at least float32 `(batch, num_actions)`.
 
-    The maximum goes before the division, or 1e38 / 0.01 would overflow; half precision is widened first, or 1000 and 999
-    would be one number.
+    The maximum goes before the division, or 1e38 / 0.01 would overflow; half precision is widened first, or 1000 and
+    999 would be one number; the least log-probability is finite, or 0 times it would be no number.
     """
-    scores_BA = scores_BA.float() if scores_BA.element_size() < 4 else scores_BA
-    return log_softmax((scores_BA - scores_BA.amax(dim=-1, keepdim=True).detach()) / temperature, dim=-1)
+    scores_BA = _widened(scores_BA)
+    advantage_BA = scores_BA - scores_BA.amax(dim=-1, keepdim=True).detach()
+    return log_softmax((advantage_BA / temperature).clamp(min=-1e30), dim=-1)
 
 
 def kl_divergence_B(log_p_BA: Tensor, log_q_BA: Tensor) -> Tensor:
     """Returns KL(p || q) of each row of two log-policies, nats `(batch,)`."""
     return kl_div(log_q_BA, log_p_BA, log_target=True, reduction="none").sum(dim=-1)
+
+
+def _widened(scores_BA: Tensor) -> Tensor:
+    return scores_BA.float() if scores_BA.element_size() < 4 else scores_BA

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes on: TensorBoard under SB3's tags, one JSON line a round, SB3's evaluations.npz."""
+"""What a run writes down: TensorBoard under SB3's tags, one JSON line a round, SB3's evaluations.npz."""
 
 import io
 import json
@@ -23,8 +23,10 @@ class Records:
         self.folder = folder
         self._rounds = _json_lines(folder / "metrics.jsonl")[:num_rounds_kept]
         last = self._rounds[-1]["num_updates"] if self._rounds else -1
-        self._evaluations = _evaluations(folder / "evaluations.npz", self._rounds[-1]["num_states"] if self._rounds else 0)
-        self._board = SummaryWriter(str(folder), purge_step=last + 1)  # type: ignore[no-untyped-call]
+        self._evaluations = _evaluations(
+            folder / "evaluations.npz", self._rounds[-1]["num_states"] if self._rounds else 0
+        )
+        self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
     def add_round(self, r: Round, temperature: float) -> None:
         """Writes what a round measured."""
@@ -85,12 +87,12 @@ class Records:
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
         for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-        self._board.flush()  # type: ignore[no-untyped-call]
+            self._board.add_scalar(tag, value, step)
+        self._board.flush()
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from torch import Tensor
 class Replay:
     """A growing array of states in the order of their visit, in `num_envs` interleaved streams.
 
-    State n belongs to environment n mod `num_envs`; its stack is made of the newest frames of n, n - num_envs, ... back to
-    where its game (or life) began, and zeros before. A frame takes its own bytes, plus one for how far back the stack goes.
+    State n belongs to environment n mod `num_envs`; its stack is made of the newest frames of n, n - num_envs, ... back
+    to where its game (or life) began, and zeros before. A frame takes its own bytes, plus one for how far back the
+    stack goes.
     """
 
     def __init__(
@@ -69,7 +70,11 @@ class Replay:
         return flat.view(len(rows_B), *self.obs_shape)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns a uniform batch with replacement: observations `(batch, *obs_shape)`, scores `(batch, num_actions)`."""
+        """Returns a uniform batch with replacement.
+
+        Returns:
+            observations `(batch, *obs_shape)`, scores `(batch, num_actions)`.
+        """
         rows_B = torch.randint(self.size, (batch_size,), generator=generator).to(self.frames.device)
         return self.gather(rows_B), self.scores_NA.index_select(0, rows_B)
 

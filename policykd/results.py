@@ -27,7 +27,7 @@ def entry(costs: Costs | None, protocols: Mapping[str, Mapping[str, Any]]) -> di
 
 def comparison(results: Mapping[str, Any], game: str) -> dict[str, dict[str, Any]]:
     """Returns for each protocol what the student lost: difference to the teacher with interval, normalised scores."""
-    compared = {}
+    compared: dict[str, dict[str, Any]] = {}
     for protocol in PROTOCOLS:
         student, teacher, random = (results[who]["protocols"][protocol] for who in ("student", "teacher", "random"))
         difference, low, high = difference_interval(student["returns"], teacher["returns"])
@@ -60,11 +60,16 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join((who, *costs, *scores)) + " |")
     for protocol, row in results["comparison"].items():
         low, high = row["difference_interval"]
-        share = f"; {row['teacher_normalised']:.1%} of the teacher's score" if row["teacher_normalised"] is not None else ""
-        lines.append(f"\n{protocol}: student minus teacher {row['difference_to_teacher']:+.2f} [{low:+.2f}, {high:+.2f}]{share}")
+        share = (
+            f"; {row['teacher_normalised']:.1%} of the teacher's score" if row["teacher_normalised"] is not None else ""
+        )
+        lines.append(
+            f"\n{protocol}: student minus teacher {row['difference_to_teacher']:+.2f} [{low:+.2f}, {high:+.2f}]{share}"
+        )
     return "\n".join(lines)
 
 
 def _score(protocol: Mapping[str, Any]) -> str:
     low, high = protocol["interval"]
-    return f"{protocol['mean']:.2f} [{low:.2f}, {high:.2f}] ({protocol['num_distinct']} distinct of {protocol['num_episodes']})"
+    distinct = f"{protocol['num_distinct']} distinct of {protocol['num_episodes']}"
+    return f"{protocol['mean']:.2f} [{low:.2f}, {high:.2f}] ({distinct})"

@@ -27,7 +27,11 @@ class Summary:
 
 
 def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
-    """Returns the statistics of a list of episodic returns; `seed` is the bootstrap's. Raises ValueError for an empty list."""
+    """Returns the statistics of a list of episodic returns; `seed` is the bootstrap's.
+
+    Raises:
+        ValueError: an empty list.
+    """
     x = np.asarray(returns, np.float64)
     if not len(x):
         raise ValueError("no episodes, no statistics: ask for at least one")
@@ -43,7 +47,10 @@ def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray:
-    """Returns the mean of the middle half along an axis: a quarter of the values, rounded down, is cut off at either end."""
+    """Returns the mean of the middle half along an axis.
+
+    A quarter of the values, rounded down, is cut off at either end.
+    """
     x = np.sort(np.asarray(values, np.float64), axis=axis)
     cut = x.shape[axis] // 4
     return np.asarray(x.take(range(cut, x.shape[axis] - cut), axis=axis).mean(axis=axis))
@@ -60,7 +67,7 @@ def bootstrap_interval(
 
 
 def difference_interval(
-    a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
     """Returns mean(a) - mean(b) and the bootstrap interval of it; the two were played independently."""
     generator = np.random.default_rng(seed)

@@ -52,7 +52,7 @@ class Args:
     """times to visit states, then fit the student to all so far"""
     states_per_round: int = 8000
     """states to visit and label in a round, agent steps over all environments"""
-    updates_per_round: int = 800
+    updates_per_round: int = 700
     """gradient steps in a round"""
     batch_size: int = 256
     """states a gradient step"""
@@ -80,29 +80,31 @@ class Args:
 
 def main(args: Args) -> None:
     """Loads, distils, judges, in that order."""
+    check(args)
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
     teacher = load_teacher(args.teacher, game=game)
     loss = args.loss or ForwardKL(teacher.temperature)
-    run = args.folder / game / (args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = args.folder / game / name
     envs = make_atari(game, args.num_envs, args.seed)
     if (teacher.num_actions, teacher.obs_shape) != (envs.num_actions, envs.obs_shape):
         raise ValueError(
-            f"{teacher.path}: scores {teacher.num_actions} actions on {teacher.obs_shape}, {game} has {envs.num_actions}"
-            f" on {envs.obs_shape}; it is a teacher of another game"
+            f"{teacher.path}: scores {teacher.num_actions} actions on {teacher.obs_shape}, {game} has"
+            f" {envs.num_actions} on {envs.obs_shape}; it is a teacher of another game"
         )
     if not open_run(run, args, teacher):
         print((run / "results.md").read_text())
         return
 
     student = make_student(args.student, envs.num_actions, seed=args.seed)
-    learner = make_learner(
-        student, envs, capacity=args.rounds * args.states_per_round, seed=args.seed, device=device
-    )
+    learner = make_learner(student, envs, capacity=args.rounds * args.states_per_round, seed=args.seed, device=device)
     if (run / "checkpoints" / MANIFEST).is_file():
         restore_checkpoint(learner, run / "checkpoints")
     records = Records(run, learner.round)
-    print(f"{run}: {game} from {teacher.algorithm} {teacher.path.name}; watch it with: tensorboard --logdir {args.folder}")
+    print(
+        f"{run}: {game} from {teacher.algorithm} {teacher.path.name}; watch it with: tensorboard --logdir {args.folder}"
+    )
     rounds = distill(
         teacher.to(device),
         learner,
@@ -125,11 +127,18 @@ def main(args: Args) -> None:
                 save_checkpoint(learner, run / "checkpoints")
                 live = [e.episodic_return for e in r.episodes]
                 score = f"{sum(live) / len(live):.1f}" if live else "-"
-                bar.set_postfix(kl=f"{r.kl:.4f}", agree=f"{r.action_agreement:.1%}", student=f"{r.student_fraction:.0%}", score=score)
+                bar.set_postfix(
+                    kl=f"{r.kl:.4f}",
+                    agree=f"{r.action_agreement:.1%}",
+                    student=f"{r.student_fraction:.0%}",
+                    score=score,
+                )
         save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
         results, seconds = judge(student, teacher, game, args.eval_episodes, args.seed, device)
     except KeyboardInterrupt:
-        command = shlex.join([*sys.argv, *([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])])
+        command = shlex.join(
+            [*sys.argv, *([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
+        )
         raise KeyboardInterrupt(f"{learner.round} rounds are saved; go on with: {command}") from None
     results |= {
         "num_states_labelled": len(learner.replay),
@@ -141,10 +150,23 @@ def main(args: Args) -> None:
     play_to_gif(student, game, run / "student.gif", seed=args.seed)
     records.close()
     spent = ", ".join(f"{phase} {s:.0f} s" for phase, s in results["wall_seconds"].items())
-    text = f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
+    text = (
+        f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
+    )
     write_atomically(run / "results.md", text.encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for a number that no run can have."""
+    for flag in ("rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    if args.states_per_round % args.num_envs:
+        raise ValueError(f"--states-per-round {args.states_per_round} is not a multiple of --num-envs {args.num_envs}")
+    if not 0.0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate must be a positive number, not {args.learning_rate}")
 
 
 def open_run(run: Path, args: Args, teacher: Teacher) -> bool:
@@ -154,7 +176,8 @@ def open_run(run: Path, args: Args, teacher: Teacher) -> bool:
         ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
     """
     free = {"device", "threads", "name", "folder", "resume", "eval_episodes"}
-    settings = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in vars(args).items() if k not in free}
+    given = {k: v for k, v in vars(args).items() if k not in free}
+    settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
     settings |= {"game": canonical_name(args.game), "teacher": about(teacher)}
     config = run / "config.json"
     if config.is_file():
@@ -194,7 +217,8 @@ def judge(
 ) -> tuple[dict[str, Any], float]:
     """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
 
-    The teacher's games come from its card where that has them: they were played by scripts/evaluate.py on this very archive.
+    The teacher's games come from its card where that has them: they were played by scripts/evaluate.py on this very
+    archive.
     """
     began = time.perf_counter()
     student.eval()
@@ -213,10 +237,13 @@ def judge(
         games = evaluate_on_atari(random, game, protocol, min(num_episodes, 32), seed=seed)
         results["random"][protocol] = judgement(games)
     seconds = time.perf_counter() - began
-    costs = {"teacher": measure_costs(teacher.net, teacher.obs_shape), "student": measure_costs(student, teacher.obs_shape)}
+    costs = {
+        "teacher": measure_costs(teacher.net, teacher.obs_shape),
+        "student": measure_costs(student, teacher.obs_shape),
+    }
     rows: dict[str, Any] = {who: entry(costs.get(who), protocols) for who, protocols in results.items()}
     return rows | {"comparison": comparison(rows, game)}, seconds
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(tyro.cli(Args, config=(tyro.conf.CascadeSubcommandArgs,))))

@@ -1,0 +1,103 @@
+"""Plays whole games with a student, a teacher or at random, and prints honest statistics."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from policykd.agents.files import write_atomically
+from policykd.agents.policy import Policy
+from policykd.agents.student import load_student
+from policykd.agents.teacher import load_teacher
+from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
+from policykd.envs.atari import make_atari
+from policykd.envs.games import canonical_name, human_normalised_score
+from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate_on_atari
+from policykd.results import judgement
+
+
+@dataclass(frozen=True)
+class Args:
+    """Plays whole games with a student, a teacher or at random, and prints honest statistics.
+
+    Greedy play without sticky actions or no-op starts repeats the same few games for ever, so each protocol has a
+    source of chance, and the number of different returns is printed with the mean.
+    """
+
+    policy: tyro.conf.Positional[str]
+    """folder of a run, path of an SB3 .zip archive, "bundled" (the game's teacher) or "random"."""
+    game: str
+    """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game."""
+    episodes: int = 100
+    """whole games under each protocol."""
+    protocol: Literal["noop_sampled", "sticky_greedy", "both"] = "both"
+    """no-op starts with sampled actions, sticky actions (0.25) with greedy play, or both."""
+    num_envs: int = 16
+    """games played at once."""
+    device: DeviceName = "auto"
+    """where to compute: cuda, then mps, then cpu, whichever is there first."""
+    threads: int = 0
+    """CPU threads; 0 takes what torch finds."""
+    seed: int = 0
+    """of starts, sticky and sampled actions."""
+    json: Path | None = None
+    """also write every game and the statistics to this file."""
+
+
+def main(args: Args) -> None:
+    """Loads, plays, prints."""
+    device = prepare_device(args.device, args.threads)
+    game = canonical_name(args.game)
+    policy, temperature = load_policy(args.policy, game, device)
+    protocols = {}
+    for protocol in PROTOCOLS if args.protocol == "both" else (args.protocol,):
+        games = evaluate_on_atari(
+            policy,
+            game,
+            protocol,
+            args.episodes,
+            seed=args.seed,
+            num_envs=args.num_envs,
+            temperature=temperature,
+            device=device,
+        )
+        protocols[protocol] = row = judgement(games)
+        (low, high), (iqm_low, iqm_high) = row["interval"], row["iqm_interval"]
+        human = human_normalised_score(game, row["mean"])
+        print(
+            f"{game}, {protocol}: mean {row['mean']:.2f} [{low:.2f}, {high:.2f}], IQM {row['iqm']:.2f} [{iqm_low:.2f},"
+            f" {iqm_high:.2f}], std {row['std']:.2f}, {row['num_distinct']} different returns in {row['num_episodes']}"
+            " games"
+            f"{'' if human is None else f', human-normalised {human:.2f}'}"
+            f"{f', {games.num_truncated} cut by the time limit' if games.num_truncated else ''}",
+            flush=True,
+        )
+    if args.json:
+        about = {"policy": args.policy, "game": game, "seed": args.seed, "num_envs": args.num_envs}
+        content = {**about, "protocols": protocols, "command": shlex.join(sys.argv), "versions": versions()}
+        write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def load_policy(ref: str, game: str, device: object) -> tuple[Policy, float]:
+    """Returns a policy that fits the game and the temperature of its scores."""
+    num_actions = make_atari(game, 1, 0).num_actions
+    if ref == "random":
+        return RandomPolicy(num_actions), 1.0
+    if ref == "bundled" or ref.endswith(".zip"):
+        teacher = load_teacher(ref, game=game).to(str(device))
+        policy: Policy = teacher
+        found, temperature = teacher.num_actions, teacher.temperature
+    else:
+        student = load_student(ref).to(str(device))
+        policy, found, temperature = student, student.shape.num_actions, 1.0
+    if found != num_actions:
+        raise ValueError(f"{ref}: scores {found} actions, {game} has {num_actions}; it plays another game")
+    return policy, temperature
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(tyro.cli(Args)))

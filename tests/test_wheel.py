@@ -1,0 +1,39 @@
+"""The built wheel, installed into a fresh environment outside the checkout, is whole."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_installs_and_imports_outside_the_checkout(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    kept_out = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=kept_out)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob("policykd-*.whl")
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"policykd"}
+
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    site = next((environment / "lib").glob("python3*")) / "site-packages"
+    # The dependencies are borrowed as a plain path, which does not bring the editable install of the checkout along.
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    code = (
+        "import policykd, policykd.envs.atari as a; from pathlib import Path;"
+        f"assert policykd.__file__.startswith({str(environment)!r}), policykd.__file__;"
+        f"assert a.__file__.startswith({str(environment)!r}), a.__file__;"
+        "t = policykd.load_teacher(game='Pong'); e = policykd.make_atari('Pong', 1, 0);"
+        "print(t(e.reset()).shape)"
+    )
+    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "torch.Size([1, 6])", done.stderr
