@@ -8,7 +8,7 @@ pong: .venv/installed
 	$(BIN)/python scripts/distill_atari.py --game Pong --name pong --resume
 
 test: .venv/installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: .venv/installed
 	$(BIN)/pytest -n 2 -m slow
