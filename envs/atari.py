@@ -90,19 +90,18 @@ class AtariEnvs:
         """Takes one action (4 frames) in every game.
 
         Args:
-            actions_B: `(num_envs,)`, integers below `num_actions`.
+            actions_B: `(num_envs,)`, integers below `num_actions`; where negative, the game stands still.
         """
-        actions = actions_B.tolist()
-        for i, action in enumerate(actions):
+        actions = [(i, action) for i, action in enumerate(actions_B.tolist()) if action >= 0]
+        for i, action in actions:
             self._send(i, action)
-        self._stacks[:, :-1] = self._stacks[:, 1:]
         rewards = np.zeros(self.num_envs, np.float32)
         starts = np.zeros(self.num_envs, np.bool_)
         episodes = []
-        for i, action in enumerate(actions):  # while one frame is shrunk here, the other emulators are still at work
+        for i, action in actions:  # while one frame is shrunk here, the other emulators are still at work
             rewards[i], starts[i], episode = self._finish_step(i, action)
             if not starts[i]:
-                self._stacks[i, -1] = _shrink(self._screens[i])
+                self._shift_stack(i)
             if episode:
                 episodes.append(episode)
         return Step(
@@ -130,14 +129,18 @@ class AtariEnvs:
             raise ValueError(f"the state has {len(state['actions'])} environments, these are {self.num_envs}")
         self._num_resets = state["num_resets"] - 1
         self.reset()
-        for k, row in enumerate(zip(*state["actions"], strict=True)):
-            for i, action in enumerate(row):
+        for k in range(max(map(len, state["actions"]))):
+            row = [
+                (i, actions[k], k >= len(actions) - STACK)
+                for i, actions in enumerate(state["actions"])
+                if k < len(actions)
+            ]
+            for i, action, _ in row:
                 self._send(i, action)
-            for i, action in enumerate(row):
+            for i, action, seen in row:
                 _, starts, _ = self._finish_step(i, action)
-                if not starts and k >= len(state["actions"][i]) - STACK:
-                    self._stacks[i, :-1] = self._stacks[i, 1:]
-                    self._stacks[i, -1] = _shrink(self._screens[i])
+                if seen and not starts:
+                    self._shift_stack(i)
         return torch.from_numpy(self._stacks.copy())
 
     def _finish_step(self, i: int, action: int) -> tuple[float, bool, Episode | None]:
@@ -176,6 +179,10 @@ class AtariEnvs:
                 self._send(i, NOOP)
                 if self._receive(i)[1]:
                     self._reset_emulator(i)
+
+    def _shift_stack(self, i: int) -> None:
+        self._stacks[i, :-1] = self._stacks[i, 1:]
+        self._stacks[i, -1] = _shrink(self._screens[i])
 
     def _start_stack(self, i: int) -> None:
         self._stacks[i] = 0

@@ -32,24 +32,26 @@ class GymnasiumEnvs:
         self._first_action = int(actions.start)
         self._episode_numbers = [-1] * num_envs
         self._returns = [0.0] * num_envs
+        self._obs: list[np.ndarray] = []
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]
 
     def reset(self) -> Tensor:
         """Starts a new episode everywhere and returns the first observations, `(num_envs, *obs_shape)`."""
-        return torch.from_numpy(np.stack([self._new_episode(i) for i in range(self.num_envs)]))
+        self._obs = [self._new_episode(i) for i in range(self.num_envs)]
+        return torch.from_numpy(np.stack(self._obs))
 
     def step(self, actions_B: Tensor) -> Step:
-        """Takes one action in every environment."""
-        obs, rewards, starts, episodes = [], [], [], []
+        """Takes one action in every environment; where it is negative, nothing happens."""
+        rewards, starts, episodes = [0.0] * self.num_envs, [False] * self.num_envs, []
         for i, action in enumerate(actions_B.tolist()):
-            ob, reward, terminated, truncated = self._play(i, action)
+            if action < 0:
+                continue
+            self._obs[i], rewards[i], terminated, truncated = self._play(i, action)
             if terminated or truncated:
+                starts[i] = True
                 episodes.append(Episode(i, self._returns[i], len(self._actions[i]), truncated))
-                ob = self._new_episode(i)
-            obs.append(ob)
-            rewards.append(reward)
-            starts.append(terminated or truncated)
-        return Step(torch.from_numpy(np.stack(obs)), torch.tensor(rewards), torch.tensor(starts), episodes)
+                self._obs[i] = self._new_episode(i)
+        return Step(torch.from_numpy(np.stack(self._obs)), torch.tensor(rewards), torch.tensor(starts), episodes)
 
     def state(self) -> dict[str, Any]:
         """Returns which episode each environment is in, and the actions since its reset."""
@@ -57,14 +59,14 @@ class GymnasiumEnvs:
 
     def restore(self, state: dict[str, Any]) -> Tensor:
         """Plays every episode up to its position again and returns the observations."""
-        obs = []
+        self._obs = []
         for i, (number, actions) in enumerate(zip(state["episodes"], state["actions"], strict=True)):
             self._episode_numbers[i] = number - 1
             ob = self._new_episode(i)
             for action in actions:
                 ob = self._play(i, action)[0]
-            obs.append(ob)
-        return torch.from_numpy(np.stack(obs))
+            self._obs.append(ob)
+        return torch.from_numpy(np.stack(self._obs))
 
     def _new_episode(self, i: int) -> np.ndarray:
         self._episode_numbers[i] += 1

@@ -19,16 +19,21 @@ class IdentityEnv:
         self.num_envs, self.num_actions, self.stack = num_envs, num_actions, 1
         self.obs_shape: tuple[int, ...] = (num_actions,)
         self._random = np.random.default_rng(seed)
+        self._hot_B = torch.zeros(num_envs, dtype=torch.long)
 
     def reset(self) -> Tensor:
         """Returns the first observations, one-hot float32 `(num_envs, num_actions)`."""
         return self._draw()
 
     def step(self, actions_B: Tensor) -> Step:
-        """Ends every episode with its reward and starts the next."""
+        """Ends every episode with its reward and starts the next; where the action is negative, nothing happens."""
+        plays_B = actions_B >= 0
         rewards_B = (self._hot_B == actions_B).float()
-        episodes = [Episode(i, reward, 1) for i, reward in enumerate(rewards_B.tolist())]
-        return Step(self._draw(), rewards_B, torch.ones(self.num_envs, dtype=torch.bool), episodes)
+        episodes = [Episode(i, reward, 1) for i, reward in enumerate(rewards_B.tolist()) if plays_B[i]]
+        stood_B = self._hot_B
+        self._draw()
+        self._hot_B = torch.where(plays_B, self._hot_B, stood_B)
+        return Step(self._obs(), rewards_B, plays_B, episodes)
 
     def state(self) -> dict[str, Any]:
         """Returns the generator's state and the hot indices."""

@@ -51,7 +51,7 @@ class VectorEnv(Protocol):
         ...
 
     def step(self, actions_B: Tensor, /) -> Step:
-        """Takes one integer action in every environment, `(num_envs,)`."""
+        """Takes one integer action in every environment, `(num_envs,)`; where it is negative, nothing happens."""
         ...
 
     def state(self) -> dict[str, Any]:

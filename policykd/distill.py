@@ -173,7 +173,7 @@ def distill(
             batch_loss = loss(student_BA, teacher_BA).mean()
             learner.optimizer.zero_grad(set_to_none=True)
             batch_loss.backward()
-            norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm=float("inf"))
+            norm = nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
             learner.optimizer.step()
             with torch.no_grad():
                 kl_B = kl_divergence_B(log_policy(teacher_BA, temperature), log_policy(student_BA))

@@ -75,7 +75,7 @@ def evaluate(
 
     Args:
         policy: scores observations.
-        envs: games; those beyond an environment's share are not counted.
+        envs: games; an environment stands still once it has played its share.
         num_episodes: at least 1.
         deterministic: take the best action instead of a drawn one.
         generator: draws the actions.
@@ -84,19 +84,19 @@ def evaluate(
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
-    shares = [(num_episodes + i) // envs.num_envs for i in range(envs.num_envs)]
+    shares_B = torch.tensor([(num_episodes + i) // envs.num_envs for i in range(envs.num_envs)])
     obs = envs.reset()
     returns, lengths, num_truncated = list[float](), list[int](), 0
-    while any(shares):
+    while shares_B.any():
         scores_BA = policy(obs.to(device)).cpu()
-        step = envs.step(greedy(scores_BA) if deterministic else sample(scores_BA / temperature, generator))
+        actions_B = greedy(scores_BA) if deterministic else sample(scores_BA / temperature, generator)
+        step = envs.step(torch.where(shares_B > 0, actions_B, -1))
         obs = step.obs
         for episode in step.episodes:
-            if shares[episode.env]:
-                shares[episode.env] -= 1
-                returns.append(episode.episodic_return)
-                lengths.append(episode.length)
-                num_truncated += episode.truncated
+            shares_B[episode.env] -= 1
+            returns.append(episode.episodic_return)
+            lengths.append(episode.length)
+            num_truncated += episode.truncated
     return Evaluation(returns, lengths, num_truncated)
 
 

@@ -28,8 +28,8 @@ class Records:
         )
         self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
-    def add_round(self, r: Round, temperature: float) -> None:
-        """Writes what a round measured."""
+    def add_round(self, r: Round, temperature: float, evaluate_seconds: float = 0.0) -> None:
+        """Writes what a round measured, the loss's temperature, and the time of an evaluation after it."""
         returns = [e.episodic_return for e in r.episodes]
         seconds = r.collect_seconds + r.label_seconds + r.fit_seconds
         scalars = {
@@ -53,7 +53,8 @@ class Records:
             scalars["rollout/ep_rew_mean"] = float(np.mean(returns))
             scalars["rollout/ep_len_mean"] = float(np.mean([e.length for e in r.episodes]))
         self._scalars(scalars, r.num_updates)
-        self._rounds.append({**asdict(r), "episodes": returns, "seconds": seconds, "temperature": temperature})
+        more = {"seconds": seconds, "evaluate_seconds": evaluate_seconds, "temperature": temperature}
+        self._rounds.append({**asdict(r), "episodes": returns, **more})
         write_atomically(self.folder / "metrics.jsonl", _lines(self._rounds))
 
     def add_evaluation(
@@ -83,7 +84,10 @@ class Records:
 
     def seconds(self) -> dict[str, float]:
         """Returns the run's wall seconds by phase, interrupted parts included."""
-        return {phase: sum(row[f"{phase}_seconds"] for row in self._rounds) for phase in ("collect", "label", "fit")}
+        return {
+            phase: sum(row[f"{phase}_seconds"] for row in self._rounds)
+            for phase in ("collect", "label", "fit", "evaluate")
+        }
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""

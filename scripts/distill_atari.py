@@ -117,14 +117,15 @@ def main(args: Args) -> None:
         batch_size=args.batch_size,
         temperature=teacher.temperature,
     )
-    evaluate_seconds = 0.0
+    num_saved = learner.round
     try:
         with tqdm(rounds, total=args.rounds, initial=learner.round, unit="round", desc=game) as bar:
             for r in bar:
-                records.add_round(r, getattr(loss, "temperature", 1.0))
-                if args.eval_every and (r.index + 1) % args.eval_every == 0:
-                    evaluate_seconds += evaluate_on_the_way(learner, records, game, teacher, args.seed, device)
+                due = args.eval_every and (r.index + 1) % args.eval_every == 0
+                seconds = evaluate_on_the_way(learner, records, game, teacher, args.seed, device) if due else 0.0
+                records.add_round(r, getattr(loss, "temperature", 1.0), seconds)
                 save_checkpoint(learner, run / "checkpoints")
+                num_saved = learner.round
                 live = [e.episodic_return for e in r.episodes]
                 score = f"{sum(live) / len(live):.1f}" if live else "-"
                 bar.set_postfix(
@@ -139,11 +140,11 @@ def main(args: Args) -> None:
         command = shlex.join(
             [*sys.argv, *([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
         )
-        raise KeyboardInterrupt(f"{learner.round} rounds are saved; go on with: {command}") from None
+        raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {command}") from None
     results |= {
         "num_states_labelled": len(learner.replay),
         "num_updates": learner.num_updates,
-        "wall_seconds": records.seconds() | {"evaluate": evaluate_seconds + seconds},
+        "wall_seconds": {p: s + (seconds if p == "evaluate" else 0.0) for p, s in records.seconds().items()},
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }

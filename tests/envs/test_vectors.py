@@ -33,6 +33,18 @@ def test_a_position_is_restored(make: Callable[[], VectorEnv]) -> None:
         assert a.episodes == b.episodes
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_negative_action_stands_still(make: Callable[[], VectorEnv]) -> None:
+    envs = make()
+    obs = envs.reset()
+    for _ in range(40):
+        step = envs.step(torch.tensor([1, -1, 0]))
+        assert (step.obs[1] == obs[1]).all()
+        assert not step.starts_B[1]
+        assert step.rewards_B[1] == 0
+        assert all(e.env != 1 for e in step.episodes)
+
+
 def test_identity_rewards_the_hot_action() -> None:
     envs = IdentityEnv(64, 4)
     hot_B = envs.reset().argmax(dim=1)

@@ -31,12 +31,12 @@ def a_round(index: int) -> Round:
 def test_a_line_a_round_and_seconds_by_phase(tmp_path: Path) -> None:
     records = Records(tmp_path, 0)
     for k in range(3):
-        records.add_round(a_round(k), temperature=1.0)
+        records.add_round(a_round(k), temperature=1.0, evaluate_seconds=3.0)
     records.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["index"] for r in rows] == [0, 1, 2]
     assert [r["episodes"] for r in rows] == [[], [-21.0], [-21.0]]
-    assert records.seconds() == {"collect": 6.0, "label": 3.0, "fit": 12.0}
+    assert records.seconds() == {"collect": 6.0, "label": 3.0, "fit": 12.0, "evaluate": 9.0}
 
 
 def test_what_came_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
