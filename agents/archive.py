@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,17 @@ def read_archive(path: str | Path) -> Archive:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = _checked_members(path, archive)
-            data = json.loads(_read(path, archive, members, "data"))
+            described = _read(path, archive, members, "data")
             pth = _read(path, archive, members, "policy.pth")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = json.loads(described)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RecursionError,
+        json.JSONDecodeError,
+    ) as error:
         raise ValueError(
             f"{path}: truncated, or not an SB3 .zip archive ({error}); download or save it again"
         ) from error
@@ -102,8 +111,8 @@ def _tensors(path: Path, pth: bytes) -> dict[str, Tensor]:
             if any(m.compress_type != zipfile.ZIP_STORED for m in inner.infolist()):
                 raise ValueError(f"{path}: unsafe archive, its policy.pth is compressed inside; do not use it")
         state = torch.load(io.BytesIO(pth), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
             f"{path}: policy.pth holds more than tensors, or is cut short ({reason}); do not use it"
         ) from error

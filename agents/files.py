@@ -18,6 +18,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except KeyboardInterrupt:
+        temporary.unlink(missing_ok=True)
+        raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; nothing was overwritten", str(path)) from error

@@ -161,7 +161,7 @@ def load_student(path: str | Path) -> Student:
         ValueError: not a student, another format, or weights that are not those that were saved.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent if path.name == "student.json" else path
     try:
         card = json.loads((folder / "student.json").read_text())
         weights = (folder / "student.safetensors").read_bytes()
@@ -178,7 +178,7 @@ def load_student(path: str | Path) -> Student:
         student.load_state_dict(load_tensors(weights))
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again"
         ) from error

@@ -71,7 +71,8 @@ def load_teacher(ref: str | Path = "bundled", *, game: str | None = None) -> Tea
     card_path = path.with_suffix(".json")
     try:
         card = json.loads(card_path.read_text()) if card_path.is_file() else {}
-    except (OSError, ValueError) as error:
+        _check_card(card)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{card_path}: the teacher's card cannot be read ({error}); mend or remove it") from error
     if "sha256" in card and card["sha256"] != archive.sha256:
         raise ValueError(
@@ -83,6 +84,18 @@ def load_teacher(ref: str | Path = "bundled", *, game: str | None = None) -> Tea
         )
     net, algorithm = _rebuild(archive)
     return Teacher(net.eval().requires_grad_(False), algorithm, path, archive.sha256, card)
+
+
+def _check_card(card: Any) -> None:
+    """Raises ValueError, TypeError or KeyError for a card that does not say what a card says."""
+    if not isinstance(card, dict) or not all(isinstance(card.get(k, ""), str) for k in ("game", "sha256")):
+        raise ValueError("it is not an object with the texts `game` and `sha256`")
+    if "protocols" in card and "sha256" not in card:
+        raise ValueError("it has results but no sha256 of the archive that they are of")
+    for name, protocol in dict(card.get("protocols", {})).items():
+        if not protocol["returns"] or len(protocol["interval"]) != 2:
+            raise ValueError(f"its protocol {name!r} has no returns")
+        float(protocol["mean"])
 
 
 def _bundled(game: str | None) -> Path:
@@ -100,6 +113,8 @@ def _bundled(game: str | None) -> Path:
 def _rebuild(archive: Archive) -> tuple[ConvNet | MLP, Literal["PPO", "A2C", "DQN"]]:
     """Returns the acting network that the tensors' names and shapes describe."""
     names = archive.tensors.keys()
+    if any(name.startswith("lstm_") for name in names):
+        raise ValueError(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are read")
     if "action_net.weight" in names:
         algorithm: Literal["PPO", "A2C", "DQN"] = "PPO" if "clip_range" in archive.data else "A2C"
         prefixes: tuple[str, ...] = ("pi_features_extractor.", "features_extractor.")
@@ -116,8 +131,20 @@ def _rebuild(archive: Archive) -> tuple[ConvNet | MLP, Literal["PPO", "A2C", "DQ
         convolutions = [f"{extractor}cnn.{i}." for i in (0, 2, 4)]
         dense = [f"{extractor}linear.0.", *dense]
         return _fill_conv_net(archive, convolutions, dense), algorithm
-    activation = nn.ReLU if algorithm == "DQN" else nn.Tanh
-    return _fill_mlp(archive, dense, activation), algorithm
+    return _fill_mlp(archive, dense, _activation(archive, nn.ReLU if algorithm == "DQN" else nn.Tanh)), algorithm
+
+
+def _activation(archive: Archive, default: type[nn.Module]) -> type[nn.Module]:
+    """Returns the activation that the archive's readable policy_kwargs name, or SB3's default."""
+    kwargs = archive.data.get("policy_kwargs")
+    named = str(kwargs["activation_fn"]) if isinstance(kwargs, dict) and "activation_fn" in kwargs else ""
+    known: dict[str, type[nn.Module]] = {".ReLU": nn.ReLU, ".Tanh": nn.Tanh, ".ELU": nn.ELU, ".LeakyReLU": nn.LeakyReLU}
+    found = [layer for name, layer in known.items() if name in named]
+    if named and not found:
+        raise ValueError(
+            f"{archive.path}: its activation {named} is not one of {', '.join(known)}; use another teacher"
+        )
+    return found[0] if found else default
 
 
 def _layers(archive: Archive, prefix: str) -> list[str]:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 for student in 7% 1%; do
   for seed in 0 1 2; do
-    $python scripts/distill_atari.py --game Pong --student "$student" --seed "$seed" --name "pong-${student%\%}pct-seed$seed" --resume "$@"
+    $python scripts/distill_atari.py --game Pong --student "$student" --seed "$seed" --name "pong-${student%\%}pct-seed$seed" --eval-episodes 100 --resume "$@"
   done
 done
 $python benchmarks/summary.py runs/Pong/pong-*pct-seed* --svg docs/pong.svg

@@ -164,7 +164,6 @@ class AtariEnvs:
         return reward, True, episode
 
     def _new_game(self, i: int, seed: np.ndarray | None = None) -> None:
-        self._returns[i], self._lengths[i] = 0.0, 0
         self._reset_emulator(i, seed)
         self._press_fire(i)
         self._start_stack(i)
@@ -190,6 +189,7 @@ class AtariEnvs:
 
     def _reset_emulator(self, i: int, seed: np.ndarray | None = None) -> None:
         obs, info = self._emulators[i].reset(seed=seed)
+        self._returns[i], self._lengths[i] = 0.0, 0
         self._screens[i] = obs[0, 0]
         self._lives[i] = int(info["lives"][0])
 

@@ -17,6 +17,8 @@ class GymnasiumEnvs:
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         try:
             self._envs: list[gym.Env[Any, Any]] = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
         except gym.error.Error as error:

@@ -33,6 +33,8 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
     manifest: dict[str, Any] = {"round": 0, "files": {}, "num_states": 0}
     if (folder / MANIFEST).is_file():
         manifest = _manifest(folder)
+    if manifest["num_states"] > len(learner.replay):
+        raise ValueError(f"{folder}: holds the checkpoints of another run; give another folder")
     files: dict[str, str] = {k: v for k, v in manifest["files"].items() if k.startswith("replay-")}
     shard = io.BytesIO()
     np.savez_compressed(shard, **learner.replay.arrays(manifest["num_states"]))  # type: ignore[arg-type]
@@ -54,7 +56,8 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
     }
     write_atomically(folder / MANIFEST, json.dumps(new).encode())
     for stale in set(folder.iterdir()) - {folder / name for name in [*files, MANIFEST]}:
-        stale.unlink()
+        if stale.is_file():
+            stale.unlink()
 
 
 def restore_checkpoint(learner: Learner, folder: Path) -> None:
@@ -105,7 +108,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{folder}: checkpoint of format {manifest['format']}, this policykd reads {FORMAT}; update it"
             )
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        if missing := {"round", "num_updates", "num_states", "envs", "starts", "files"} - manifest.keys():
+            raise KeyError(", ".join(sorted(missing)))
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST}: cannot be read ({error}); start a new run") from error
     return manifest
 

@@ -25,9 +25,11 @@ def exit_with_one_line(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else error, ENVIRONMENT)
     except FloatingPointError as error:
-        _fail(f"{error}; the last checkpoint is kept", NUMERICS)
+        _fail(error, NUMERICS)
     except KeyboardInterrupt as interrupt:
-        _fail(f"interrupted{': ' if interrupt.args else ''}{' '.join(map(str, interrupt.args))}", INTERRUPTED)
+        if not interrupt.args:
+            _fail("interrupted before there was anything to save; start again", 128 + signal.SIGINT)
+        _fail(f"interrupted: {interrupt.args[0]}", INTERRUPTED)
     sys.exit(0)
 
 
@@ -38,6 +40,7 @@ def prepare_device(name: DeviceName, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # labels and Q-values keep float32's 24 bits
     available: dict[DeviceName, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

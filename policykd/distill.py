@@ -52,6 +52,7 @@ class Round:
     label_seconds: float
     """inside the collection: the teacher's forward passes, which also choose its actions"""
     fit_seconds: float
+    """with measuring the student on the new states"""
 
 
 @dataclass
@@ -156,12 +157,13 @@ def distill(
             learner.obs, learner.starts_B = step.obs, step.starts_B
             episodes += step.episodes
         collect_seconds = time.perf_counter() - began
+        began = time.perf_counter()
         if learner.round == 0 and isinstance(student, Student):
             student.centre_on(replay.frames[1 : 1 + len(replay)][:: max(1, len(replay) // 256)])
         new_kl, new_agreement, teacher_entropy = compare(student, replay, first_new, temperature)
 
         # 2. Fit the student to every state so far.
-        began, rate = time.perf_counter(), 0.0
+        rate = 0.0
         student.train()
         sums = torch.zeros(4, device=device)
         for update in range(updates_per_round):

@@ -23,11 +23,11 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class _Tempered:
-    temperature: float = 1.0
-    """divides the teacher's scores: 1 for an action distribution, 0.01 for Q-values"""
+    temperature: float | None = None
+    """divides the teacher's scores; None is the teacher's own (1 for PPO and A2C, 0.01 for DQN), or 1 in Python"""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}; 1 for PPO and A2C, 0.01 for DQN")
 
 
@@ -37,7 +37,7 @@ class ForwardKL(_Tempered):
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns sum_a p_T(a) (log p_T(a) - log p_S(a)) of each row."""
-        return kl_divergence_B(log_policy(teacher_BA, self.temperature), log_policy(student_BA))
+        return kl_divergence_B(log_policy(teacher_BA, self.temperature or 1.0), log_policy(student_BA))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ReverseKL(_Tempered):
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns sum_a p_S(a) (log p_S(a) - log p_T(a)) of each row."""
-        return kl_divergence_B(log_policy(student_BA), log_policy(teacher_BA, self.temperature))
+        return kl_divergence_B(log_policy(student_BA), log_policy(teacher_BA, self.temperature or 1.0))
 
 
 @dataclass(frozen=True)

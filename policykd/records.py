@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,7 @@ class Records:
     def seconds(self) -> dict[str, float]:
         """Returns the run's wall seconds by phase, interrupted parts included."""
         return {
-            phase: sum(row[f"{phase}_seconds"] for row in self._rounds)
+            phase: sum(row.get(f"{phase}_seconds", 0.0) for row in self._rounds)
             for phase in ("collect", "label", "fit", "evaluate")
         }
 
@@ -100,7 +101,10 @@ class Records:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path}: not what a run writes ({error}); start a new run under another --name") from error
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -111,6 +115,9 @@ def _evaluations(path: Path, num_states: int) -> dict[str, list[Any]]:
     """Returns the rows of an `evaluations.npz` up to a number of states."""
     if not path.is_file():
         return {"timesteps": [], "results": [], "ep_lengths": []}
-    with np.load(path, allow_pickle=False) as arrays:
-        kept = arrays["timesteps"] <= num_states
-        return {key: list(arrays[key][kept]) for key in ("timesteps", "results", "ep_lengths")}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            kept = arrays["timesteps"] <= num_states
+            return {key: list(arrays[key][kept]) for key in ("timesteps", "results", "ep_lengths")}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not SB3's evaluations ({error}); remove it and resume") from error

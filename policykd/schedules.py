@@ -22,6 +22,10 @@ class WarmupCosine:
     warmup: float = 0.02
     """share of the run that it rises for"""
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"warmup must lie in [0, 1), not {self.warmup}")
+
     def __call__(self, progress: float, /) -> float:
         """Returns the value at `progress`."""
         if progress < self.warmup:

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Args:
     """path of an SB3 PPO, A2C or DQN .zip archive (read without unpickling), or the teacher bundled for the game"""
     student: Size = "7%"
     """size, in per cent of the teacher's NatureCNN: 16-32-32-256, 16-16-16-128, 16-16-16-64 or 8-8-8-32"""
-    loss: ForwardKL | ReverseKL | ScoreMSE | ActionNLL | None = None
-    """what the student minimises; None is forward KL at the teacher's temperature (1 for PPO and A2C, 0.01 for DQN)"""
+    loss: ForwardKL | ReverseKL | ScoreMSE | ActionNLL = ForwardKL()  # noqa: RUF009
+    """what the student minimises; a KL is taken at the teacher's temperature unless it has its own"""
     states: MixedStates | StudentStates | TeacherStates = MixedStates()  # noqa: RUF009
     """whose actions choose the states: handed over from teacher to student (DAgger), the student's, the teacher's"""
     rounds: int = 10
@@ -60,9 +60,9 @@ class Args:
     """Adam's highest; it rises over the first 2 % of the run and falls to zero along a cosine"""
     num_envs: int = 16
     """games played at once while collecting"""
-    eval_every: int = 3
+    eval_every: int = 5
     """rounds between evaluations on the way (16 games, no-op starts, sampled); 0 for none"""
-    eval_episodes: int = 100
+    eval_episodes: int = 50
     """whole games under each protocol at the end, for the student, and for a teacher whose card has none"""
     device: DeviceName = "auto"
     """where to compute: cuda, then mps, then cpu, whichever is there first"""
@@ -84,7 +84,13 @@ def main(args: Args) -> None:
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
     teacher = load_teacher(args.teacher, game=game)
-    loss = args.loss or ForwardKL(teacher.temperature)
+    loss = args.loss
+    if isinstance(loss, ForwardKL | ReverseKL) and loss.temperature is None:
+        loss = replace(loss, temperature=teacher.temperature)
+    if isinstance(loss, ScoreMSE) and teacher.algorithm == "DQN":
+        raise ValueError(
+            "loss:score-mse on a DQN teacher leaves a student whose actions cannot be drawn; use another loss"
+        )
     name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = args.folder / game / name
     envs = make_atari(game, args.num_envs, args.seed)
@@ -93,12 +99,12 @@ def main(args: Args) -> None:
             f"{teacher.path}: scores {teacher.num_actions} actions on {teacher.obs_shape}, {game} has"
             f" {envs.num_actions} on {envs.obs_shape}; it is a teacher of another game"
         )
-    if not open_run(run, args, teacher):
+    student = make_student(args.student, envs.num_actions, seed=args.seed)
+    learner = make_learner(student, envs, capacity=args.rounds * args.states_per_round, seed=args.seed, device=device)
+    if not open_run(run, args, teacher, {"device": str(device), "threads": torch.get_num_threads()}):
         print((run / "results.md").read_text())
         return
 
-    student = make_student(args.student, envs.num_actions, seed=args.seed)
-    learner = make_learner(student, envs, capacity=args.rounds * args.states_per_round, seed=args.seed, device=device)
     if (run / "checkpoints" / MANIFEST).is_file():
         restore_checkpoint(learner, run / "checkpoints")
     records = Records(run, learner.round)
@@ -136,10 +142,11 @@ def main(args: Args) -> None:
                 )
         save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
         results, seconds = judge(student, teacher, game, args.eval_episodes, args.seed, device)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}; {num_saved} rounds before it are saved in {run}") from error
     except KeyboardInterrupt:
-        command = shlex.join(
-            [*sys.argv, *([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
-        )
+        more = [*([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
+        command = shlex.join([sys.executable, *sys.argv, *more])
         raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {command}") from None
     results |= {
         "num_states_labelled": len(learner.replay),
@@ -148,12 +155,12 @@ def main(args: Args) -> None:
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }
-    play_to_gif(student, game, run / "student.gif", seed=args.seed)
     records.close()
     spent = ", ".join(f"{phase} {s:.0f} s" for phase, s in results["wall_seconds"].items())
     text = (
         f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
     )
+    play_to_gif(student, game, run / "student.gif", seed=args.seed)
     write_atomically(run / "results.md", text.encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
@@ -164,14 +171,25 @@ def check(args: Args) -> None:
     for flag in ("rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    for flag in ("eval_every", "seed"):
+        if getattr(args, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} must not be negative, not {getattr(args, flag)}")
+    if args.name != Path(args.name).name or args.name in {".", ".."}:
+        raise ValueError(f"--name must be the name of a folder, not {args.name!r}; --folder says where it lies")
+    if (gigabytes := args.rounds * args.states_per_round * 7.2e-6) > 1000:
+        raise ValueError(
+            f"--rounds times --states-per-round would take {gigabytes:,.0f} GB of memory; lower one of them"
+        )
     if args.states_per_round % args.num_envs:
         raise ValueError(f"--states-per-round {args.states_per_round} is not a multiple of --num-envs {args.num_envs}")
     if not 0.0 < args.learning_rate < float("inf"):
         raise ValueError(f"--learning-rate must be a positive number, not {args.learning_rate}")
 
 
-def open_run(run: Path, args: Args, teacher: Teacher) -> bool:
+def open_run(run: Path, args: Args, teacher: Teacher, machine: dict[str, Any]) -> bool:
     """Makes the run's folder and returns whether there is anything left to do in it.
+
+    On another `machine` (device, threads) or with other versions it goes on with a warning: not bit for bit the same.
 
     Raises:
         ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
@@ -181,15 +199,23 @@ def open_run(run: Path, args: Args, teacher: Teacher) -> bool:
     settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
     settings |= {"game": canonical_name(args.game), "teacher": about(teacher)}
     config = run / "config.json"
+    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
     if config.is_file():
         if not args.resume:
             raise ValueError(f"{run}: holds a run already; go on with it by --resume, or give another --name")
-        before = json.loads(config.read_text())["settings"]
+        try:
+            started = json.loads(config.read_text())
+            before, elsewhere = started["settings"], (started["versions"], started["machine"]) != (versions(), machine)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{config}: not what a run writes ({error!r}); give another --name") from error
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed:
             raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
+        if elsewhere:
+            print(f"warning: {config} was written with other versions, threads or device: not bit for bit the same run")
         return not (run / "results.json").is_file()
-    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions()}
+    if (run / "checkpoints").exists():
+        raise ValueError(f"{run}: holds checkpoints but no config.json to tell whose; give another --name")
     write_atomically(config, (json.dumps(content, indent=1) + "\n").encode())
     return True
 
@@ -230,11 +256,13 @@ def judge(
         print(f"playing {num_episodes} games, {protocol} ...", flush=True)
         games = evaluate_on_atari(student, game, protocol, num_episodes, seed=seed, device=device)
         results["student"][protocol] = judgement(games)
-        if protocol not in on_card:
+        if protocol in on_card:
+            results["teacher"][protocol] = on_card[protocol]
+        else:
             games = evaluate_on_atari(
                 teacher, game, protocol, num_episodes, seed=seed + 1, temperature=teacher.temperature, device=device
             )
-        results["teacher"][protocol] = on_card.get(protocol) or judgement(games)
+            results["teacher"][protocol] = judgement(games)
         games = evaluate_on_atari(random, game, protocol, min(num_episodes, 32), seed=seed)
         results["random"][protocol] = judgement(games)
     seconds = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """Plays whole games with a student, a teacher or at random, and prints honest statistics."""
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ class Args:
 
 def main(args: Args) -> None:
     """Loads, plays, prints."""
+    if args.episodes < 1 or args.num_envs < 1 or args.seed < 0:
+        raise ValueError("--episodes and --num-envs must be at least 1, --seed at least 0")
+    if args.json and not (os.path.isdir(args.json.parent) and os.access(args.json.parent, os.W_OK)):
+        raise ValueError(f"--json {args.json}: its folder is missing or cannot be written; make it first")
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
     policy, temperature = load_policy(args.policy, game, device)
@@ -84,18 +89,18 @@ def main(args: Args) -> None:
 
 def load_policy(ref: str, game: str, device: object) -> tuple[Policy, float]:
     """Returns a policy that fits the game and the temperature of its scores."""
-    num_actions = make_atari(game, 1, 0).num_actions
+    envs = make_atari(game, 1, 0)
     if ref == "random":
-        return RandomPolicy(num_actions), 1.0
+        return RandomPolicy(envs.num_actions), 1.0
     if ref == "bundled" or ref.endswith(".zip"):
         teacher = load_teacher(ref, game=game).to(str(device))
         policy: Policy = teacher
-        found, temperature = teacher.num_actions, teacher.temperature
+        found, temperature = (teacher.num_actions, teacher.obs_shape), teacher.temperature
     else:
         student = load_student(ref).to(str(device))
-        policy, found, temperature = student, student.shape.num_actions, 1.0
-    if found != num_actions:
-        raise ValueError(f"{ref}: scores {found} actions, {game} has {num_actions}; it plays another game")
+        policy, found, temperature = student, (student.shape.num_actions, student.shape.obs_shape), 1.0
+    if found != (expected := (envs.num_actions, envs.obs_shape)):
+        raise ValueError(f"{ref}: scores {found[0]} actions on {found[1]}, {game} has {expected[0]} on {expected[1]}")
     return policy, temperature
 
 

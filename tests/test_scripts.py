@@ -143,7 +143,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     """
     args = ["--game", "Pong", *SMALL, "--eval-episodes", "1", "--eval-every", "0", "--student", "1%"]
     script = str(ROOT / "scripts" / "distill_atari.py")
-    run("distill_atari.py", *args, "--folder", str(tmp_path / "whole"), "--name", "r")
+    uninterrupted = run("distill_atari.py", *args, "--folder", str(tmp_path / "whole"), "--name", "r")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
 
     cut = subprocess.Popen(
         [sys.executable, script, *args, "--folder", str(tmp_path / "cut"), "--name", "r"],
@@ -177,6 +178,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     whole, cut_run = (load_student(tmp_path / which / "Pong" / "r").state_dict() for which in ("whole", "cut"))
     assert all((whole[name] == cut_run[name]).all() for name in whole)
+    results = [json.loads((tmp_path / which / "Pong" / "r" / "results.json").read_text()) for which in ("whole", "cut")]
+    games = [[r["student"]["protocols"][p]["returns"] for p in ("noop_sampled", "sticky_greedy")] for r in results]
+    assert games[0] == games[1]
 
 
 ERRORS = {
@@ -192,6 +196,9 @@ ERRORS = {
     ),
     "no rounds": (["--game", "Pong", "--rounds", "0"], "--rounds must be at least 1"),
     "bad learning rate": (["--game", "Pong", "--learning-rate", "nan"], "--learning-rate must be"),
+    "a negative seed": (["--game", "Pong", "--seed", "-1"], "--seed must not be negative"),
+    "a name that is a path": (["--game", "Pong", "--name", "../x"], "--name must be the name of a folder"),
+    "more than any memory": (["--game", "Pong", "--rounds", "1000000000"], "GB of memory"),
     "states do not divide": (["--game", "Pong", "--states-per-round", "100"], "multiple of"),
     "a device that is not there": (["--game", "Pong", "--device", "cuda"], "use --device cpu"),
 }
@@ -220,7 +227,7 @@ def test_evaluate_refuses_what_is_not_a_policy(tmp_path: Path) -> None:
     save_student(make_student("1%", 4), tmp_path, {})
     done = run("evaluate.py", str(tmp_path), "--game", "Pong")
     assert done.returncode == 2
-    assert "scores 4 actions, Pong has 6" in done.stderr
+    assert "scores 4 actions on (4, 84, 84), Pong has 6" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
@@ -266,7 +273,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
 def test_help_is_quick_documentation() -> None:
     began = time.perf_counter()
     done = run("distill_atari.py", "--help")
-    assert time.perf_counter() - began < 10  # 3 s on an idle machine: benchmarks/startup.py measures it
+    assert time.perf_counter() - began < 10  # 3 s on an idle machine: benchmarks/stages.py measures it
     for word in ("--game", "--student", "DAgger", "forward KL", "{auto,cuda,mps,cpu}"):
         assert word in done.stdout
 

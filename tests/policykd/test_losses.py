@@ -19,7 +19,7 @@ def scores(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def test_zero_at_agreement(loss: ForwardKL | ReverseKL) -> None:
     """A student whose softmax is the tempered teacher's, up to a shift of its logits."""
     student_BA = scores(32, 6)
-    teacher_BA = loss.temperature * (student_BA + 7.0)
+    teacher_BA = (loss.temperature or 1.0) * (student_BA + 7.0)
     torch.testing.assert_close(loss(student_BA, teacher_BA), torch.zeros(32, dtype=torch.float64))
     assert (loss(student_BA, 2.0 * teacher_BA) > 1e-3).all()
 
