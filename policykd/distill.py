@@ -45,7 +45,7 @@ class Round:
     learning_rate: float
     """of the last update"""
     student_fraction: float
-    """share of this round's steps that the student chose"""
+    """the chance of a step in this round to be the student's"""
     episodes: list[Episode]
     """games that ended while collecting, whoever played them"""
     collect_seconds: float
