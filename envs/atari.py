@@ -70,7 +70,7 @@ class AtariEnvs:
         self.num_actions = int(self._emulators[0].single_action_space.n)  # type: ignore[attr-defined]
         self._presses_fire = ale_py.Action.FIRE in self._emulators[0].ale.get_action_set()
         self._stacks = np.zeros((num_envs, STACK, 84, 84), np.uint8)
-        self._screens = np.zeros((num_envs, 210, 160, 3), np.uint8)
+        self._screens = [np.zeros((210, 160, 3), np.uint8)] * num_envs
         self._lives = [0] * num_envs
         self._returns = [0.0] * num_envs
         self._lengths = [0] * num_envs
@@ -110,7 +110,7 @@ class AtariEnvs:
 
     def screens(self) -> np.ndarray:
         """Returns what a person would see, RGB uint8 `(num_envs, 210, 160, 3)`."""
-        return self._screens.copy()
+        return np.stack(self._screens)
 
     def state(self) -> dict[str, Any]:
         """Returns the position in every game: all actions since the last `reset`."""
