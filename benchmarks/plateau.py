@@ -76,15 +76,15 @@ BASE = {"rate": 1e-3, "batch_size": 256, "updates": UPDATES, "warmup": 0.05}
 PLAIN, BOTH = scaled(False, False), scaled(True, True)
 VARIANTS: dict[str, tuple[Callable[[Student, torch.Tensor], None], dict[str, float], int]] = {
     "frames / 255 (as SB3)": (PLAIN, {}, 16),
-    "frames / 255, learning rate 2e-3": (PLAIN, {"rate": 2e-3}, 16),
-    "frames / 255, no warm-up": (PLAIN, {"warmup": 1e-9}, 16),
+    "centred and scaled": (BOTH, {}, 16),
+    "centred, / 255": (scaled(True, False), {}, 16),
+    "scaled by the spread, not centred": (scaled(False, True), {}, 16),
+    "centred and scaled, learning rate 2e-3": (BOTH, {"rate": 2e-3}, 16),
     "frames / 255, orthogonal weights": (orthogonal, {}, 16),
     "frames / 255, first layer 32 wide": (PLAIN, {}, 32),
     "frames / 255, batches of 64, 4 x updates": (PLAIN, {"batch_size": 64, "updates": 4 * UPDATES}, 16),
-    "scaled by the spread, not centred": (scaled(False, True), {}, 16),
-    "centred, / 255": (scaled(True, False), {}, 16),
-    "centred and scaled": (BOTH, {}, 16),
-    "centred and scaled, learning rate 2e-3": (BOTH, {"rate": 2e-3}, 16),
+    "frames / 255, learning rate 2e-3": (PLAIN, {"rate": 2e-3}, 16),
+    "frames / 255, no warm-up": (PLAIN, {"warmup": 1e-9}, 16),
     "centred and scaled, learning rate 4e-3": (BOTH, {"rate": 4e-3}, 16),
     "centred and scaled, learning rate 8e-3": (BOTH, {"rate": 8e-3}, 16),
 }
