@@ -277,7 +277,7 @@ def test_help_is_quick_documentation() -> None:
     began = time.perf_counter()
     done = run("distill_atari.py", "--help")
     assert time.perf_counter() - began < 10  # 3 s on an idle machine: benchmarks/stages.py measures it
-    for word in ("--game", "--student", "DAgger", "forward KL", "{auto,cuda,mps,cpu}"):
+    for word in ("--game", "--student", "DAgger", "KL(teacher", "{auto,cuda,mps,cpu}"):
         assert word in done.stdout
 
 
