@@ -69,7 +69,7 @@ def orthogonal(student: Student, frames: torch.Tensor) -> None:
     scaled(False, False)(student, frames)
     for layer in student.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.orthogonal_(layer.weight, 2**0.5)
+            layer.weight.data.copy_(nn.init.orthogonal_(torch.empty(layer.weight.shape), 2**0.5))
 
 
 BASE = {"rate": 1e-3, "batch_size": 256, "updates": UPDATES, "warmup": 0.05}
@@ -93,11 +93,14 @@ VARIANTS: dict[str, tuple[Callable[[Student, torch.Tensor], None], dict[str, flo
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", default="", help="only those whose name holds this text")
     args = parser.parse_args()
     prepare_device("cpu", 1)
     replay, held_out = visit("Pong", NUM_STATES, seed=0), visit("Pong", NUM_HELD_OUT, seed=1)
     print("| variant | median KL | every seed |\n|---|---:|---|")
     for name, (prepare, settings, width) in VARIANTS.items():
+        if args.variants not in name:
+            continue
         kls = []
         for seed in range(args.seeds):
             student = make_student("7%", 6, seed=seed)
