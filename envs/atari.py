@@ -7,7 +7,7 @@ resize are OpenCV's, as in SB3's WarpFrame, so the pixels are bit-equal to those
 Each emulator is a vector of one with a thread of its own, so that one game can press FIRE or reset while the others
 stand still. Only its first game is seeded: SB3's later ones start from what the emulator's memory holds after the game
 before, and BeamRider plays differently if it is cleared. A position is thus restored by taking all actions since
-`reset` again.
+`reset` again; with `independent_games`, for runs of millions of steps, only those since the game began.
 """
 
 from typing import Any
@@ -41,13 +41,14 @@ class AtariEnvs:
         noop_max: int,
         repeat_action_probability: float,
         life_loss_ends: bool,
+        independent_games: bool,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         if not 0.0 <= repeat_action_probability <= 1.0:
             raise ValueError(f"repeat_action_probability must lie in [0, 1], not {repeat_action_probability}")
         self.game, self.num_envs, self.seed = canonical_name(game), num_envs, seed
-        self.life_loss_ends = life_loss_ends
+        self.life_loss_ends, self.independent_games = life_loss_ends, independent_games
         self.obs_shape: tuple[int, ...] = (STACK, 84, 84)
         self.stack = STACK
         self._emulators = [
@@ -75,15 +76,15 @@ class AtariEnvs:
         self._returns = [0.0] * num_envs
         self._lengths = [0] * num_envs
         self._num_resets = 0
+        self._num_games = [0] * num_envs
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]
 
     def reset(self) -> Tensor:
         """Starts a new game everywhere and returns the first observations, uint8 `(num_envs, 4, 84, 84)`."""
         self._num_resets += 1
+        self._num_games = [0] * self.num_envs
         for i in range(self.num_envs):
-            self._actions[i] = []
-            words = np.random.SeedSequence([self.seed, i, self._num_resets]).generate_state(1)
-            self._new_game(i, (words >> 1).astype(np.int32))
+            self._new_game(i)
         return torch.from_numpy(self._stacks.copy())
 
     def step(self, actions_B: Tensor) -> Step:
@@ -113,8 +114,9 @@ class AtariEnvs:
         return np.stack(self._screens)
 
     def state(self) -> dict[str, Any]:
-        """Returns the position in every game: all actions since the last `reset`."""
-        return {"num_resets": self._num_resets, "actions": [list(a) for a in self._actions]}
+        """Returns the position in every game: all actions since it, or the last `reset`, was seeded."""
+        actions = [list(a) for a in self._actions]
+        return {"num_resets": self._num_resets, "num_games": list(self._num_games), "actions": actions}
 
     def restore(self, state: dict[str, Any]) -> Tensor:
         """Plays every game up to its position again, about 2,000 steps a second.
@@ -127,8 +129,10 @@ class AtariEnvs:
         """
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"the state has {len(state['actions'])} environments, these are {self.num_envs}")
-        self._num_resets = state["num_resets"] - 1
-        self.reset()
+        self._num_resets = state["num_resets"]
+        for i in range(self.num_envs):
+            self._num_games[i] = state["num_games"][i] - 1 if self.independent_games else 0
+            self._new_game(i)
         for k in range(max(map(len, state["actions"]))):
             row = [
                 (i, actions[k], k >= len(actions) - STACK)
@@ -163,7 +167,13 @@ class AtariEnvs:
             self._start_stack(i)
         return reward, True, episode
 
-    def _new_game(self, i: int, seed: np.ndarray | None = None) -> None:
+    def _new_game(self, i: int) -> None:
+        seed = None
+        if self.independent_games or not self._num_games[i]:
+            number = [self._num_games[i]] if self.independent_games else []
+            words = np.random.SeedSequence([self.seed, i, self._num_resets, *number]).generate_state(1)
+            seed, self._actions[i] = (words >> 1).astype(np.int32), []
+        self._num_games[i] += 1
         self._reset_emulator(i, seed)
         self._press_fire(i)
         self._start_stack(i)
@@ -213,6 +223,7 @@ def make_atari(
     noop_max: int = 30,
     repeat_action_probability: float = 0.0,
     life_loss_ends: bool = True,
+    independent_games: bool = False,
 ) -> AtariEnvs:
     """Returns `num_envs` games with the pixels, FIRE presses and lost lives of SB3's `make_atari_env`, bit for bit.
 
@@ -224,6 +235,7 @@ def make_atari(
         repeat_action_probability: chance a frame that the emulator repeats the last action (Machado et al., 2018).
         life_loss_ends: after a lost life start a new stack and press FIRE, as SB3 does in training; a game's return and
             length always count the whole game.
+        independent_games: seed every game anew, so that it depends on the seed, its number and its actions alone.
 
     Raises:
         ValueError: an unknown game, or a number out of range.
@@ -235,6 +247,7 @@ def make_atari(
         noop_max=noop_max,
         repeat_action_probability=repeat_action_probability,
         life_loss_ends=life_loss_ends,
+        independent_games=independent_games,
     )
 
 

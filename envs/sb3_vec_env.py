@@ -1,0 +1,68 @@
+"""Our environments as Stable-Baselines3's `VecEnv`, for its algorithms to train on."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from policykd.envs.vector import VectorEnv
+
+
+class SB3VecEnv(VecEnv):
+    """A `VectorEnv` behind SB3's interface; on Atari the observations are stacks, channels first.
+
+    A lost life ends an episode for the algorithm, as under SB3's AtariWrapper; `info["episode"]` is the whole game with
+    unclipped rewards. A game that a time limit cut counts as ended: its last observation is not kept.
+    """
+
+    def __init__(self, envs: VectorEnv, *, clip_rewards: bool) -> None:
+        """Wraps `envs`; `clip_rewards` gives the algorithm their sign alone (Mnih et al., 2015)."""
+        self.envs, self.clip_rewards = envs, clip_rewards
+        frames = len(envs.obs_shape) == 3
+        low, high, dtype = (0, 255, np.uint8) if frames else (-np.inf, np.inf, np.float32)
+        spaces = gym.spaces.Box(low, high, envs.obs_shape, dtype), gym.spaces.Discrete(envs.num_actions)
+        super().__init__(envs.num_envs, *spaces)
+        self._actions_B = torch.zeros(0)
+
+    def reset(self) -> np.ndarray:
+        """Starts a new game everywhere and returns the first observations, `(num_envs, *obs_shape)`."""
+        return self.envs.reset().numpy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Takes the actions, `(num_envs,)`, that `step_wait` plays."""
+        self._actions_B = torch.from_numpy(np.asarray(actions))
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Returns observations, rewards float32, ends (of a game or a life) and infos."""
+        step = self.envs.step(self._actions_B)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for e in step.episodes:
+            infos[e.env]["episode"] = {"r": e.episodic_return, "l": e.length, "t": 0.0}
+        rewards = step.rewards_B.numpy()
+        return step.obs.numpy(), np.sign(rewards) if self.clip_rewards else rewards, step.starts_B.numpy(), infos
+
+    def close(self) -> None:
+        """Does nothing: emulators end with the process."""
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """Returns an attribute of the vector, once for every environment asked for."""
+        return [getattr(self.envs, attr_name, None) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Raises NotImplementedError: the vector cannot be changed one environment at a time."""
+        raise NotImplementedError(f"{attr_name} cannot be set on {type(self.envs).__name__}")
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: int | Iterable[int] | None = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Raises NotImplementedError: there are no separate environments to call."""
+        raise NotImplementedError(f"{method_name} cannot be called on {type(self.envs).__name__}")
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: int | Iterable[int] | None = None
+    ) -> list[bool]:
+        """Returns False for every environment asked for."""
+        return [False for _ in self._get_indices(indices)]

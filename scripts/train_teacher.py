@@ -1,0 +1,255 @@
+"""Trains a teacher with Stable-Baselines3's own algorithms and the zoo's hyperparameters, and writes its card."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.utils import LinearSchedule
+from torch.utils.tensorboard import SummaryWriter
+
+from policykd.agents.files import write_atomically
+from policykd.agents.policy import Policy, sample
+from policykd.agents.rebuild import Algorithm
+from policykd.agents.teacher import load_teacher
+from policykd.agents.trusted import Sb3Scores
+from policykd.checkpoints import MANIFEST
+from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
+from policykd.envs.atari import make_atari
+from policykd.envs.games import canonical_name
+from policykd.envs.sb3_vec_env import SB3VecEnv
+from policykd.evaluation import PROTOCOLS, evaluate_on_atari
+from policykd.frame_buffer import FrameReplayBuffer
+from policykd.results import judgement
+from policykd.runs import again, check_at_least, open_run
+from policykd.sb3_archive import centre_input, start_from, write_teacher
+from policykd.sb3_checkpoints import Progress, restore_training
+
+ALGORITHMS: dict[str, Algorithm] = {"ppo": "PPO", "a2c": "A2C", "dqn": "DQN", "qrdqn": "QRDQN"}
+OFF_POLICY = ("dqn", "qrdqn")
+FILL_THEN_LEARN: dict[str, Any] = {"learning_starts": 100_000, "train_freq": 4, "gradient_steps": 1}
+ZOO: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "n_steps": 128,
+        "n_epochs": 4,
+        "batch_size": 256,
+        "learning_rate": LinearSchedule(2.5e-4, 0.0, 1.0),
+        "clip_range": LinearSchedule(0.1, 0.0, 1.0),
+        "vf_coef": 0.5,
+        "ent_coef": 0.01,
+    },
+    "a2c": {
+        "ent_coef": 0.01,
+        "vf_coef": 0.25,
+        "policy_kwargs": {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}},
+    },
+    "dqn": {
+        **FILL_THEN_LEARN,
+        "buffer_size": 100_000,
+        "learning_rate": 1e-4,
+        "batch_size": 32,
+        "target_update_interval": 1000,
+        "exploration_fraction": 0.1,
+        "exploration_final_eps": 0.01,
+    },
+    "qrdqn": {**FILL_THEN_LEARN, "buffer_size": 100_000, "exploration_fraction": 0.025},
+}
+"""rl-baselines3-zoo's for Atari; QR-DQN's buffer and first random steps are DQN's, since the zoo's take ten times the
+memory"""
+NUM_ENVS = {"ppo": 8, "a2c": 16, "dqn": 8, "qrdqn": 8}
+FREE = {"device", "threads", "name", "folder", "resume", "eval_every", "eval_episodes", "checkpoint_every"}
+"""what may be changed when a run goes on: it does not decide what is learned"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Trains a teacher with Stable-Baselines3's own algorithms and the zoo's hyperparameters, and writes its card.
+
+    Writes runs/GAME/NAME/ with TensorBoard curves, checkpoints/, and at the end ALGO-GAME.zip, an SB3 archive, with its
+    card ALGO-GAME.json. A run that was killed goes on from its last checkpoint with --resume, bit for bit.
+    """
+
+    game: str
+    """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game"""
+    algo: Literal["ppo", "a2c", "dqn", "qrdqn"] = "ppo"
+    """SB3's PPO, A2C or DQN, or sb3-contrib's QR-DQN"""
+    steps: int = 10_000_000
+    """agent steps (4 frames each) over all environments"""
+    num_envs: int = 0
+    """games played at once; 0 is 16 for A2C, 8 for the others; DQN and QR-DQN learn once in 4 steps whatever it is"""
+    hyperparams: tuple[str, ...] = ()
+    """others than the zoo's, NAME:NUMBER each, such as learning_rate:3e-4 n_steps:3"""
+    centre: bool = False
+    """train on frames centred on the background and scaled by their spread (folded into the weights at the end): leaves
+    Pong's plateau sooner"""
+    start_from: str = ""
+    """a teacher to go on from (Agarwal et al., 2022): its convolutions and features are copied, a policy's head too;
+    for DQN and QR-DQN it also plays, sampled, while the buffer is first filled, in place of random actions"""
+    checkpoint_every: int = 50_000
+    """steps between checkpoints"""
+    eval_every: int = 250_000
+    """steps between evaluations on the way (16 games, no-op starts, sampled); 0 for none"""
+    eval_episodes: int = 100
+    """whole games under each protocol at the end, for the card"""
+    device: DeviceName = "auto"
+    """where to learn: cuda, then mps, then cpu, whichever is there first"""
+    threads: int = 0
+    """CPU threads; 0 takes what torch finds"""
+    seed: int = 0
+    """of weights, games and actions"""
+    name: str = ""
+    """of the run's folder; by default algorithm and seed"""
+    folder: Path = Path("runs")
+    """where runs are kept"""
+    resume: bool = False
+    """go on with the run of this --name from its last checkpoint, or start it if there is none"""
+
+
+def main(args: Args) -> None:
+    """Trains, or goes on training, then writes the archive and its card."""
+    check_at_least(args, 1, "steps", "checkpoint_every", "eval_episodes")
+    check_at_least(args, 0, "num_envs", "eval_every", "seed")
+    args = dataclasses.replace(args, game=canonical_name(args.game), num_envs=args.num_envs or NUM_ENVS[args.algo])
+    device = prepare_device(args.device, args.threads)
+    name = args.name or f"{args.algo}-seed{args.seed}"
+    run = args.folder / args.game / name
+    envs = make_atari(args.game, args.num_envs, args.seed, independent_games=True)
+    model = make_model(args, SB3VecEnv(envs, clip_rewards=True), device)
+    start = load_teacher(args.start_from, game=args.game) if args.start_from else None
+    centre, scale = spread(args.game, args.seed) if args.centre else (0.0, 255.0)
+    if start:
+        start_from(model.policy, start.net, centre, scale)
+    if args.centre:
+        centre_input(model.policy, centre, scale)
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
+    open_run(run, settings, resume=args.resume, machine={"device": str(device), "threads": torch.get_num_threads()})
+
+    if (run / "checkpoints" / MANIFEST).is_file():
+        restore_training(model, envs, run / "checkpoints")
+    elif start and args.algo in OFF_POLICY:
+        explore(model, start.to(device), args.seed, start.temperature)
+    board = TensorBoardOutputFormat(str(run))
+    board.writer = SummaryWriter(str(run), purge_step=model.num_timesteps + 1)
+    model.set_logger(Logger(str(run), [board]))
+
+    def evaluate(steps: int) -> None:
+        policy = Sb3Scores(model.policy.eval(), ALGORITHMS[args.algo], envs.obs_shape, envs.num_actions)
+        temperature = 0.01 if args.algo in OFF_POLICY else 1.0
+        games = evaluate_on_atari(
+            policy, args.game, "noop_sampled", 16, seed=args.seed, temperature=temperature, device=device
+        )
+        board.writer.add_scalar("eval/mean_reward", np.mean(games.returns), steps)
+        board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
+        print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)
+
+    progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every)
+    print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
+    try:
+        with progress.catching_signals():
+            model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
+            progress.save()
+        archive = run / f"{args.algo}-{args.game}.zip"
+        write_teacher(model, archive, centre=centre, scale=scale)
+        write_card(archive, model, args, settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{progress.saved:,} steps are saved; go on with: {again(args, run)}") from None
+
+
+def make_model(args: Args, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
+    """Returns a new agent with the zoo's hyperparameters and those given."""
+    algorithms: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "dqn": DQN}
+    if args.algo == "qrdqn":
+        from sb3_contrib import QRDQN
+
+        algorithms["qrdqn"] = QRDQN
+    settings = {**ZOO[args.algo], **overrides(args.hyperparams)}
+    if args.algo in OFF_POLICY:
+        # One learning step for every train_freq steps, as with the zoo's single environment.
+        settings["gradient_steps"] *= args.num_envs
+        multi_step = {"n_steps": settings.pop("n_steps", 1), "gamma": settings.get("gamma", 0.99)}
+        settings |= {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": multi_step}
+    try:
+        model = algorithms[args.algo]("CnnPolicy", envs, seed=args.seed, device=device, **settings)
+    except TypeError as error:
+        raise ValueError(f"--hyperparams: {args.algo} knows no such setting ({error})") from error
+    model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def overrides(given: tuple[str, ...]) -> dict[str, float]:
+    """Returns hyperparameters written NAME:NUMBER."""
+    numbers = dict[str, float]()
+    for text in given:
+        name, _, value = text.partition(":")
+        try:
+            numbers[name] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--hyperparams {text!r}: write NAME:NUMBER, such as learning_rate:3e-4") from error
+    return numbers
+
+
+def spread(game: str, seed: int) -> tuple[float, float]:
+    """Returns the median and the standard deviation of the pixels of random play, grey levels."""
+    envs, generator = make_atari(game, 8, seed), torch.Generator().manual_seed(seed)
+    envs.reset()
+    for _ in range(100):
+        obs = envs.step(torch.randint(envs.num_actions, (8,), generator=generator)).obs
+    pixels = obs.float()
+    return float(pixels.median()), float(pixels.std().clamp(min=1.0))
+
+
+@torch.no_grad()
+def explore(model: BaseAlgorithm, explorer: Policy, seed: int, temperature: float) -> None:
+    """Fills the buffer up to `learning_starts` with the actions of another agent."""
+    assert isinstance(model, DQN) or hasattr(model, "quantile_net")
+    envs, generator = model.env, torch.Generator().manual_seed(seed)
+    assert envs is not None
+    obs: Any = envs.reset()
+    while model.num_timesteps < model.learning_starts:  # type: ignore[attr-defined]
+        scores_BA = explorer(torch.from_numpy(obs).to(model.device)).cpu() / temperature
+        actions = sample(scores_BA, generator).numpy()
+        new_obs, rewards, dones, infos = envs.step(actions)
+        model.replay_buffer.add(obs, new_obs, actions, rewards, dones, infos)  # type: ignore[attr-defined]
+        obs = new_obs
+        model.num_timesteps += envs.num_envs
+    model._last_obs, model._last_episode_starts = obs, dones
+
+
+def write_card(archive: Path, model: BaseAlgorithm, args: Args, settings: Mapping[str, Any]) -> None:
+    """Plays the archive's agent and writes what it is beside it."""
+    teacher = load_teacher(archive)
+    protocols = {}
+    for protocol in PROTOCOLS:
+        print(f"playing {args.eval_episodes} games, {protocol} ...", flush=True)
+        games = evaluate_on_atari(
+            teacher, args.game, protocol, args.eval_episodes, seed=args.seed + 1000, temperature=teacher.temperature
+        )
+        protocols[protocol] = judgement(games)
+        print(f"mean {protocols[protocol]['mean']:.2f} {protocols[protocol]['interval']}", flush=True)
+    card = {
+        "game": args.game,
+        "algorithm": teacher.algorithm,
+        "policy": "CnnPolicy",
+        "agent_steps": model.num_timesteps,
+        "command": shlex.join(sys.argv),
+        "settings": settings,
+        "versions": versions(),
+        "sha256": teacher.sha256,
+        "protocols": protocols,
+    }
+    write_atomically(archive.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(tyro.cli(Args)))

@@ -1,0 +1,141 @@
+"""SB3's training, cut and continued, is the training that was not cut; what it ends with is a teacher."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sb3_contrib import QRDQN
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+
+from policykd.checkpoints import MANIFEST
+from policykd.envs.atari import make_atari
+from policykd.envs.gymnasium_envs import GymnasiumEnvs
+from policykd.envs.sb3_vec_env import SB3VecEnv
+from policykd.envs.vector import VectorEnv
+from policykd.frame_buffer import FrameReplayBuffer
+from policykd.sb3_checkpoints import Progress, restore_training, save_training
+
+OFF_POLICY: dict[str, Any] = {
+    "learning_starts": 100,
+    "buffer_size": 400,
+    "gradient_steps": 2,
+    "target_update_interval": 50,
+}
+OFF_POLICY |= {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2}}
+RMSPROP = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
+ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+    "PPO": (PPO, {"n_steps": 32, "batch_size": 32, "n_epochs": 2}),
+    "A2C": (A2C, {"policy_kwargs": RMSPROP}),
+    "DQN": (DQN, OFF_POLICY),
+    "QRDQN": (QRDQN, {**OFF_POLICY, "policy_kwargs": {"n_quantiles": 5, "net_arch": [32]}}),
+}
+
+
+def make(algorithm: str) -> tuple[BaseAlgorithm, VectorEnv]:
+    kind, settings = ALGORITHMS[algorithm]
+    envs = GymnasiumEnvs("CartPole-v1", 2, seed=0)
+    return kind("MlpPolicy", SB3VecEnv(envs, clip_rewards=False), seed=0, device="cpu", **settings), envs
+
+
+class Saving(Progress):
+    """Saves every 200 steps and stops, as if killed, at `until`."""
+
+    until = 10**9
+
+    def _on_rollout_start(self) -> None:
+        super()._on_rollout_start()
+        if self.model.num_timesteps >= self.until:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_training_that_was_killed_goes_on_bit_for_bit(algorithm: str, tmp_path: Path) -> None:
+    whole, envs = make(algorithm)
+    whole.learn(1200)
+
+    first, envs = make(algorithm)
+    saving = Saving(envs, tmp_path, 200, lambda steps: None, 0)
+    saving.until = 900
+    with pytest.raises(KeyboardInterrupt):
+        first.learn(1200, saving)
+
+    np.random.seed(99)  # nothing may depend on what a new process starts with
+    again, envs = make(algorithm)
+    restore_training(again, envs, tmp_path)
+    assert 700 <= again.num_timesteps <= 900
+    again.learn(1200 - again.num_timesteps, reset_num_timesteps=False)
+
+    assert again.num_timesteps == whole.num_timesteps
+    expected, found = whole.policy.state_dict(), again.policy.state_dict()
+    assert all((expected[name] == found[name]).all() for name in expected)
+    assert [e["r"] for e in whole.ep_info_buffer or []] == [e["r"] for e in again.ep_info_buffer or []]
+
+
+def test_shards_that_left_the_ring_are_removed(tmp_path: Path) -> None:
+    model, envs = make("DQN")
+    model.learn(3000, Saving(envs, tmp_path, 200, lambda steps: None, 0))
+    shards = [p.name for p in tmp_path.glob("replay-*.npz")]
+    assert 2 <= len(shards) <= 4
+    assert {p.name for p in tmp_path.iterdir()} == {*json.loads((tmp_path / MANIFEST).read_text())["files"], MANIFEST}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    model, envs = make("PPO")
+    model.learn(64)
+    save_training(model, envs, tmp_path)
+    (file,) = tmp_path.glob("model-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name}: not what was saved"):
+        restore_training(*make("PPO"), tmp_path)
+
+
+def test_a_signal_waits_for_the_end_of_a_rollout_and_a_second_does_not(tmp_path: Path) -> None:
+    model, envs = make("PPO")
+    before = signal.getsignal(signal.SIGTERM)
+    progress = Progress(envs, tmp_path, 10**9, lambda steps: None, 0)
+    with progress.catching_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(1000, progress)
+        assert (progress.saved, (tmp_path / MANIFEST).is_file()) == (0, True)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_evaluations_come_between_rollouts(tmp_path: Path) -> None:
+    model, envs = make("A2C")
+    seen: list[int] = []
+    model.learn(1000, Progress(envs, tmp_path, 10**9, seen.append, 300))
+    assert seen == [300, 600, 900]
+
+
+def test_an_atari_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def make_dqn() -> tuple[BaseAlgorithm, VectorEnv]:
+        envs = make_atari("Breakout", 2, seed=0, independent_games=True)
+        settings: dict[str, Any] = {**OFF_POLICY, "batch_size": 4, "gradient_steps": 1}
+        model = DQN("CnnPolicy", SB3VecEnv(envs, clip_rewards=True), seed=0, device="cpu", **settings)
+        model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, envs
+
+    whole, _ = make_dqn()
+    whole.learn(400)
+    first, envs = make_dqn()
+    saving = Saving(envs, tmp_path, 200, lambda steps: None, 0)
+    saving.until = 300
+    with pytest.raises(KeyboardInterrupt):
+        first.learn(400, saving)
+    again, envs = make_dqn()
+    restore_training(again, envs, tmp_path)
+    again.learn(400 - again.num_timesteps, reset_num_timesteps=False)
+    expected, found = whole.policy.state_dict(), again.policy.state_dict()
+    assert all((expected[name] == found[name]).all() for name in expected)
