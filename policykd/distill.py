@@ -35,7 +35,8 @@ class Round:
     action_agreement: float
     """share of those states where both have the same best action"""
     new_kl: float
-    """KL(teacher || student) on this round's states before the student was fitted to them, nats"""
+    """KL(teacher || student) on states that the student was not fitted to, nats: this round's before the fit; offline,
+    those that are held out"""
     new_action_agreement: float
     """agreement there"""
     teacher_entropy: float
@@ -74,7 +75,13 @@ class Learner:
 
 
 def make_learner(
-    student: nn.Module, envs: VectorEnv, *, capacity: int, seed: int, device: torch.device | str = "cpu"
+    student: nn.Module,
+    envs: VectorEnv,
+    *,
+    capacity: int = 0,
+    seed: int,
+    device: torch.device | str = "cpu",
+    replay: Replay | None = None,
 ) -> Learner:
     """Returns a learner at the start of a run.
 
@@ -84,14 +91,16 @@ def make_learner(
         capacity: most states that are ever stored.
         seed: of action sampling and batches.
         device: where student, replay and gradients live.
+        replay: labelled states to distil from offline, on `device`; in place of an empty one of that capacity.
     """
     obs = envs.reset()
+    if replay is None:
+        shape = (envs.num_envs, envs.num_actions, envs.obs_shape)
+        replay = Replay(capacity, *shape, stack=envs.stack, dtype=obs.dtype, device=device)
     return Learner(
         student=student.to(device),
         envs=envs,
-        replay=Replay(
-            capacity, envs.num_envs, envs.num_actions, envs.obs_shape, stack=envs.stack, dtype=obs.dtype, device=device
-        ),
+        replay=replay,
         optimizer=torch.optim.Adam(student.parameters(), fused=True),
         generator=torch.Generator().manual_seed(seed),
         obs=obs,
@@ -125,7 +134,8 @@ def distill(
         states: whose actions choose the states.
         learning_rate: as a function of the run's progress.
         rounds: times to visit, then fit.
-        states_per_round: a multiple of the number of environments.
+        states_per_round: a multiple of the number of environments; 0 visits none and fits to what the replay holds
+            (offline), but for the states that it holds out.
         updates_per_round: gradient steps.
         batch_size: states a gradient step.
         temperature: divides the teacher's scores where it acts, and in the measured KL.
@@ -137,12 +147,15 @@ def distill(
     device = replay.frames.device
     if states_per_round % envs.num_envs:
         raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {envs.num_envs}")
+    if not states_per_round and not 0 < replay.num_held_out < len(replay):
+        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
 
     while learner.round < rounds:
         progress = learner.round / max(1, rounds - 1)
 
         # 1. Visit states and label each with the teacher's scores.
-        began, label_seconds, first_new, episodes = time.perf_counter(), 0.0, len(replay), list[Episode]()
+        began, label_seconds, episodes = time.perf_counter(), 0.0, list[Episode]()
+        first_new = len(replay) - replay.num_held_out
         student.eval()
         for _ in range(states_per_round // envs.num_envs):
             obs = learner.obs.to(device)

@@ -3,6 +3,8 @@
 Suffixes name dimensions: B environments or a batch, S stack, N stored states, A actions.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,7 +36,13 @@ class Replay:
         self.pasts_N = torch.zeros(capacity, dtype=torch.uint8, device=device)
         """how many earlier frames of the same game state n's stack holds"""
         self.scores_NA = torch.zeros((capacity, num_actions), device=device)
-        """the teacher's raw scores: never probabilities, never divided by a temperature"""
+        """the teacher's raw scores: never probabilities, never divided by a temperature; nan: not labelled yet"""
+        self.history = torch.zeros(0, dtype=torch.int64)
+        """rows, ascending, that are no states: only stacks of later ones hold their frames, and `sample` skips them"""
+        self.num_given = 0
+        """the first rows, which a dataset keeps: checkpoints leave them out"""
+        self.num_held_out = 0
+        """the last rows, which `sample` leaves alone: what an offline student is measured on"""
         self.size = 0
         self._back_S = num_envs * torch.arange(stack - 1, -1, -1, device=device)
 
@@ -75,23 +83,37 @@ class Replay:
         Returns:
             observations `(batch, *obs_shape)`, scores `(batch, num_actions)`.
         """
-        rows_B = torch.randint(self.size, (batch_size,), generator=generator).to(self.frames.device)
+        end = self.size - self.num_held_out
+        history = self.history[self.history < end]
+        rows_B = torch.randint(end - len(history), (batch_size,), generator=generator)
+        if len(history):  # the k-th state lies behind the rows of history before it
+            rows_B += torch.searchsorted(history - torch.arange(len(history)), rows_B, right=True)
+        rows_B = rows_B.to(self.frames.device)
         return self.gather(rows_B), self.scores_NA.index_select(0, rows_B)
 
-    def arrays(self, first: int) -> dict[str, np.ndarray]:
-        """Returns the states from `first` on as arrays, for a shard on disk."""
-        return {
-            "frames": self.frames[1 + first : 1 + self.size].cpu().numpy(),
-            "pasts": self.pasts_N[first : self.size].cpu().numpy(),
-            "scores": self.scores_NA[first : self.size].cpu().numpy(),
+    def arrays(self, first: int, end: int | None = None) -> dict[str, np.ndarray]:
+        """Returns the rows from `first` up to `end` (all that there are) as arrays, for a shard on disk."""
+        end = self.size if end is None else end
+        arrays = {
+            "frames": self.frames[1 + first : 1 + end].cpu().numpy(),
+            "pasts": self.pasts_N[first:end].cpu().numpy(),
+            "scores": self.scores_NA[first:end].cpu().numpy(),
         }
+        if len(self.history):
+            arrays["history"] = torch.isin(torch.arange(first, end), self.history).numpy()
+        return arrays
 
-    def extend(self, arrays: dict[str, np.ndarray]) -> None:
-        """Appends the states of a shard that `arrays` returned."""
-        end = self.size + len(arrays["pasts"])
+    def extend(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Appends the rows of a shard that `arrays` returned; without `scores` they wait for a label."""
+        first, end = self.size, self.size + len(arrays["pasts"])
         if end > self.capacity:
             raise ValueError(f"the shard ends at state {end}, the replay holds {self.capacity}")
-        self.frames[1 + self.size : 1 + end] = torch.from_numpy(arrays["frames"])
-        self.pasts_N[self.size : end] = torch.from_numpy(arrays["pasts"])
-        self.scores_NA[self.size : end] = torch.from_numpy(arrays["scores"])
+        self.frames[1 + first : 1 + end] = torch.from_numpy(arrays["frames"])
+        self.pasts_N[first:end] = torch.from_numpy(arrays["pasts"])
+        if "scores" in arrays:
+            self.scores_NA[first:end] = torch.from_numpy(arrays["scores"])
+        else:
+            self.scores_NA[first:end] = torch.nan
+        if "history" in arrays:
+            self.history = torch.cat([self.history, first + torch.from_numpy(np.flatnonzero(arrays["history"]))])
         self.size = end

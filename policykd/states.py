@@ -1,6 +1,7 @@
 """State sources: whose actions choose the states that the student learns on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -86,3 +87,27 @@ class MixedStates:
             return teacher_actions_B
         student_actions_B = sample(student(obs).to(teacher_BA.device), generator)
         return torch.where(student_plays_B, student_actions_B, teacher_actions_B)
+
+
+@dataclass(frozen=True)
+class DatasetStates:
+    """Stored states, and none is visited: offline distillation; `--states dataset:PATH` for short."""
+
+    path: Path
+    """of a dataset (docs/states.md), or of a run whose states are used again"""
+    held_out: float = 0.05
+    """share of the states, the last ones, that the student is not fitted to but measured on"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"held_out must lie in (0, 1), not {self.held_out}")
+
+    def student_fraction(self, progress: float, /) -> float:
+        """Returns 0."""
+        return 0.0
+
+    def __call__(
+        self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
+    ) -> Tensor:
+        """Is never asked."""
+        raise AssertionError("states were visited in an offline distillation")

@@ -93,3 +93,23 @@ def test_shards_rebuild_a_replay() -> None:
     assert (again.scores_NA == replay.scores_NA).all()
     with pytest.raises(ValueError, match="the replay holds 8"):
         again.extend(replay.arrays(4))
+
+
+def test_what_is_held_out_and_what_is_history_are_never_drawn() -> None:
+    replay = Replay(20, 1, 1, (1,))
+    history = torch.tensor([0, 1, 5, 6, 14, 15])
+    frames = torch.arange(20.0).view(20, 1).numpy()
+    is_history = torch.isin(torch.arange(20), history).numpy()
+    for part in (slice(0, 12), slice(12, 20)):
+        shard = {"frames": frames[part], "pasts": torch.zeros(20, dtype=torch.uint8).numpy()[part]}
+        replay.extend({**shard, "history": is_history[part]})
+    replay.num_held_out = 3
+    obs, scores_BA = replay.sample(20_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(obs.long().squeeze(1), minlength=20)
+    assert (counts > 0).tolist() == [n not in history.tolist() and n < 17 for n in range(20)]
+    assert counts[counts > 0].min() > 1600
+    assert scores_BA.isnan().all()
+    again = Replay(20, 1, 1, (1,))
+    again.extend(replay.arrays(0, 6))
+    again.extend(replay.arrays(6))
+    assert (again.history == history).all()
