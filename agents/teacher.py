@@ -1,33 +1,61 @@
-"""Teachers: SB3 PPO, A2C and DQN agents rebuilt from the tensors of their archives."""
+"""Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, from wherever a reference points."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from policykd.agents.archive import Archive, read_archive
-from policykd.agents.networks import MLP, ConvNet
-from policykd.envs.games import canonical_name
+from policykd.agents.archive import read_archive, sha256_of
+from policykd.agents.rebuild import rebuild
+from policykd.agents.references import TEACHER_HELP, Source, find_teacher
+from policykd.agents.zoo import played_game
 
-PRETRAINED = Path(__file__).parent / "pretrained"
-_KERNELS = ((8, 8), (4, 4), (3, 3))
+__all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher"]
+
+Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX"]
+
+
+class Net(Protocol):
+    """What scores actions: a network, or a session of ONNX Runtime."""
+
+    @property
+    def num_actions(self) -> int:
+        """How many actions it scores."""
+        ...
+
+    @property
+    def obs_shape(self) -> tuple[int, ...]:
+        """The shape of one observation."""
+        ...
+
+    def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
+        """Returns scores, float32 `(batch, num_actions)`."""
+        ...
+
+    def to(self, device: Any, /) -> Any:
+        """Moves it to a device."""
+        ...
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A trained agent as a `Policy`, with where it came from."""
 
-    net: ConvNet | MLP
-    algorithm: Literal["PPO", "A2C", "DQN"]
+    net: Net
+    algorithm: Algorithm
     path: Path
+    """of its archive or file on this machine"""
     sha256: str
     """of the archive"""
     card: Mapping[str, Any] = field(default_factory=dict)
-    """the JSON beside the archive, or empty"""
+    """what is said beside the archive: the JSON card, the zoo's YAML, the Hub's results.json; or empty"""
+    ref: str = ""
+    """what `load_teacher` takes to find it again, such as `hub:sb3/dqn-PongNoFrameskip-v4`"""
+    revision: str = ""
+    """the commit on the Hub, empty elsewhere"""
 
     @property
     def num_actions(self) -> int:
@@ -42,7 +70,14 @@ class Teacher:
     @property
     def temperature(self) -> float:
         """What its scores are divided by to get its policy: 1 for logits, 0.01 for Q-values (Rusu et al., 2015)."""
-        return 0.01 if self.algorithm == "DQN" else 1.0
+        return 0.01 if self.algorithm in ("DQN", "QRDQN") else 1.0
+
+    @property
+    def reported_return(self) -> float | None:
+        """The mean episodic return that its card, the Hub or the zoo's benchmark reports, or None."""
+        protocol = self.card.get("protocols", {}).get("noop_sampled")
+        reported = protocol["mean"] if protocol else self.card.get("reported_return")
+        return None if reported is None else float(reported)
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves its weights to a device and returns it."""
@@ -51,143 +86,61 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns logits (PPO, A2C) or Q-values (DQN), float32 `(batch, num_actions)`."""
-        scores_BA: Tensor = self.net(obs_BCHW)
-        return scores_BA
+        """Returns logits (PPO, A2C) or Q-values (DQN, QR-DQN's mean), float32 `(batch, num_actions)`."""
+        return self.net(obs_BCHW)
 
 
-def load_teacher(ref: str | Path = "bundled", *, game: str | None = None) -> Teacher:
-    """Returns the agent of an SB3 archive, or the one bundled for a game; nothing in the file is executed.
+def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pickle: bool = False) -> Teacher:
+    """Returns the agent that a reference names; nothing in its files is executed, unless `trust_pickle` allows it.
 
     Args:
-        ref: the path of an SB3 `.zip` archive, or `bundled`.
-        game: the game to play; a teacher whose card names another is refused.
+        ref: see `TEACHER_HELP` or docs/teachers.md.
+        game: the game to play; a teacher whose card or zoo files name another is refused.
+        trust_pickle: let SB3 itself load the archive, which runs the code in it; for custom policies of your own.
 
     Raises:
-        ValueError: missing, truncated, foreign or unsafe archive, another algorithm, another game.
+        ValueError: malformed reference; missing, truncated, foreign or unsafe archive; another algorithm or game.
+        OSError: the Hub cannot be reached and its cache has no copy.
     """
-    path = _bundled(game) if str(ref) == "bundled" else Path(ref)
-    archive = read_archive(path)
-    card_path = path.with_suffix(".json")
-    try:
-        card = json.loads(card_path.read_text()) if card_path.is_file() else {}
-        _check_card(card)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{card_path}: the teacher's card cannot be read ({error}); mend or remove it") from error
-    if "sha256" in card and card["sha256"] != archive.sha256:
+    source = find_teacher(ref, game=game)
+    played = source.card.get("game")
+    if game and played and played_game(played) != played_game(game):
         raise ValueError(
-            f"{path}: sha256 {archive.sha256[:12]}... is not its card's {card['sha256'][:12]}...; get it again"
+            f"{source.path}: this teacher plays {played_game(played)}, not {played_game(game)}; give another --teacher"
         )
-    if game and "game" in card and canonical_name(card["game"]) != canonical_name(game):
+    net, algorithm, sha256 = _read(source, trust_pickle=trust_pickle)
+    return Teacher(net, algorithm, source.path, sha256, source.card, source.ref, source.revision)
+
+
+def _read(source: Source, *, trust_pickle: bool) -> tuple[Net, Algorithm, str]:
+    if source.path.suffix == ".onnx":
+        return _read_onnx(source)
+    if trust_pickle:
+        from policykd.agents.trusted import load_with_sb3
+
+        sha256 = sha256_of(source.path)
+        _check_hash(source, sha256)  # before any code in the file runs
+        net, algorithm = load_with_sb3(source.path)
+        return net.requires_grad_(False), algorithm, sha256
+    archive = read_archive(source.path)
+    _check_hash(source, archive.sha256)
+    rebuilt, algorithm = rebuild(archive)
+    return rebuilt.eval().requires_grad_(False), algorithm, archive.sha256
+
+
+def _read_onnx(source: Source) -> tuple[Net, Algorithm, str]:
+    from policykd.agents.onnx_policy import OnnxPolicy
+
+    policy = OnnxPolicy(source.path)
+    _check_hash(source, policy.sha256)
+    algorithm = str(source.card.get("algorithm", "ONNX")).upper()
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(get_args(Algorithm))}")
+    return policy, cast(Algorithm, algorithm), policy.sha256
+
+
+def _check_hash(source: Source, sha256: str) -> None:
+    if "sha256" in source.card and source.card["sha256"] != sha256:
         raise ValueError(
-            f"{path}: this teacher plays {card['game']}, not {canonical_name(game)}; give another --teacher"
+            f"{source.path}: sha256 {sha256[:12]}... is not its card's {source.card['sha256'][:12]}...; get it again"
         )
-    net, algorithm = _rebuild(archive)
-    return Teacher(net.eval().requires_grad_(False), algorithm, path, archive.sha256, card)
-
-
-def _check_card(card: Any) -> None:
-    """Raises ValueError, TypeError or KeyError for a card that does not say what a card says."""
-    if not isinstance(card, dict) or not all(isinstance(card.get(k, ""), str) for k in ("game", "sha256")):
-        raise ValueError("it is not an object with the texts `game` and `sha256`")
-    if "protocols" in card and "sha256" not in card:
-        raise ValueError("it has results but no sha256 of the archive that they are of")
-    for name, protocol in dict(card.get("protocols", {})).items():
-        if not protocol["returns"] or len(protocol["interval"]) != 2:
-            raise ValueError(f"its protocol {name!r} has no returns")
-        float(protocol["mean"])
-
-
-def _bundled(game: str | None) -> Path:
-    if game is None:
-        raise ValueError("which bundled teacher? name its game, or give the path of an SB3 .zip archive")
-    found = sorted(PRETRAINED.glob(f"*-{canonical_name(game)}.zip"))
-    if not found:
-        have = sorted({p.stem.split("-", 1)[1] for p in PRETRAINED.glob("*.zip")})
-        raise ValueError(
-            f"no teacher is bundled for {canonical_name(game)}, only for {', '.join(have)}; give --teacher FILE.zip"
-        )
-    return found[-1]
-
-
-def _rebuild(archive: Archive) -> tuple[ConvNet | MLP, Literal["PPO", "A2C", "DQN"]]:
-    """Returns the acting network that the tensors' names and shapes describe."""
-    names = archive.tensors.keys()
-    if any(name.startswith("lstm_") for name in names):
-        raise ValueError(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are read")
-    if "action_net.weight" in names:
-        algorithm: Literal["PPO", "A2C", "DQN"] = "PPO" if "clip_range" in archive.data else "A2C"
-        prefixes: tuple[str, ...] = ("pi_features_extractor.", "features_extractor.")
-        dense = [*_layers(archive, "mlp_extractor.policy_net."), "action_net."]
-    elif any(n.startswith("q_net.q_net.") for n in names):
-        algorithm, prefixes = "DQN", ("q_net.features_extractor.",)
-        dense = _layers(archive, "q_net.q_net.")
-    else:
-        raise ValueError(
-            f"{archive.path}: holds no PPO, A2C or DQN policy (its tensors start with {next(iter(names), None)!r})"
-        )
-    extractor = next((p for p in prefixes if f"{p}cnn.0.weight" in names), None)
-    if extractor:
-        convolutions = [f"{extractor}cnn.{i}." for i in (0, 2, 4)]
-        dense = [f"{extractor}linear.0.", *dense]
-        return _fill_conv_net(archive, convolutions, dense), algorithm
-    return _fill_mlp(archive, dense, _activation(archive, nn.ReLU if algorithm == "DQN" else nn.Tanh)), algorithm
-
-
-def _activation(archive: Archive, default: type[nn.Module]) -> type[nn.Module]:
-    """Returns the activation that the archive's readable policy_kwargs name, or SB3's default."""
-    kwargs = archive.data.get("policy_kwargs")
-    named = str(kwargs["activation_fn"]) if isinstance(kwargs, dict) and "activation_fn" in kwargs else ""
-    known: dict[str, type[nn.Module]] = {".ReLU": nn.ReLU, ".Tanh": nn.Tanh, ".ELU": nn.ELU, ".LeakyReLU": nn.LeakyReLU}
-    found = [layer for name, layer in known.items() if name in named]
-    if named and not found:
-        raise ValueError(
-            f"{archive.path}: its activation {named} is not one of {', '.join(known)}; use another teacher"
-        )
-    return found[0] if found else default
-
-
-def _layers(archive: Archive, prefix: str) -> list[str]:
-    numbers = {int(n[len(prefix) :].split(".")[0]) for n in archive.tensors if n.startswith(prefix)}
-    return [f"{prefix}{i}." for i in sorted(numbers)]
-
-
-def _fill_conv_net(archive: Archive, convolutions: Sequence[str], dense: Sequence[str]) -> ConvNet:
-    kernels = [_weight(archive, layer, 4) for layer in convolutions]
-    if tuple(tuple(k.shape[2:]) for k in kernels) != _KERNELS or kernels[0].shape[1] != 4:
-        shapes = ", ".join(str(tuple(k.shape)) for k in kernels)
-        raise ValueError(f"{archive.path}: its convolutions {shapes} are not SB3's NatureCNN on 4 stacked 84x84 frames")
-    if len(dense) > 2:
-        raise ValueError(
-            f"{archive.path}: a custom net_arch of {len(dense)} dense layers; only SB3's default CnnPolicy is read"
-        )
-    sizes = [_weight(archive, layer, 2).shape[0] for layer in dense]
-    net = ConvNet([k.shape[0] for k in kernels], sizes[:-1], sizes[-1])
-    targets: list[nn.Module] = [net.conv1, net.conv2, net.conv3, *net.dense]
-    _fill(archive, [*convolutions, *dense], targets)
-    return net
-
-
-def _fill_mlp(archive: Archive, dense: Sequence[str], activation: type[nn.Module]) -> MLP:
-    weights = [_weight(archive, layer, 2) for layer in dense]
-    net = MLP(weights[0].shape[1], [w.shape[0] for w in weights[:-1]], weights[-1].shape[0], activation=activation)
-    _fill(archive, dense, list(net.dense))
-    return net
-
-
-def _weight(archive: Archive, layer: str, num_dimensions: int) -> Tensor:
-    weight = archive.tensors.get(f"{layer}weight")
-    if weight is None or weight.dim() != num_dimensions:
-        found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
-        raise ValueError(f"{archive.path}: {layer}weight {found}; not an SB3 CnnPolicy or MlpPolicy")
-    return weight
-
-
-def _fill(archive: Archive, layers: Sequence[str], targets: Sequence[nn.Module]) -> None:
-    for layer, target in zip(layers, targets, strict=True):
-        for name, parameter in target.named_parameters():
-            tensor = archive.tensors.get(f"{layer}{name}")
-            if tensor is None or tensor.shape != parameter.shape:
-                found = "nothing" if tensor is None else tuple(tensor.shape)
-                raise ValueError(f"{archive.path}: {layer}{name} expected {tuple(parameter.shape)}, found {found}")
-            parameter.data.copy_(tensor)
