@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from policykd.agents.networks import num_macs, num_parameters
+from policykd.agents.teacher import Net
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,22 @@ class Costs:
 
     num_parameters: int
     """on the acting path, each tensor counted once"""
-    num_macs: int
-    """multiply-accumulates for one observation"""
+    num_macs: int | None
+    """multiply-accumulates for one observation; None for an ONNX teacher, which are not counted"""
     num_bytes: int
     """of those parameters in float32"""
     latency_microseconds: float
     """median for one observation in torch on one CPU thread, eager"""
 
 
-def measure_costs(net: nn.Module, obs_shape: Sequence[int], *, num_calls: int = 200) -> Costs:
+def measure_costs(net: nn.Module | Net, obs_shape: Sequence[int], *, num_calls: int = 200) -> Costs:
     """Returns the costs of a network on observations of `obs_shape`, of bytes if they are frames."""
-    parameters = num_parameters(net)
-    device = next(net.parameters()).device
-    net = net.to("cpu").eval()
+    device = torch.device("cpu")
+    if isinstance(net, nn.Module):
+        parameters, device = num_parameters(net), next(net.parameters()).device
+        net.to("cpu").eval()
+    else:
+        parameters = getattr(net, "num_parameters", 0)
     obs = torch.zeros((1, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
     threads, seconds = torch.get_num_threads(), []
     torch.set_num_threads(1)
@@ -42,4 +46,5 @@ def measure_costs(net: nn.Module, obs_shape: Sequence[int], *, num_calls: int = 
         torch.set_num_threads(threads)
         net.to(device)
     median = sorted(seconds)[num_calls // 2]
-    return Costs(parameters, num_macs(net, obs_shape), 4 * parameters, 1e6 * median)
+    macs = num_macs(net, obs_shape) if isinstance(net, nn.Module) else None
+    return Costs(parameters, macs, 4 * parameters, 1e6 * median)

@@ -1,6 +1,6 @@
 """Judges a policy by whole games."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,8 @@ class Evaluation:
     """agent steps"""
     num_truncated: int
     """how many a time limit ended"""
+    unfinished: list[float] = field(default_factory=list)
+    """what games that were cut off at `max_steps` had brought by then: not episodic returns, so in no statistic"""
 
 
 class RandomPolicy:
@@ -67,6 +69,7 @@ def evaluate(
     generator: torch.Generator,
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
+    max_steps: int | None = None,
 ) -> Evaluation:
     """Plays whole games and returns each one's result.
 
@@ -81,23 +84,33 @@ def evaluate(
         generator: draws the actions.
         temperature: divides the scores before drawing.
         device: where the policy lives.
+        max_steps: agent steps after which a game is cut off, and with it the environment's share; such games are
+            `unfinished`, and those that are left are the shorter ones, so a mean over them says little.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
     shares_B = torch.tensor([(num_episodes + i) // envs.num_envs for i in range(envs.num_envs)])
     obs = envs.reset()
-    returns, lengths, num_truncated = list[float](), list[int](), 0
+    returns, lengths, num_truncated, unfinished = list[float](), list[int](), 0, list[float]()
+    steps_B, rewards_B = torch.zeros(envs.num_envs, dtype=torch.long), torch.zeros(envs.num_envs)
     while shares_B.any():
         scores_BA = policy(obs.to(device)).cpu()
         actions_B = greedy(scores_BA) if deterministic else sample(scores_BA / temperature, generator)
         step = envs.step(torch.where(shares_B > 0, actions_B, -1))
         obs = step.obs
+        steps_B += 1
+        rewards_B += step.rewards_B
         for episode in step.episodes:
             shares_B[episode.env] -= 1
+            steps_B[episode.env], rewards_B[episode.env] = 0, 0.0
             returns.append(episode.episodic_return)
             lengths.append(episode.length)
             num_truncated += episode.truncated
-    return Evaluation(returns, lengths, num_truncated)
+        if max_steps is not None:
+            cut_B = (steps_B >= max_steps) & (shares_B > 0)
+            unfinished += rewards_B[cut_B].tolist()
+            shares_B[cut_B] = 0
+    return Evaluation(returns, lengths, num_truncated, unfinished)
 
 
 def evaluate_on_atari(

@@ -1,13 +1,53 @@
 """The result of a run: what was lost and gained, as `results.json` and as a table."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from policykd.costs import Costs
+import torch
+
+from policykd.agents.student import Student
+from policykd.agents.teacher import Teacher
+from policykd.costs import Costs, measure_costs
 from policykd.envs.games import human_normalised_score
-from policykd.evaluation import PROTOCOLS, Evaluation
+from policykd.evaluation import PROTOCOLS, Evaluation, RandomPolicy, evaluate_on_atari
 from policykd.statistics import difference_interval, summarise, teacher_normalised_score
+
+
+def judge(
+    student: Student, teacher: Teacher, game: str, num_episodes: int, seed: int, device: torch.device
+) -> tuple[dict[str, Any], float]:
+    """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
+
+    The teacher's games come from its card where that has them: they were played by scripts/evaluate.py on this very
+    archive.
+    """
+    began = time.perf_counter()
+    student.eval()
+    on_card = teacher.card.get("protocols", {})
+    random = RandomPolicy(student.shape.num_actions)
+    results: dict[str, Any] = {"teacher": {}, "student": {}, "random": {}}
+    for protocol in PROTOCOLS:
+        print(f"playing {num_episodes} games, {protocol} ...", flush=True)
+        games = evaluate_on_atari(student, game, protocol, num_episodes, seed=seed, device=device)
+        results["student"][protocol] = judgement(games)
+        if protocol in on_card:
+            results["teacher"][protocol] = on_card[protocol]
+        else:
+            games = evaluate_on_atari(
+                teacher, game, protocol, num_episodes, seed=seed + 1, temperature=teacher.temperature, device=device
+            )
+            results["teacher"][protocol] = judgement(games)
+        games = evaluate_on_atari(random, game, protocol, min(num_episodes, 32), seed=seed)
+        results["random"][protocol] = judgement(games)
+    seconds = time.perf_counter() - began
+    costs = {
+        "teacher": measure_costs(teacher.net, teacher.obs_shape),
+        "student": measure_costs(student, teacher.obs_shape),
+    }
+    rows: dict[str, Any] = {who: entry(costs.get(who), protocols) for who, protocols in results.items()}
+    return rows | {"comparison": comparison(rows, game)}, seconds
 
 
 def judgement(evaluation: Evaluation) -> dict[str, Any]:
@@ -52,7 +92,7 @@ def table(results: Mapping[str, Any]) -> str:
         if row["num_parameters"]:
             costs = (
                 f"{row['num_parameters']:,}",
-                f"{row['num_macs'] / 1e6:.2f} M",
+                f"{row['num_macs'] / 1e6:.2f} M" if row["num_macs"] else "-",
                 f"{row['num_bytes'] / 1e3:,.0f} kB",
                 f"{row['latency_microseconds']:.0f} us",
             )

@@ -74,3 +74,18 @@ def test_the_bundled_teacher_beats_pong() -> None:
     teacher = load_teacher(game="Pong")
     games = evaluate_on_atari(teacher, "Pong", "noop_sampled", 2, seed=0)
     assert min(games.returns) > 0
+
+
+@pytest.mark.parametrize(("num_episodes", "whole"), [(4, [1.0, 1.0]), (10, [1.0] * 4)])
+def test_games_that_are_cut_off_are_not_averaged_with_whole_ones(num_episodes: int, whole: list[float]) -> None:
+    games = evaluate(
+        RandomPolicy(2), TwoSpeeds(), num_episodes, deterministic=False, generator=torch.Generator(), max_steps=7
+    )
+    assert games.returns == whole
+    assert games.unfinished == [7.0, 7.0]
+
+
+def test_a_game_that_ends_in_time_is_whole() -> None:
+    games = evaluate(RandomPolicy(2), TwoSpeeds(), 8, deterministic=False, generator=torch.Generator(), max_steps=10)
+    assert sorted(games.returns) == [1.0] * 4 + [10.0] * 4
+    assert not games.unfinished
