@@ -4,30 +4,37 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 from tqdm import tqdm
 
 from policykd.agents.files import write_atomically
-from policykd.agents.student import Size, Student, make_student, save_student
-from policykd.agents.teacher import Teacher, load_teacher
+from policykd.agents.student import Size, make_student, save_student
+from policykd.agents.teacher import TEACHER_HELP, Teacher, load_teacher
 from policykd.animation import play_to_gif
 from policykd.checkpoints import MANIFEST, restore_checkpoint, save_checkpoint
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
-from policykd.costs import measure_costs
+from policykd.dataset import label, load_dataset
 from policykd.distill import Learner, distill, make_learner
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate_on_atari
+from policykd.evaluation import evaluate_on_atari
 from policykd.losses import ActionNLL, ForwardKL, ReverseKL, ScoreMSE
+from policykd.manifest import open_dataset
 from policykd.records import Records
-from policykd.results import comparison, entry, judgement, table
+from policykd.replay import Replay
+from policykd.results import judge, table
+from policykd.runs import again, check_at_least, open_run, pinned
 from policykd.schedules import WarmupCosine
-from policykd.states import MixedStates, StudentStates, TeacherStates
+from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates
+from policykd.teacher_check import check_fits, check_teacher
+
+FREE = {"device", "threads", "name", "folder", "resume", "eval_episodes"}
+"""what may be changed when a run goes on: it does not decide what is learned"""
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,18 @@ class Args:
 
     game: str
     """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game"""
-    teacher: str = "bundled"
-    """path of an SB3 PPO, A2C or DQN .zip archive (read without unpickling), or the teacher bundled for the game"""
+    teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = "auto"
+    trust_pickle: bool = False
+    """let SB3 itself load the teacher, which executes code in the file: for your own archives with custom policies"""
+    allow_weak_teacher: bool = False
+    """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
     """size, in per cent of the teacher's NatureCNN: 16-32-32-256, 16-16-16-128, 16-16-16-64 or 8-8-8-32"""
     loss: ForwardKL | ReverseKL | ScoreMSE | ActionNLL = ForwardKL()  # noqa: RUF009
     """what the student minimises; a KL is taken at the teacher's temperature unless it has its own"""
-    states: MixedStates | StudentStates | TeacherStates = MixedStates()  # noqa: RUF009
-    """whose actions choose the states: handed over from teacher to student (DAgger), the student's, the teacher's"""
+    states: MixedStates | StudentStates | TeacherStates | DatasetStates = MixedStates()  # noqa: RUF009
+    """whose actions choose the states: handed over from teacher to student (DAgger), the student's, the teacher's; or
+    stored states, without playing: --states dataset:PATH"""
     rounds: int = 10
     """times to visit states, then fit the student to all so far"""
     states_per_round: int = 8000
@@ -83,34 +94,53 @@ def main(args: Args) -> None:
     check(args)
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
-    teacher = load_teacher(args.teacher, game=game)
+    name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = args.folder / game / name
+    offline = isinstance(args.states, DatasetStates)
+    teacher = load_teacher(pinned(args.teacher, run), game=game, trust_pickle=args.trust_pickle)
     loss = args.loss
     if isinstance(loss, ForwardKL | ReverseKL) and loss.temperature is None:
         loss = replace(loss, temperature=teacher.temperature)
-    if isinstance(loss, ScoreMSE) and teacher.algorithm == "DQN":
+    if isinstance(loss, ScoreMSE) and teacher.temperature != 1.0:
         raise ValueError(
-            "loss:score-mse on a DQN teacher leaves a student whose actions cannot be drawn; use another loss"
+            f"loss:score-mse on a {teacher.algorithm} teacher leaves a student whose actions cannot be drawn;"
+            " use another loss"
         )
-    name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = args.folder / game / name
-    envs = make_atari(game, args.num_envs, args.seed)
-    if (teacher.num_actions, teacher.obs_shape) != (envs.num_actions, envs.obs_shape):
-        raise ValueError(
-            f"{teacher.path}: scores {teacher.num_actions} actions on {teacher.obs_shape}, {game} has"
-            f" {envs.num_actions} on {envs.obs_shape}; it is a teacher of another game"
-        )
-    student = make_student(args.student, envs.num_actions, seed=args.seed)
-    learner = make_learner(student, envs, capacity=args.rounds * args.states_per_round, seed=args.seed, device=device)
-    if not open_run(run, args, teacher, {"device": str(device), "threads": torch.get_num_threads()}):
+    envs = make_atari(game, 1 if offline else args.num_envs, args.seed)
+    check_fits(teacher, envs, args.teacher, game)
+    given = {k: v for k, v in vars(args).items() if k not in FREE}
+    settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
+    settings |= {"game": game, "teacher": about(teacher)}
+    if isinstance(args.states, DatasetStates):
+        settings["dataset"] = open_dataset(args.states.path).sha256
+    machine = {"device": str(device), "threads": torch.get_num_threads()}
+    if (run / "results.json").is_file():
+        open_run(run, settings, resume=args.resume, machine=machine)
         print((run / "results.md").read_text())
         return
-
-    if (run / "checkpoints" / MANIFEST).is_file():
+    resuming = (run / "checkpoints" / MANIFEST).is_file()
+    notes = {}
+    if not resuming:
+        checked = check_teacher(
+            teacher.to(device), game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device
+        )
+        print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
+        notes["teacher_check"] = asdict(checked)
+    replay = open_replay(args.states, teacher, game, device) if isinstance(args.states, DatasetStates) else None
+    student = make_student(args.student, envs.num_actions, seed=args.seed)
+    learner = make_learner(
+        student,
+        envs,
+        capacity=args.rounds * args.states_per_round,
+        seed=args.seed,
+        device=device,
+        replay=replay,
+    )
+    open_run(run, settings, resume=args.resume, machine=machine, notes=notes)
+    if resuming:
         restore_checkpoint(learner, run / "checkpoints")
     records = Records(run, learner.round)
-    print(
-        f"{run}: {game} from {teacher.algorithm} {teacher.path.name}; watch it with: tensorboard --logdir {args.folder}"
-    )
+    print(f"{run}: {game} from {teacher.algorithm} {teacher.ref}; watch it with: tensorboard --logdir {args.folder}")
     rounds = distill(
         teacher.to(device),
         learner,
@@ -118,7 +148,7 @@ def main(args: Args) -> None:
         states=args.states,
         learning_rate=WarmupCosine(args.learning_rate),
         rounds=args.rounds,
-        states_per_round=args.states_per_round,
+        states_per_round=0 if offline else args.states_per_round,
         updates_per_round=args.updates_per_round,
         batch_size=args.batch_size,
         temperature=teacher.temperature,
@@ -145,9 +175,7 @@ def main(args: Args) -> None:
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {num_saved} rounds before it are saved in {run}") from error
     except KeyboardInterrupt:
-        more = [*([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
-        command = shlex.join([sys.executable, *sys.argv, *more])
-        raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {command}") from None
+        raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {again(args, run)}") from None
     results |= {
         "num_states_labelled": len(learner.replay),
         "num_updates": learner.num_updates,
@@ -168,12 +196,10 @@ def main(args: Args) -> None:
 
 def check(args: Args) -> None:
     """Raises ValueError for a number that no run can have."""
-    for flag in ("rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
-    for flag in ("eval_every", "seed"):
-        if getattr(args, flag) < 0:
-            raise ValueError(f"--{flag.replace('_', '-')} must not be negative, not {getattr(args, flag)}")
+    check_at_least(
+        args, 1, "rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"
+    )
+    check_at_least(args, 0, "eval_every", "seed")
     if args.name != Path(args.name).name or args.name in {".", ".."}:
         raise ValueError(f"--name must be the name of a folder, not {args.name!r}; --folder says where it lies")
     if (gigabytes := args.rounds * args.states_per_round * 7.2e-6) > 1000:
@@ -184,45 +210,32 @@ def check(args: Args) -> None:
         raise ValueError(f"--states-per-round {args.states_per_round} is not a multiple of --num-envs {args.num_envs}")
     if not 0.0 < args.learning_rate < float("inf"):
         raise ValueError(f"--learning-rate must be a positive number, not {args.learning_rate}")
+    visited = (args.states_per_round, args.num_envs) != (Args.states_per_round, Args.num_envs)
+    if isinstance(args.states, DatasetStates) and visited:
+        raise ValueError("--states dataset:PATH visits no states; leave out --states-per-round and --num-envs")
 
 
-def open_run(run: Path, args: Args, teacher: Teacher, machine: dict[str, Any]) -> bool:
-    """Makes the run's folder and returns whether there is anything left to do in it.
-
-    On another `machine` (device, threads) or with other versions it goes on with a warning: not bit for bit the same.
-
-    Raises:
-        ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
-    """
-    free = {"device", "threads", "name", "folder", "resume", "eval_episodes"}
-    given = {k: v for k, v in vars(args).items() if k not in free}
-    settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
-    settings |= {"game": canonical_name(args.game), "teacher": about(teacher)}
-    config = run / "config.json"
-    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
-    if config.is_file():
-        if not args.resume:
-            raise ValueError(f"{run}: holds a run already; go on with it by --resume, or give another --name")
-        try:
-            started = json.loads(config.read_text())
-            before, elsewhere = started["settings"], (started["versions"], started["machine"]) != (versions(), machine)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{config}: not what a run writes ({error!r}); give another --name") from error
-        changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
-        if elsewhere:
-            print(f"warning: {config} was written with other versions, threads or device: not bit for bit the same run")
-        return not (run / "results.json").is_file()
-    if (run / "checkpoints").exists():
-        raise ValueError(f"{run}: holds checkpoints but no config.json to tell whose; give another --name")
-    write_atomically(config, (json.dumps(content, indent=1) + "\n").encode())
-    return True
+def open_replay(states: DatasetStates, teacher: Teacher, game: str, device: torch.device) -> Replay:
+    """Returns the replay of a dataset, every state labelled by the teacher."""
+    replay = load_dataset(
+        states.path,
+        num_actions=teacher.num_actions,
+        obs_shape=teacher.obs_shape,
+        game=game,
+        teacher_sha256=teacher.sha256,
+        device=device,
+    )
+    replay.num_given, replay.num_held_out = len(replay), max(1, round(states.held_out * len(replay)))
+    began = time.perf_counter()
+    num_labelled = label(replay, teacher.to(device))
+    print(f"{states.path}: {len(replay):,} states, {num_labelled:,} labelled in {time.perf_counter() - began:.0f} s")
+    return replay
 
 
 def about(teacher: Teacher) -> dict[str, str]:
     """Returns which teacher it was."""
-    return {"algorithm": teacher.algorithm, "file": teacher.path.name, "sha256": teacher.sha256}
+    where = {"ref": teacher.ref, "revision": teacher.revision}
+    return {"algorithm": teacher.algorithm, "file": teacher.path.name, **where, "sha256": teacher.sha256}
 
 
 def evaluate_on_the_way(
@@ -232,47 +245,28 @@ def evaluate_on_the_way(
     began = time.perf_counter()
     learner.student.eval()
     evaluation = evaluate_on_atari(learner.student, game, "noop_sampled", 16, seed=seed, device=device)
-    of_teacher = teacher.card.get("protocols", {}).get("noop_sampled", {}).get("mean")
+    of_teacher = teacher.reported_return
     mean = sum(evaluation.returns) / len(evaluation.returns)
     against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}
     records.add_evaluation(learner.num_updates, len(learner.replay), evaluation.returns, evaluation.lengths, against)
     return time.perf_counter() - began
 
 
-def judge(
-    student: Student, teacher: Teacher, game: str, num_episodes: int, seed: int, device: torch.device
-) -> tuple[dict[str, Any], float]:
-    """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
-
-    The teacher's games come from its card where that has them: they were played by scripts/evaluate.py on this very
-    archive.
-    """
-    began = time.perf_counter()
-    student.eval()
-    on_card = teacher.card.get("protocols", {})
-    random = RandomPolicy(student.shape.num_actions)
-    results: dict[str, Any] = {"teacher": {}, "student": {}, "random": {}}
-    for protocol in PROTOCOLS:
-        print(f"playing {num_episodes} games, {protocol} ...", flush=True)
-        games = evaluate_on_atari(student, game, protocol, num_episodes, seed=seed, device=device)
-        results["student"][protocol] = judgement(games)
-        if protocol in on_card:
-            results["teacher"][protocol] = on_card[protocol]
-        else:
-            games = evaluate_on_atari(
-                teacher, game, protocol, num_episodes, seed=seed + 1, temperature=teacher.temperature, device=device
-            )
-            results["teacher"][protocol] = judgement(games)
-        games = evaluate_on_atari(random, game, protocol, min(num_episodes, 32), seed=seed)
-        results["random"][protocol] = judgement(games)
-    seconds = time.perf_counter() - began
-    costs = {
-        "teacher": measure_costs(teacher.net, teacher.obs_shape),
-        "student": measure_costs(student, teacher.obs_shape),
-    }
-    rows: dict[str, Any] = {who: entry(costs.get(who), protocols) for who, protocols in results.items()}
-    return rows | {"comparison": comparison(rows, game)}, seconds
+def spelt_out(arguments: list[str]) -> list[str]:
+    """Returns a command line with `--states dataset:PATH` (or teacher, student, mixed) as tyro's subcommand."""
+    kept, chosen, words = list[str](), list[str](), iter(arguments)
+    for word in words:
+        flag, joined, value = word.partition("=")
+        if flag != "--states":
+            kept.append(word)
+            continue
+        kind, _, path = (value if joined else next(words, "")).partition(":")
+        if kind not in ("mixed", "student", "teacher", "dataset") or (kind == "dataset") != bool(path):
+            raise ValueError(f"--states {kind}: give mixed, student, teacher or dataset:PATH")
+        chosen = [f"states:{kind}-states", *(["--states.path", path] if path else [])]
+    return [*kept, *chosen]
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args, config=(tyro.conf.CascadeSubcommandArgs,))))
+    with_subcommands = (tyro.conf.CascadeSubcommandArgs,)
+    exit_with_one_line(lambda: main(tyro.cli(Args, args=spelt_out(sys.argv[1:]), config=with_subcommands)))

@@ -6,19 +6,20 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from policykd.agents.files import write_atomically
 from policykd.agents.policy import Policy
 from policykd.agents.student import load_student
-from policykd.agents.teacher import load_teacher
+from policykd.agents.teacher import TEACHER_HELP, load_teacher
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name, human_normalised_score
 from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate_on_atari
 from policykd.results import judgement
+from policykd.teacher_check import check_fits
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Args:
     source of chance, and the number of different returns is printed with the mean.
     """
 
-    policy: tyro.conf.Positional[str]
-    """folder of a run, path of an SB3 .zip archive, "bundled" (the game's teacher) or "random"."""
+    policy: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help=f"folder of a run, `random`, or a teacher: {TEACHER_HELP}")
+    ]
     game: str
     """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game."""
     episodes: int = 100
@@ -45,6 +47,8 @@ class Args:
     """CPU threads; 0 takes what torch finds."""
     seed: int = 0
     """of starts, sticky and sampled actions."""
+    trust_pickle: bool = False
+    """let SB3 itself load a teacher, which executes code in the file"""
     json: Path | None = None
     """also write every game and the statistics to this file."""
 
@@ -57,7 +61,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--json {args.json}: its folder is missing or cannot be written; make it first")
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
-    policy, temperature = load_policy(args.policy, game, device)
+    policy, temperature = load_policy(args.policy, game, device, trust_pickle=args.trust_pickle)
     protocols = {}
     for protocol in PROTOCOLS if args.protocol == "both" else (args.protocol,):
         games = evaluate_on_atari(
@@ -87,20 +91,19 @@ def main(args: Args) -> None:
         write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def load_policy(ref: str, game: str, device: object) -> tuple[Policy, float]:
+def load_policy(ref: str, game: str, device: object, *, trust_pickle: bool) -> tuple[Policy, float]:
     """Returns a policy that fits the game and the temperature of its scores."""
     envs = make_atari(game, 1, 0)
     if ref == "random":
         return RandomPolicy(envs.num_actions), 1.0
-    if ref == "bundled" or ref.endswith(".zip"):
-        teacher = load_teacher(ref, game=game).to(str(device))
-        policy: Policy = teacher
-        found, temperature = (teacher.num_actions, teacher.obs_shape), teacher.temperature
-    else:
+    if ref.endswith("student.json") or (Path(ref) / "student.json").is_file():
         student = load_student(ref).to(str(device))
-        policy, found, temperature = student, (student.shape.num_actions, student.shape.obs_shape), 1.0
-    if found != (expected := (envs.num_actions, envs.obs_shape)):
-        raise ValueError(f"{ref}: scores {found[0]} actions on {found[1]}, {game} has {expected[0]} on {expected[1]}")
+        policy: Policy = student
+        temperature = 1.0
+    else:
+        teacher = load_teacher(ref, game=game, trust_pickle=trust_pickle).to(str(device))
+        policy, temperature = teacher, teacher.temperature
+    check_fits(policy, envs, ref, game)
     return policy, temperature
 
 

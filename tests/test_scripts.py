@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from policykd.agents.student import load_student, make_student, save_student
 from policykd.agents.teacher import load_teacher
+from policykd.envs.atari import make_atari
+from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.statistics import summarise
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +141,118 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in finished.iterdir()} == before
 
 
+def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path: Path) -> None:
+    """A second student learns from the first one's states, cut after a round and resumed bit for bit."""
+    args = ["--game", "Pong", "--threads", "1", "--rounds", "3", "--updates-per-round", "60", "--student", "1%"]
+    args += ["--batch-size", "128", "--eval-episodes", "1", "--eval-every", "0", "--states", f"dataset:{finished}"]
+    whole = run("distill_atari.py", *args, "--folder", str(tmp_path / "whole"), "--name", "r")
+    assert whole.returncode == 0, whole.stderr
+    assert "9,600 states, 0 labelled" in whole.stdout  # the same teacher's scores are stored with them
+    rounds = [json.loads(line) for line in (tmp_path / "whole/Pong/r/metrics.jsonl").read_text().splitlines()]
+    assert [r["num_states"] for r in rounds] == [9600] * 3
+    assert rounds[-1]["new_kl"] < 0.8 * rounds[0]["new_kl"]
+    assert not list((tmp_path / "whole/Pong/r/checkpoints").glob("replay-*"))  # the dataset has them
+
+    cut = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "distill_atari.py"), *args, "--folder", str(tmp_path), "--name", "r"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "Pong/r/checkpoints/checkpoint.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    cut.kill()
+    cut.communicate(timeout=60)
+    resumed = run("distill_atari.py", *args, "--folder", str(tmp_path), "--name", "r", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (load_student(folder / "Pong" / "r").state_dict() for folder in (tmp_path / "whole", tmp_path))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_teacher_that_plays_at_random_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"n_steps": 8, "batch_size": 8}
+    PPO("CnnPolicy", SB3VecEnv(make_atari("Pong", 1, 0), clip_rewards=True), device="cpu", **settings).save(
+        tmp_path / "new.zip"
+    )
+    args = ["--game", "Pong", *SMALL, "--teacher", str(tmp_path / "new.zip"), "--folder", str(tmp_path / "runs")]
+    done = run("distill_atari.py", *args)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert "no better than chance" in done.stderr
+    assert "--allow-weak-teacher" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
+    """Killed twice, at any moment and by a polite signal, it ends as the training that was left alone."""
+    hyperparams = ["--hyperparams", "n_steps:32", "n_epochs:1", "batch_size:32"]
+    args = ["--game", "Pong", "--algo", "ppo", "--steps", "768", "--num-envs", "2", "--centre", "--threads", "1"]
+    args += ["--checkpoint-every", "64", "--eval-every", "0", "--eval-episodes", "2", "--name", "r", *hyperparams]
+    whole = run("train_teacher.py", *args, "--folder", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+
+    checkpoints = tmp_path / "cut" / "Pong" / "r" / "checkpoints"
+    for send, expected in ((subprocess.Popen.kill, -signal.SIGKILL), (subprocess.Popen.terminate, 75)):
+        before = checkpoints.stat().st_mtime_ns if checkpoints.exists() else 0
+        cut = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "scripts/train_teacher.py"),
+                *args,
+                "--folder",
+                str(tmp_path / "cut"),
+                "--resume",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (
+            (checkpoints / "checkpoint.json").is_file() and checkpoints.stat().st_mtime_ns > before
+        ):
+            time.sleep(0.02)
+        send(cut)
+        _, stderr = cut.communicate(timeout=60)
+        assert cut.returncode == expected, stderr
+    assert "--resume" in stderr.splitlines()[-1]
+    refused = run("train_teacher.py", *args, "--folder", str(tmp_path / "cut"), "--resume", "--seed", "1")
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+    assert "seed was 0, is 1" in refused.stderr
+    resumed = run("train_teacher.py", *args, "--folder", str(tmp_path / "cut"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+    archives = [tmp_path / which / "Pong" / "r" / "ppo-Pong.zip" for which in ("whole", "cut")]
+    a, b = (load_teacher(path, game="Pong") for path in archives)
+    obs = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert (a(obs) == b(obs)).all()
+    assert a.card["protocols"] == b.card["protocols"]
+    assert (a.card["agent_steps"], a.card["sha256"], a.card["algorithm"]) == (768, a.sha256, "PPO")
+    assert a.path.stat().st_size < 7_000_000
+    assert "--hyperparams n_steps:32" in a.card["command"]
+    events = EventAccumulator(str(archives[1].parent))
+    events.Reload()
+    assert {"train/loss", "train/entropy_loss", "time/fps"} <= set(events.Tags()["scalars"])
+
+
+TRAINING_ERRORS = {
+    "unknown game": (["--game", "Pomg"], "did you mean Pong"),
+    "no steps": (["--game", "Pong", "--steps", "0"], "--steps must be at least 1"),
+    "no number": (["--game", "Pong", "--hyperparams", "learning_rate:fast"], "write NAME:NUMBER"),
+    "no setting": (["--game", "Pong", "--hyperparams", "learning_rat:1e-4"], "knows no such setting"),
+    "no room": (["--game", "Pong", "--algo", "dqn", "--hyperparams", "buffer_size:16"], "too small for 8 environments"),
+    "another start": (["--game", "Breakout", "--start-from", "bundled"], "no teacher is bundled for Breakout"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING_ERRORS)
+def test_a_training_that_cannot_be_is_one_line(case: str, tmp_path: Path) -> None:
+    args, reason = TRAINING_ERRORS[case]
+    done = run("train_teacher.py", "--folder", str(tmp_path / "runs"), *args)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert reason in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     """SIGTERM after the first checkpoint: exit 75, the next step is named.
 
@@ -186,11 +302,15 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 ERRORS = {
     "unknown game": (["--game", "Pomg"], "did you mean Pong"),
-    "no teacher": (["--game", "Breakout"], "no teacher is bundled for Breakout"),
-    "missing archive": (["--game", "Pong", "--teacher", "nowhere.zip"], "nowhere.zip: cannot be read"),
+    "no teacher": (["--game", "Breakout", "--teacher", "bundled"], "no teacher is bundled for Breakout"),
+    "missing archive": (["--game", "Pong", "--teacher", "nowhere.zip"], "nowhere.zip: no such file"),
+    "an unknown algorithm": (["--game", "Pong", "--teacher", "hub:dqm"], "the algorithms are ppo, a2c, dqn, qrdqn"),
+    "states from nowhere": (["--game", "Pong", "--states", "dataset:nowhere"], "nowhere: no dataset"),
+    "unknown states": (["--game", "Pong", "--states", "replay"], "give mixed, student, teacher or dataset:PATH"),
+    "visits of stored states": (["--game", "Pong", "--states", "dataset:x", "--num-envs", "8"], "visits no states"),
     "truncated archive": (["--game", "Pong", "--teacher", "{cut}"], "truncated"),
     "foreign archive": (["--game", "Pong", "--teacher", "{foreign}"], "holds no 'data'"),
-    "another game": (["--game", "Breakout", "--teacher", "{plain}"], "it is a teacher of another game"),
+    "another game": (["--game", "Breakout", "--teacher", "{plain}"], "it was made for another game"),
     "negative temperature": (
         ["--game", "Pong", "loss:forward-kl", "--loss.temperature", "-1"],
         "temperature must be positive",
