@@ -1,27 +1,40 @@
 """Reads a Stable-Baselines3 archive without executing anything in it.
 
-An SB3 `.zip` holds JSON (`data`) whose `:serialized:` entries are pickles, and tensors (`policy.pth`). SB3's own `load`
-unpickles the former. Here only the JSON's plain entries are read and the tensors come through `torch.load` with
-`weights_only=True`; the network is rebuilt from their names and shapes (see `teacher.py`).
+An SB3 `.zip` (or the folder that it unpacks to) holds JSON (`data`) whose `:serialized:` entries are pickles, and
+tensors (`policy.pth`). SB3's own `load` unpickles the former. Here they are cut out before the JSON is parsed, and the
+tensors are read by `tensors.py`; the network is rebuilt from their names and shapes (see `rebuild.py`). The other
+members, optimizer states among them, are never opened: whatever they hold cannot run.
 """
 
 import hashlib
 import io
 import json
-import pickle
+import re
+import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 from torch import Tensor
 
-MAX_BYTES = 256 << 20
+from policykd.agents.tensors import CHUNK, ShortReads, read_bounded, read_state_dict
+
+MAX_FILE = 96 << 20
+"""bytes of a whole archive: a QR-DQN of 18 actions with its optimizer is 56 MB"""
+MAX_MEMBER = {"data": 8 << 20, "policy.pth": 32 << 20}
+"""bytes unpacked: the last observations of 128 Atari environments; both nets of that QR-DQN"""
 MAX_MEMBERS = 64
+_MAX_JSON = 1 << 20
 _UNIX_LINK = 0o120000
+_PICKLE = re.compile(rb'":serialized:"\s*:\s*"[^"\\]*"')
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, UnicodeDecodeError),
+    *(OSError, OverflowError),  # where a broken directory makes zipfile look
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Archive:
 
     path: Path
     sha256: str
+    """see `sha256_of`"""
     tensors: Mapping[str, Tensor]
     """the policy's state dict: dense, finite, float32"""
     data: Mapping[str, Any]
@@ -37,41 +51,92 @@ class Archive:
 
 
 def read_archive(path: str | Path) -> Archive:
-    """Returns the tensors and the plain JSON of an SB3 archive.
+    """Returns the tensors and the plain JSON of an SB3 archive, a `.zip` or the folder that it unpacks to.
 
     Raises:
         ValueError: missing, truncated, foreign or unsafe file; one line that names it, the reason and the next step.
     """
     path = Path(path)
+    sha256, members = _read(path, ("data", "policy.pth"))
+    data = _parse(path, members["data"].getvalue())
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(
-                f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); is it the right file?"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 .zip archive") from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = _checked_members(path, archive)
-            described = _read(path, archive, members, "data")
-            pth = _read(path, archive, members, "policy.pth")
-        data = json.loads(described)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RecursionError,
-        json.JSONDecodeError,
-    ) as error:
+        tensors = read_state_dict(members["policy.pth"])
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: truncated, or not an SB3 archive: policy.pth ({error}); get it again") from error
+    except (ValueError, *_BROKEN) as error:
         raise ValueError(
-            f"{path}: truncated, or not an SB3 .zip archive ({error}); download or save it again"
+            f"{path}: policy.pth is no state dict of dense, finite float32 tensors ({_line(error)}); do not use it, or "
+            "--trust-pickle if it is your own"
         ) from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
-    return Archive(path, hashlib.sha256(content).hexdigest(), _tensors(path, pth), data)
+    return Archive(path, sha256, tensors, data)
+
+
+def read_data(path: str | Path) -> Mapping[str, Any]:
+    """Returns the plain JSON of an SB3 archive alone.
+
+    Raises:
+        ValueError: as `read_archive`, tensors apart.
+    """
+    return _parse(Path(path), _read(Path(path), ("data",))[1]["data"].getvalue())
+
+
+def sha256_of(path: str | Path) -> str:
+    """Returns what identifies an archive: the SHA-256 of a `.zip`.
+
+    A folder's is what `sha256sum policy.pth data | sha256sum` prints in it.
+
+    Raises:
+        ValueError: as `read_archive`.
+    """
+    return _read(Path(path), ())[0]
+
+
+def _read(path: Path, names: tuple[str, ...]) -> tuple[str, dict[str, io.BytesIO]]:
+    """Returns the archive's SHA-256 and some of its members."""
+    if path.is_dir():
+        contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
+        sums = "".join(f"{hashlib.sha256(c.getbuffer()).hexdigest()}  {name}\n" for name, c in contents.items())
+        return hashlib.sha256(sums.encode()).hexdigest(), {name: contents[name] for name in names}
+    with _open(path, MAX_FILE) as file:
+        sha256 = _sha256(file)
+        try:
+            with zipfile.ZipFile(ShortReads(file)) as archive:
+                members = _checked_members(path, archive)
+                return sha256, {name: _read_member(path, archive, members, name) for name in names}
+        except _BROKEN as error:
+            raise ValueError(
+                f"{path}: truncated, or not an SB3 .zip archive ({_line(error)}); download or save it again"
+            ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _open(path: Path, limit: int) -> IO[bytes]:
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{path}: cannot be read (it is no file); give the path of an SB3 archive")
+        if about.st_size > limit:
+            raise ValueError(
+                f"{path}: {about.st_size:,} bytes is more than a policy can need ({limit:,}); is it the right file?"
+            )
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 archive") from error
+
+
+def _read_file(path: Path, limit: int) -> io.BytesIO:
+    with _open(path, limit) as file:
+        return read_bounded(file, limit)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -80,56 +145,47 @@ def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.
         raise ValueError(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; do not use it")
     names = [m.filename for m in members]
     for m in members:
-        if names.count(m.filename) > 1:
-            raise ValueError(f"{path}: unsafe archive with two members named {m.filename!r}; do not use it")
-        if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
-            raise ValueError(f"{path}: unsafe archive with the member path {m.filename!r}; do not use it")
-        if m.flag_bits & 1 or (m.external_attr >> 16) & 0o170000 == _UNIX_LINK:
-            raise ValueError(f"{path}: unsafe archive, {m.filename!r} is encrypted or a link; do not use it")
+        if reason := _danger(m, names):
+            raise ValueError(f"{path}: unsafe archive, {m.filename[:80]!r} {reason}; do not use it")
     return dict(zip(names, members, strict=True))
 
 
-def _read(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:
+def _danger(m: zipfile.ZipInfo, names: list[str]) -> str | None:
+    """Returns what is wrong with a member, if anything, also with one that is not read."""
+    if names.count(m.filename) > 1:
+        return "is there twice"
+    if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
+        return "is a path outside"
+    if m.flag_bits & 1 or (m.external_attr >> 16) & 0o170000 == _UNIX_LINK:
+        return "is encrypted or a link"
+    if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is compressed in an uncommon way"
+    if m.file_size > MAX_MEMBER.get(m.filename, MAX_FILE):
+        return f"unpacks to {m.file_size:,} bytes"
+    return None
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> io.BytesIO:
     if name not in members:
         raise ValueError(
             f"{path}: truncated, or not an SB3 archive: it holds no {name!r}; save the agent with SB3's model.save"
         )
-    if members[name].file_size > MAX_BYTES:
-        raise ValueError(
-            f"{path}: unsafe archive, {name!r} unpacks to {members[name].file_size:,} bytes; do not use it"
-        )
-    with archive.open(members[name]) as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path}: unsafe archive, {name!r} unpacks to more than it declares; do not use it")
-    return content
-
-
-def _tensors(path: Path, pth: bytes) -> dict[str, Tensor]:
     try:
-        with zipfile.ZipFile(io.BytesIO(pth)) as inner:
-            if any(m.compress_type != zipfile.ZIP_STORED for m in inner.infolist()):
-                raise ValueError(f"{path}: unsafe archive, its policy.pth is compressed inside; do not use it")
-        state = torch.load(io.BytesIO(pth), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(
-            f"{path}: policy.pth holds more than tensors, or is cut short ({reason}); do not use it"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: policy.pth is a {type(state).__name__}, not a state dict; save it with SB3's model.save"
-        )
-    for name, tensor in state.items():
-        _check_tensor(path, name, tensor)
-    return state
+        with archive.open(members[name]) as stream:
+            return read_bounded(stream, MAX_MEMBER[name])
+    except ValueError as error:
+        raise ValueError(f"{path}: unsafe archive, {name!r} {_line(error)}; do not use it") from error
 
 
-def _check_tensor(path: Path, name: object, tensor: object) -> None:
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.dtype is not torch.float32:
-        kind = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{path}: {name!r} is {kind}, a policy holds dense float32 tensors; do not use it")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {name!r} claims shape {tuple(tensor.shape)} over fewer numbers; do not use it")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{path}: {name!r} holds NaN or infinite weights; the agent is broken, take an earlier one")
+def _parse(path: Path, described: bytes) -> dict[str, Any]:
+    """Returns the JSON of `data` without its pickles."""
+    plain = _PICKLE.sub(b'":serialized:": ""', described)
+    if len(plain) > _MAX_JSON:
+        raise ValueError(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are no pickles; do not use it")
+    try:
+        data = json.loads(plain)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated, or not an SB3 archive: `data` ({_line(error)}); get it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
+    return data
