@@ -223,9 +223,10 @@ def open_replay(states: DatasetStates, teacher: Teacher, game: str, device: torc
         obs_shape=teacher.obs_shape,
         game=game,
         teacher_sha256=teacher.sha256,
+        num_held_out=max(1, round(states.held_out * open_dataset(states.path).num_rows)),
         device=device,
     )
-    replay.num_given, replay.num_held_out = len(replay), max(1, round(states.held_out * len(replay)))
+    replay.num_given = len(replay)
     began = time.perf_counter()
     num_labelled = label(replay, teacher.to(device))
     print(f"{states.path}: {len(replay):,} states, {num_labelled:,} labelled in {time.perf_counter() - began:.0f} s")
