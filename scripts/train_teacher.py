@@ -68,8 +68,8 @@ ZOO: dict[str, dict[str, Any]] = {
 """rl-baselines3-zoo's for Atari; QR-DQN's buffer and first random steps are DQN's, since the zoo's take ten times the
 memory"""
 NUM_ENVS = {"ppo": 8, "a2c": 16, "dqn": 8, "qrdqn": 8}
-FREE = {"device", "threads", "name", "folder", "resume", "eval_every", "eval_episodes", "checkpoint_every"}
-"""what may be changed when a run goes on: it does not decide what is learned"""
+FREE = {"steps", "device", "threads", "name", "folder", "resume", "eval_every", "eval_episodes", "checkpoint_every"}
+"""what may be changed when a run goes on"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Args:
     algo: Literal["ppo", "a2c", "dqn", "qrdqn"] = "ppo"
     """SB3's PPO, A2C or DQN, or sb3-contrib's QR-DQN"""
     steps: int = 10_000_000
-    """agent steps (4 frames each) over all environments"""
+    """agent steps (4 frames each) over all environments; may be changed when a run goes on, to end it sooner or later, and
+    schedules then follow the new number"""
     num_envs: int = 0
     """games played at once; 0 is 16 for A2C, 8 for the others; DQN and QR-DQN learn once in 4 steps whatever it is"""
     hyperparams: tuple[str, ...] = ()
@@ -202,7 +203,7 @@ def overrides(given: tuple[str, ...]) -> dict[str, float]:
 def spread(game: str, seed: int) -> tuple[float, float]:
     """Returns the median and the standard deviation of the pixels of random play, grey levels."""
     envs, generator = make_atari(game, 8, seed), torch.Generator().manual_seed(seed)
-    envs.reset()
+    obs = envs.reset()
     for _ in range(100):
         obs = envs.step(torch.randint(envs.num_actions, (8,), generator=generator)).obs
     pixels = obs.float()
@@ -216,6 +217,7 @@ def explore(model: BaseAlgorithm, explorer: Policy, seed: int, temperature: floa
     envs, generator = model.env, torch.Generator().manual_seed(seed)
     assert envs is not None
     obs: Any = envs.reset()
+    dones = np.ones(envs.num_envs, np.bool_)
     while model.num_timesteps < model.learning_starts:  # type: ignore[attr-defined]
         scores_BA = explorer(torch.from_numpy(obs).to(model.device)).cpu() / temperature
         actions = sample(scores_BA, generator).numpy()
@@ -242,6 +244,7 @@ def write_card(archive: Path, model: BaseAlgorithm, args: Args, settings: Mappin
         "algorithm": teacher.algorithm,
         "policy": "CnnPolicy",
         "agent_steps": model.num_timesteps,
+        "updates": model._n_updates,
         "command": shlex.join(sys.argv),
         "settings": settings,
         "versions": versions(),

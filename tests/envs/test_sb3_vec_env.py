@@ -27,7 +27,7 @@ def test_rewards_are_clipped_for_learning_and_whole_in_the_episode() -> None:
 
 def test_games_of_long_runs_are_restored_without_playing_all_that_came_before() -> None:
     envs, again = (make_atari("Breakout", 2, seed=3, independent_games=True) for _ in range(2))
-    envs.reset()
+    obs = envs.reset()
     generator = torch.Generator().manual_seed(0)
     games = 0
     while games < 4:
