@@ -85,7 +85,7 @@ class Args:
     algo: Literal["ppo", "a2c", "dqn", "qrdqn"] = "ppo"
     """SB3's PPO, A2C or DQN, or sb3-contrib's QR-DQN"""
     steps: int = 10_000_000
-    """agent steps (4 frames each) over all environments; may be changed when a run goes on, to end it sooner or later, and
+    """agent steps (4 frames each) over all environments; may be changed when a run goes on, to end it sooner or later:
     schedules then follow the new number"""
     num_envs: int = 0
     """games played at once; 0 is 16 for A2C, 8 for the others; DQN and QR-DQN learn once in 4 steps whatever it is"""
