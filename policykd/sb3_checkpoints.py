@@ -35,15 +35,17 @@ from policykd.checkpoints import (
 from policykd.envs.vector import VectorEnv
 from policykd.frame_buffer import FrameReplayBuffer
 
-KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added")
+KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added", "wall_seconds")
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining"),
 )
 
 
-def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> None:
+def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_seconds: float = 0.0) -> None:
     """Writes where the training of `model` on `envs` stands; of the replay buffer only what is new.
+
+    `wall_seconds` is how long it has taken so far; it is kept for the card.
 
     Raises:
         OSError: no room or no permission; the checkpoint before stays valid.
@@ -78,12 +80,13 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> None:
             "actions": model.action_space.np_random.bit_generator.state,
         },
         "num_added": num_added,
+        "wall_seconds": wall_seconds,
     }
     commit(folder, files, kept=kept, about=about)
 
 
-def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> None:
-    """Brings a freshly made `model` and `envs` to where `save_training` saw them.
+def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> float:
+    """Brings a freshly made `model` and `envs` to where `save_training` saw them; returns its `wall_seconds`.
 
     Go on with `model.learn(total - model.num_timesteps, reset_num_timesteps=False)`.
 
@@ -114,6 +117,7 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> Non
     random.setstate((version, tuple(words), gauss))
     model.action_space.np_random.bit_generator.state = stored["actions"]
     torch.set_rng_state(tensors["torch_random"])
+    return float(manifest["wall_seconds"])
 
 
 class Progress(BaseCallback):
@@ -126,10 +130,11 @@ class Progress(BaseCallback):
         checkpoint_every: int,
         evaluate: Callable[[int], None],
         evaluate_every: int,
+        wall_seconds: float = 0.0,
     ) -> None:
         """Takes the environments, where checkpoints go, and after how many steps they are due and `evaluate` is called.
 
-        An `evaluate_every` of 0 is never.
+        An `evaluate_every` of 0 is never; `wall_seconds` were spent before.
         """
         super().__init__()
         self.envs, self.folder, self.checkpoint_every = envs, folder, checkpoint_every
@@ -137,6 +142,8 @@ class Progress(BaseCallback):
         self.saved = self._evaluated = 0
         """steps at the last checkpoint, and at the last evaluation"""
         self._interrupted = False
+        self.wall_seconds = wall_seconds
+        """up to the last checkpoint"""
         self._began = time.perf_counter()
 
     @contextmanager
@@ -157,14 +164,14 @@ class Progress(BaseCallback):
 
     def save(self) -> None:
         """Writes a checkpoint and prints a line about it."""
-        steps, now = self.model.num_timesteps, time.perf_counter()
-        save_training(self.model, self.envs, self.folder)
+        steps, seconds = self.model.num_timesteps, time.perf_counter() - self._began
+        self._began += seconds
+        self.wall_seconds += seconds
+        save_training(self.model, self.envs, self.folder, wall_seconds=self.wall_seconds)
         recent = [e["r"] for e in self.model.ep_info_buffer or []]
         score = f"{np.mean(recent):.2f} in the last {len(recent)} games" if recent else "no game ended yet"
-        print(
-            f"{steps:>11,} steps: {score}, {(steps - self.saved) / (now - self._began):.0f} steps/s; saved", flush=True
-        )
-        self.saved, self._began = steps, time.perf_counter()
+        print(f"{steps:>11,} steps: {score}, {(steps - self.saved) / seconds:.0f} steps/s; saved", flush=True)
+        self.saved = steps
 
     def _on_training_start(self) -> None:
         self.saved = self._evaluated = self.model.num_timesteps

@@ -136,8 +136,9 @@ def main(args: Args) -> None:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
     open_run(run, settings, resume=args.resume, machine={"device": str(device), "threads": torch.get_num_threads()})
 
+    wall_seconds = 0.0
     if (run / "checkpoints" / MANIFEST).is_file():
-        restore_training(model, envs, run / "checkpoints")
+        wall_seconds = restore_training(model, envs, run / "checkpoints")
     elif start and args.algo in OFF_POLICY:
         explore(model, start.to(device), args.seed, start.temperature)
     board = TensorBoardOutputFormat(str(run))
@@ -154,7 +155,7 @@ def main(args: Args) -> None:
         board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
         print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)
 
-    progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every)
+    progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
     print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
     try:
         with progress.catching_signals():
@@ -162,7 +163,7 @@ def main(args: Args) -> None:
             progress.save()
         archive = run / f"{args.algo}-{args.game}.zip"
         write_teacher(model, archive, centre=centre, scale=scale)
-        write_card(archive, model, args, settings)
+        write_card(archive, model, args, settings, progress.wall_seconds)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{progress.saved:,} steps are saved; go on with: {again(args, run)}") from None
 
@@ -228,7 +229,9 @@ def explore(model: BaseAlgorithm, explorer: Policy, seed: int, temperature: floa
     model._last_obs, model._last_episode_starts = obs, dones
 
 
-def write_card(archive: Path, model: BaseAlgorithm, args: Args, settings: Mapping[str, Any]) -> None:
+def write_card(
+    archive: Path, model: BaseAlgorithm, args: Args, settings: Mapping[str, Any], wall_seconds: float
+) -> None:
     """Plays the archive's agent and writes what it is beside it."""
     teacher = load_teacher(archive)
     protocols = {}
@@ -245,6 +248,7 @@ def write_card(archive: Path, model: BaseAlgorithm, args: Args, settings: Mappin
         "policy": "CnnPolicy",
         "agent_steps": model.num_timesteps,
         "updates": model._n_updates,
+        "wall_seconds": round(wall_seconds),
         "command": shlex.join(sys.argv),
         "settings": settings,
         "versions": versions(),

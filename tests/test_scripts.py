@@ -226,6 +226,7 @@ def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
     assert (a(obs) == b(obs)).all()
     assert a.card["protocols"] == b.card["protocols"]
     assert (a.card["agent_steps"], a.card["sha256"], a.card["algorithm"]) == (768, a.sha256, "PPO")
+    assert b.card["wall_seconds"] > 0
     assert a.path.stat().st_size < 7_000_000
     assert "--hyperparams n_steps:32" in a.card["command"]
     events = EventAccumulator(str(archives[1].parent))
