@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from policykd.agents.tensors import CHUNK, ShortReads, read_bounded, read_state_dict
+from policykd.agents.tensors import ShortReads, read_bounded, read_state_dict
 
 MAX_FILE = 96 << 20
 """bytes of a whole archive: a QR-DQN of 18 actions with its optimizer is 56 MB"""
@@ -43,7 +43,7 @@ class Archive:
 
     path: Path
     sha256: str
-    """see `sha256_of`"""
+    """see `read_members`"""
     tensors: Mapping[str, Tensor]
     """the policy's state dict: dense, finite, float32"""
     data: Mapping[str, Any]
@@ -57,8 +57,8 @@ def read_archive(path: str | Path) -> Archive:
         ValueError: missing, truncated, foreign or unsafe file; one line that names it, the reason and the next step.
     """
     path = Path(path)
-    sha256, members = _read(path, ("data", "policy.pth"))
-    data = _parse(path, members["data"].getvalue())
+    sha256, members = read_members(path)
+    data = parse_data(path, members["data"].getvalue())
     try:
         tensors = read_state_dict(members["policy.pth"])
     except zipfile.BadZipFile as error:
@@ -71,42 +71,27 @@ def read_archive(path: str | Path) -> Archive:
     return Archive(path, sha256, tensors, data)
 
 
-def read_data(path: str | Path) -> Mapping[str, Any]:
-    """Returns the plain JSON of an SB3 archive alone.
+def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
+    """Returns what identifies an archive, and its `policy.pth` and `data`: the very bytes that were hashed.
+
+    A `.zip` is known by its SHA-256, a folder by what `sha256sum policy.pth data | sha256sum` prints in it.
 
     Raises:
-        ValueError: as `read_archive`, tensors apart.
+        ValueError: as `read_archive`, for all that is not inside the members.
     """
-    return _parse(Path(path), _read(Path(path), ("data",))[1]["data"].getvalue())
-
-
-def sha256_of(path: str | Path) -> str:
-    """Returns what identifies an archive: the SHA-256 of a `.zip`.
-
-    A folder's is what `sha256sum policy.pth data | sha256sum` prints in it.
-
-    Raises:
-        ValueError: as `read_archive`.
-    """
-    return _read(Path(path), ())[0]
-
-
-def _read(path: Path, names: tuple[str, ...]) -> tuple[str, dict[str, io.BytesIO]]:
-    """Returns the archive's SHA-256 and some of its members."""
     if path.is_dir():
         contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
-        sums = "".join(f"{hashlib.sha256(c.getbuffer()).hexdigest()}  {name}\n" for name, c in contents.items())
-        return hashlib.sha256(sums.encode()).hexdigest(), {name: contents[name] for name in names}
-    with _open(path, MAX_FILE) as file:
-        sha256 = _sha256(file)
-        try:
-            with zipfile.ZipFile(ShortReads(file)) as archive:
-                members = _checked_members(path, archive)
-                return sha256, {name: _read_member(path, archive, members, name) for name in names}
-        except _BROKEN as error:
-            raise ValueError(
-                f"{path}: truncated, or not an SB3 .zip archive ({_line(error)}); download or save it again"
-            ) from error
+        sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in contents.items())
+        return _sha256(io.BytesIO(sums.encode())), contents
+    whole = _read_file(path, MAX_FILE)
+    try:
+        with zipfile.ZipFile(ShortReads(whole)) as archive:
+            members = _checked_members(path, archive)
+            return _sha256(whole), {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
+    except _BROKEN as error:
+        raise ValueError(
+            f"{path}: truncated, or not an SB3 .zip archive ({_line(error)}); download or save it again"
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -132,11 +117,8 @@ def _read_file(path: Path, limit: int) -> io.BytesIO:
         return read_bounded(file, limit)
 
 
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(content: io.BytesIO) -> str:
+    return hashlib.sha256(content.getbuffer()).hexdigest()
 
 
 def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -177,8 +159,12 @@ def _read_member(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zip
         raise ValueError(f"{path}: unsafe archive, {name!r} {_line(error)}; do not use it") from error
 
 
-def _parse(path: Path, described: bytes) -> dict[str, Any]:
-    """Returns the JSON of `data` without its pickles."""
+def parse_data(path: Path, described: bytes) -> dict[str, Any]:
+    """Returns the JSON of `data` without its pickles.
+
+    Raises:
+        ValueError: no such JSON, or too much of it.
+    """
     plain = _PICKLE.sub(b'":serialized:": ""', described)
     if len(plain) > _MAX_JSON:
         raise ValueError(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are no pickles; do not use it")

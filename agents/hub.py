@@ -85,7 +85,7 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, pau
 
     ask = partial(HfApi().model_info, repo, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     about = _insist(partial(ask, revision=revision or None), pauses)
-    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    sizes = {file.rfilename: file.size for file in about.siblings or ()}
     layout = next((layout for layout in layouts if sizes.keys() >= set(layout)), None)
     if layout is None:
         tried = " or ".join(" + ".join(layout) for layout in layouts)
@@ -95,10 +95,11 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, pau
         )
     # the archive last: where it is cached, all is; the first by the branch's name: the cache notes where that stood
     files = [*(file for file in _BESIDE if file in sizes), *layout]
-    if too_big := [file for file in files if sizes[file] > MAX_FILE]:
-        raise ValueError(
-            f"hub:{repo}: {too_big[0]} has {sizes[too_big[0]]:,} bytes, more than a policy can need; do not use it"
-        )
+    for file in files:
+        if (size := sizes[file]) is None:
+            raise ValueError(f"hub:{repo}: the Hub does not say how large {file} is; give --teacher FILE.zip instead")
+        if size > MAX_FILE:
+            raise ValueError(f"hub:{repo}: {file} has {size:,} bytes, more than a policy can need; do not use it")
     first = _insist(partial(hf_hub_download, repo, files[0], revision=revision or None), pauses)
     snapshot = _snapshot(first, files[0], layout)
     for file in files[1:]:

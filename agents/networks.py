@@ -23,7 +23,8 @@ class ConvNet(nn.Module):
     def __init__(self, widths: Sequence[int], hidden: Sequence[int], num_actions: int) -> None:
         super().__init__()
         one, two, three = widths
-        self.obs_shape, self.num_actions, self.hidden = ATARI_OBS_SHAPE, num_actions, tuple(hidden)
+        self.obs_shape, self.num_actions = ATARI_OBS_SHAPE, num_actions
+        self.widths, self.hidden = tuple(widths), tuple(hidden)
         self.conv1 = nn.Conv2d(ATARI_OBS_SHAPE[0], one, 8, 4)
         self.conv2 = nn.Conv2d(one, two, 4, 2)
         self.conv3 = nn.Conv2d(two, three, 3)

@@ -142,11 +142,18 @@ def _check_card(card: Any) -> None:
         raise ValueError(f"it is not an object with the texts {', '.join(texts)}")
     if "protocols" in card and "sha256" not in card:
         raise ValueError("it has results but no sha256 of the archive that they are of")
-    for name, protocol in dict(card.get("protocols", {})).items():
-        if not protocol["returns"] or len(protocol["interval"]) != 2:
-            raise ValueError(f"its protocol {name!r} has no returns")
-        float(protocol["mean"])
-    float(card.get("reported_return", 0.0))
+    protocols = card.get("protocols", {})
+    if not isinstance(protocols, dict):
+        raise ValueError("its protocols are no object")
+    for name, protocol in protocols.items():
+        if not protocol["returns"] or not all(map(_is_return, [protocol["mean"], *protocol["returns"]])):
+            raise ValueError(f"its protocol {name!r} has no returns, or some that are no numbers")
+    if not _is_return(card.get("reported_return", 0.0)):
+        raise ValueError("its reported_return is no number")
+
+
+def _is_return(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e12  # nan is not
 
 
 def _why_nothing_is_there(ref: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from policykd.agents.archive import read_archive, sha256_of
+from policykd.agents.archive import read_archive, read_members
 from policykd.agents.rebuild import rebuild
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
@@ -40,6 +40,11 @@ class Net(Protocol):
         ...
 
 
+def policy_temperature(algorithm: Algorithm) -> float:
+    """Returns what scores are divided by to get a policy: 1 for logits, 0.01 for Q-values (Rusu et al., 2015)."""
+    return 0.01 if algorithm in ("DQN", "QRDQN") else 1.0
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A trained agent as a `Policy`, with where it came from."""
@@ -69,8 +74,8 @@ class Teacher:
 
     @property
     def temperature(self) -> float:
-        """What its scores are divided by to get its policy: 1 for logits, 0.01 for Q-values (Rusu et al., 2015)."""
-        return 0.01 if self.algorithm in ("DQN", "QRDQN") else 1.0
+        """What its scores are divided by to get its policy."""
+        return policy_temperature(self.algorithm)
 
     @property
     def reported_return(self) -> float | None:
@@ -118,9 +123,9 @@ def _read(source: Source, *, trust_pickle: bool) -> tuple[Net, Algorithm, str]:
     if trust_pickle:
         from policykd.agents.trusted import load_with_sb3
 
-        sha256 = sha256_of(source.path)
+        sha256, members = read_members(source.path)
         _check_hash(source, sha256)  # before any code in the file runs
-        net, algorithm = load_with_sb3(source.path)
+        net, algorithm = load_with_sb3(source.path, members)
         return net.requires_grad_(False), algorithm, sha256
     archive = read_archive(source.path)
     _check_hash(source, archive.sha256)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from policykd.agents.archive import read_data
+from policykd.agents.archive import parse_data
 from policykd.agents.rebuild import Algorithm, described_kind, described_num_actions, described_shape, text
 
 _EXECUTED = ("policy_class", "policy_kwargs")
@@ -29,36 +29,42 @@ class Sb3Scores(nn.Module):
 
     def __init__(self, policy: nn.Module, algorithm: Algorithm, obs_shape: tuple[int, ...], num_actions: int) -> None:
         super().__init__()
-        self.policy, self.algorithm = policy, algorithm
-        self.obs_shape, self.num_actions = obs_shape, num_actions
+        acting = {"DQN": "q_net", "QRDQN": "quantile_net"}.get(algorithm)
+        self.net = getattr(policy, acting) if acting else policy
+        self.algorithm, self.obs_shape, self.num_actions = algorithm, obs_shape, num_actions
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
         """Returns logits or mean Q-values, float32 `(batch, num_actions)`, of frames or vectors as SB3 takes them."""
-        policy: Any = self.policy
+        net: Any = self.net
         if self.algorithm == "DQN":
-            scores_BA: Tensor = policy.q_net(obs_BCHW)
+            scores_BA: Tensor = net(obs_BCHW)
         elif self.algorithm == "QRDQN":
-            scores_BA = policy.quantile_net(obs_BCHW).mean(dim=1)
+            scores_BA = net(obs_BCHW).mean(dim=1)
         else:
-            scores_BA = policy.get_distribution(obs_BCHW).distribution.logits
+            scores_BA = net.get_distribution(obs_BCHW).distribution.logits
         return scores_BA.float()
 
 
-def load_with_sb3(path: str | Path) -> tuple[Sb3Scores, Algorithm]:
+def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Scores, Algorithm]:
     """Loads an archive with SB3, and says on standard error that this executes code in it.
 
+    Args:
+        path: where it came from; not read again, so that what is executed is what was hashed.
+        members: its `data` and `policy.pth`, see `read_members`.
+
     Raises:
-        ValueError: SB3 cannot load it, or the policy does not score discrete actions; one line.
+        ValueError: SB3 is missing or cannot load it, or the policy does not score discrete actions; one line.
     """
-    path = Path(path)
-    data = read_data(path)
+    data = parse_data(path, members["data"].getvalue())
     algorithm = _algorithm(path, data)
+    actor_class = _actor_class(path, algorithm)
     print(f"warning: {path}: loaded with SB3, which executes code in the file (--trust-pickle)", file=sys.stderr)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Could not deserialize")  # SB3 would go on with the default
-            model = _actor_class(algorithm).load(_acting_part(path), device="cpu", custom_objects=_instead(data))
+            model = actor_class.load(_acting_part(members), device="cpu", custom_objects=_instead(data))
+        _drop_critic(model.policy)
         net = Sb3Scores(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
     except Exception as error:  # the file's code may raise anything
         reason = (str(error).splitlines() or [""])[0][:160]
@@ -80,9 +86,12 @@ def _algorithm(path: Path, data: Mapping[str, Any]) -> Algorithm:
     raise ValueError(f"{path}: expected a PPO, A2C, DQN or QR-DQN archive, found another; use another teacher")
 
 
-def _actor_class(algorithm: Algorithm) -> Any:
+def _actor_class(path: Path, algorithm: Algorithm) -> Any:
     """Returns SB3's class of an algorithm, content with an archive that holds no optimizer."""
-    library = importlib.import_module("sb3_contrib" if algorithm == "QRDQN" else "stable_baselines3")
+    try:
+        library = importlib.import_module("sb3_contrib" if algorithm == "QRDQN" else "stable_baselines3")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: --trust-pickle needs SB3 ({error}); pip install 'policykd[sb3]'") from error
     return type(algorithm, (getattr(library, algorithm),), {"_get_torch_save_params": lambda self: (["policy"], [])})
 
 
@@ -103,15 +112,18 @@ def _instead(data: Mapping[str, Any]) -> dict[str, Any]:
     return instead
 
 
-def _acting_part(path: Path) -> io.BytesIO:
-    """Returns the archive, zipped or not, without its optimizer."""
+def _drop_critic(policy: Any) -> None:
+    """Takes the value network out of an actor-critic policy, where it has SB3's names: it does not act."""
+    for module in (policy, getattr(policy, "mlp_extractor", None)):
+        for name in {"value_net", "vf_features_extractor"} & getattr(module, "_modules", {}).keys():
+            delattr(module, name)
+
+
+def _acting_part(members: Mapping[str, io.BytesIO]) -> io.BytesIO:
+    """Returns an archive of these members: one without an optimizer."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for member in ("data", "policy.pth"):
-            if path.is_dir():
-                archive.write(path / member, member)
-            else:
-                with zipfile.ZipFile(path) as whole:
-                    archive.writestr(member, whole.read(member))
+        for name, content in members.items():
+            archive.writestr(name, content.getbuffer())
     packed.seek(0)
     return packed

@@ -6,6 +6,7 @@ The manifest is written last and holds the sha256 of every shard, so that a fold
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from policykd.checkpoints import compressed
 from policykd.envs.games import canonical_name
 from policykd.manifest import FORMAT, MANIFEST, About, Dataset, open_dataset
 from policykd.replay import Replay
-from policykd.shards import Arrays
+from policykd.shards import Arrays, row_bytes
 
 ROWS_PER_SHARD = 16_384
 
@@ -46,7 +47,8 @@ def load_dataset(
         device: where the replay lives.
 
     Raises:
-        ValueError: damaged, or of another game, shape or number of actions; the message says expected and found.
+        ValueError: damaged, too large, or of another game, shape or number of actions, with expected and found; no
+            state is left to fit to, or none is held out.
     """
     dataset = open_dataset(path)
     about = dataset.about
@@ -60,10 +62,17 @@ def load_dataset(
             " give another dataset"
         )
     if not 0 <= num_held_out < dataset.num_rows:
-        raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} states; hold out fewer")
+        raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} rows; hold out fewer")
     keep_scores = about.teacher is not None and about.teacher["sha256"] == teacher_sha256
     replay = fill(dataset, num_actions, keep_scores=keep_scores, device=device)
     replay.num_held_out = num_held_out
+    num_fitted = len(replay) - num_held_out
+    num_fitted -= int((replay.history < num_fitted).sum())
+    if not num_fitted or (num_held_out and num_fitted == replay.num_states):
+        raise ValueError(
+            f"{path}: {num_fitted:,} states to fit to and {replay.num_states - num_fitted:,} held out, the other rows"
+            " only complete stacks; import more states, or hold out another share"
+        )
     return replay
 
 
@@ -71,9 +80,17 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
     """Returns a replay of all rows of a dataset.
 
     Raises:
-        ValueError: damaged.
+        ValueError: damaged, or larger than the machine's memory.
     """
     about = dataset.about
+    num_bytes = dataset.num_rows * (row_bytes(about.layout) + 1 + 4 * num_actions)
+    if torch.device(device).type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if num_bytes > memory:
+            raise ValueError(
+                f"{dataset.folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine"
+                f" has {memory / 1e9:,.1f}; import fewer with --num-states"
+            )
     replay = Replay(
         dataset.num_rows,
         about.num_envs,
@@ -92,9 +109,16 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
         before_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
         if (arrays["pasts"] > (before_N + 1).clamp(max=about.stack - 1).numpy()).any():
             raise ValueError(f"{dataset.folder / name}: a stack reaches back before its stream; import it again")
-        if not all(np.isfinite(arrays[key]).all() for key in {"frames", "scores"} & arrays.keys()):
+        if not _is_finite(arrays):
             raise ValueError(f"{dataset.folder / name}: holds NaN or infinite numbers; import it again")
     return replay
+
+
+def _is_finite(arrays: Arrays) -> bool:
+    frames, scores = arrays["frames"], arrays.get("scores", np.zeros(0))
+    if "scores" in arrays and "history" in arrays:
+        scores = scores[~arrays["history"]]  # what is no state is never labelled
+    return bool(np.isfinite(frames).all() and np.isfinite(scores).all())
 
 
 @torch.inference_mode()
@@ -109,7 +133,9 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
     Raises:
         FloatingPointError: a score is not finite.
     """
-    rows = replay.scores_NA[: len(replay)].isnan().any(dim=1).nonzero().squeeze(1)
+    waits_N = replay.scores_NA[: len(replay)].isnan().any(dim=1)
+    waits_N[replay.history] = False
+    rows = waits_N.nonzero().squeeze(1)
     for rows_B in rows.split(batch_size):
         scores_BA = teacher(replay.gather(rows_B)).to(replay.scores_NA.device)
         if not scores_BA.isfinite().all():

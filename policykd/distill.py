@@ -206,7 +206,7 @@ def distill(
         learner.num_updates += updates_per_round
         yield Round(
             index=learner.round - 1,
-            num_states=len(replay),
+            num_states=replay.num_states,
             num_updates=learner.num_updates,
             loss=mean_loss,
             kl=kl,
@@ -228,7 +228,8 @@ def distill(
 def compare(student: nn.Module, replay: Replay, first: int, temperature: float) -> tuple[float, float, float]:
     """Returns KL(teacher || student), action agreement and teacher entropy, means over the states from `first` on."""
     sums = torch.zeros(3, device=replay.frames.device)
-    rows = torch.arange(first, len(replay), device=replay.frames.device)
+    rows = torch.arange(first, len(replay))
+    rows = rows[~torch.isin(rows, replay.history)].to(replay.frames.device)
     for rows_B in rows.split(1024):
         student_BA, teacher_BA = student(replay.gather(rows_B)), replay.scores_NA[rows_B]
         log_p_BA = log_policy(teacher_BA, temperature)

@@ -40,7 +40,9 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
         space, actions = json.loads(metadata["observation_space"]), json.loads(metadata["action_space"])
         shape, dtype = tuple(space["shape"]), np.dtype(space["dtype"])
         num_episodes, num_actions = int(metadata["total_episodes"]), int(actions["n"])
-        spec = json.loads(metadata.get("env_spec") or "{}")
+        first_action, env_id = int(actions.get("start", 0)), json.loads(metadata.get("env_spec") or "{}").get("id")
+        if num_actions < 1:
+            raise ValueError(f"{num_actions} actions cannot be")
         if metadata["data_format"] != "hdf5":
             raise ValueError(f"its data_format is {metadata['data_format']!r}, only 'hdf5' is read")
         if metadata.get("jpeg_encoding", True) and _is_image(shape, dtype):
@@ -48,7 +50,7 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
                 "its images are JPEG-coded: lossy, not what the agent saw; record with jpeg_encoding=False"
             )
         obs_shape, stack = stacked_shape(shape, dtype)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{data}: cannot be imported: {reason}; give another Minari dataset") from error
     about = About(
@@ -56,11 +58,11 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
         stack=stack,
         dtype=str(dtype),
         source=f"Minari dataset {metadata.get('dataset_id', data.parent.name)}",
-        preprocessing=f"of the environment {spec.get('id', 'unknown')}",
-        game=_agreed(data, spec.get("id"), game),
+        preprocessing=f"of the environment {env_id or 'unknown'}",
+        game=_agreed(data, env_id, game),
         num_actions=num_actions,
     )
-    return about, rows(_recordings(path, num_episodes, shape, dtype, int(actions.get("start", 0))), data)
+    return about, rows(_recordings(path, num_episodes, shape, dtype, first_action), data)
 
 
 def export_to_minari(dataset: str | Path, folder: Path) -> int:
@@ -163,6 +165,8 @@ def _array(file: Any, episode: str, name: str) -> Any:
     array = file[episode][name]
     if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.dtype.kind not in "buif":
         raise ValueError(f"{name} of {episode} are not plain numbers in this file")
+    if not array.shape:
+        raise ValueError(f"{name} of {episode} are not one for each step")
     if array.nbytes > MAX_RATIO * array.id.get_storage_size():
         raise ValueError(f"{name} of {episode} claim {array.nbytes:,} bytes that the file cannot hold")
     return array
@@ -223,8 +227,8 @@ def _write_episode(file: Any, number: int, replay: Replay, rows_T: torch.Tensor,
     group["rewards"] = steps["rewards"][rows_T[:-1]]
     group["terminations"] = np.zeros(num_steps, np.bool_)
     group["truncations"] = np.arange(1, num_steps + 1) == num_steps
-    if not replay.scores_NA.isnan().any():
-        group["infos/scores"] = replay.scores_NA[rows_T].numpy()
+    if not (scores_TA := replay.scores_NA[rows_T]).isnan().any():
+        group["infos/scores"] = scores_TA.numpy()
 
 
 def _minari_version() -> Any:

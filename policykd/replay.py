@@ -49,6 +49,11 @@ class Replay:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def num_states(self) -> int:
+        """How many rows are states."""
+        return self.size - len(self.history)
+
     def add(self, obs: Tensor, starts_B: Tensor, scores_BA: Tensor) -> None:
         """Appends one state of every environment.
 

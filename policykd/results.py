@@ -20,8 +20,7 @@ def judge(
 ) -> tuple[dict[str, Any], float]:
     """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
 
-    The teacher's games come from its card where that has them: they were played by scripts/evaluate.py on this very
-    archive.
+    The teacher's games come from its card where that has them: it says that they were played on this very archive.
     """
     began = time.perf_counter()
     student.eval()
@@ -33,7 +32,7 @@ def judge(
         games = evaluate_on_atari(student, game, protocol, num_episodes, seed=seed, device=device)
         results["student"][protocol] = judgement(games)
         if protocol in on_card:
-            results["teacher"][protocol] = on_card[protocol]
+            results["teacher"][protocol] = judgement_of_card(on_card[protocol])
         else:
             games = evaluate_on_atari(
                 teacher, game, protocol, num_episodes, seed=seed + 1, temperature=teacher.temperature, device=device
@@ -58,6 +57,12 @@ def judgement(evaluation: Evaluation) -> dict[str, Any]:
         "num_truncated": evaluation.num_truncated,
         **asdict(summarise(evaluation.returns)),
     }
+
+
+def judgement_of_card(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the games of one protocol of a card, and the statistics of their returns, whatever the card says."""
+    games = {key: protocol[key] for key in ("returns", "lengths", "num_truncated") if key in protocol}
+    return {**games, **asdict(summarise(protocol["returns"]))}
 
 
 def entry(costs: Costs | None, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

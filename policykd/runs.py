@@ -13,36 +13,19 @@ from policykd.command import versions
 CONFIG = "config.json"
 
 
-def open_run(
-    run: Path,
-    settings: Mapping[str, Any],
-    *,
-    resume: bool,
-    machine: Mapping[str, Any],
-    notes: Mapping[str, Any] | None = None,
-) -> None:
-    """Makes the run's folder, or makes sure that it is to go on and was started with the same settings.
+def goes_on(run: Path, settings: Mapping[str, Any], *, resume: bool, machine: Mapping[str, Any]) -> bool:
+    """Returns whether a run's folder is there already, started with the same settings and to be resumed.
 
-    On another machine or with other versions it goes on with a warning: not bit for bit the same.
-
-    Args:
-        run: the folder.
-        settings: what decides the outcome.
-        resume: whether a run that is there may go on.
-        machine: device, threads.
-        notes: what else config.json says; not compared.
+    On another `machine` (device, threads) or with other versions it goes on with a warning: not bit for bit the same.
 
     Raises:
         ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
     """
     config = run / CONFIG
-    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
-    content |= notes or {}
     if not config.is_file():
         if (run / "checkpoints").exists():
-            raise ValueError(f"{run}: holds checkpoints but no config.json to tell whose; give another --name")
-        write_atomically(config, (json.dumps(content, indent=1) + "\n").encode())
-        return
+            raise ValueError(f"{run}: holds checkpoints but no {CONFIG} to tell whose; give another --name")
+        return False
     if not resume:
         raise ValueError(f"{run}: holds a run already; go on with it by --resume, or give another --name")
     try:
@@ -55,6 +38,13 @@ def open_run(
         raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
     if elsewhere:
         print(f"warning: {config} was written with other versions, threads or device: not bit for bit the same run")
+    return True
+
+
+def start_run(run: Path, settings: Mapping[str, Any], *, machine: Mapping[str, Any], **notes: Any) -> None:
+    """Makes a run's folder with its config.json: settings, command, versions, machine and notes."""
+    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
+    write_atomically(run / CONFIG, (json.dumps(content | notes, indent=1) + "\n").encode())
 
 
 def again(args: Any, run: Path) -> str:
@@ -70,11 +60,18 @@ def check_at_least(args: Any, least: int, *flags: str) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
 
 
-def pinned(ref: str, run: Path) -> str:
-    """Returns a Hub reference at the commit that a run was started with, any other as it is."""
+def check_name(name: str) -> None:
+    """Raises ValueError for the name of a run that would lead out of its folder."""
+    if name != Path(name).name or name in {".", ".."}:
+        raise ValueError(f"--name must be the name of a folder, not {name!r}; --folder says where it lies")
+
+
+def pinned(argument: str, run: Path) -> str:
+    """Returns a `--teacher` argument as the commit that a run was started with, if it means one on the Hub."""
     try:
-        teacher = json.loads((run / CONFIG).read_text())["settings"]["teacher"]
+        config = json.loads((run / CONFIG).read_text())
+        teacher, before = config["settings"]["teacher"], config["teacher_argument"]
+        is_same = before == argument and teacher["revision"]
+        return f"{teacher['ref']}@{teacher['revision']}" if is_same else argument
     except (OSError, ValueError, LookupError, TypeError):
-        return ref  # no such run yet, or one that `open_run` will refuse
-    is_same = ref.startswith("hub:") and "@" not in ref and isinstance(teacher, dict) and teacher.get("revision")
-    return f"{ref}@{teacher['revision']}" if is_same else ref
+        return argument  # no such run yet, or one that `goes_on` will refuse

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from policykd.agents.files import write_atomically
 from policykd.agents.networks import ConvNet
+from policykd.agents.teacher import Teacher
 
 MADE_AT = (1980, 1, 1, 0, 0, 0)
 UNNEEDED = (
@@ -43,14 +44,21 @@ def centre_input(policy: nn.Module, centre: float, scale: float) -> None:
 
 
 @torch.no_grad()
-def start_from(policy: nn.Module, net: object, centre: float, scale: float) -> None:
-    """Copies a teacher's convolutions and features into an SB3 policy whose input is centred, a policy's head too.
+def start_from(policy: nn.Module, teacher: Teacher, centre: float, scale: float) -> None:
+    """Copies a teacher's convolutions and features into an SB3 policy, and its head where both are of PPO or A2C.
+
+    Args:
+        policy: of the new agent, whose input will be centred.
+        teacher: of the same game.
+        centre: what `centre_input` will be given.
+        scale: likewise.
 
     Raises:
-        ValueError: the teacher is not a NatureCNN.
+        ValueError: the teacher is not a NatureCNN on frames in [0, 1].
     """
-    if not isinstance(net, ConvNet) or net.hidden != (512,):
-        raise ValueError("--start-from: not a NatureCNN, as SB3's CnnPolicy has; give another teacher")
+    net = teacher.net
+    if not isinstance(net, ConvNet) or (net.widths, net.hidden) != ((32, 64, 64), (512,)) or net.scale != 255.0:
+        raise ValueError(f"--start-from {teacher.ref}: not SB3's NatureCNN on frames in [0, 1]; give another teacher")
     for extractor in [m for m in policy.modules() if isinstance(m, NatureCNN)]:
         layers = [extractor.cnn[0], extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]
         for layer, source in zip(layers, [net.conv1, net.conv2, net.conv3, net.dense[0]], strict=True):
@@ -59,7 +67,7 @@ def start_from(policy: nn.Module, net: object, centre: float, scale: float) -> N
         assert first.bias is not None
         first.bias.add_((centre / 255.0) * first.weight.sum(dim=(1, 2, 3)))
         first.weight.mul_(scale / 255.0)
-    if isinstance(policy, ActorCriticPolicy):
+    if isinstance(policy, ActorCriticPolicy) and teacher.algorithm in ("PPO", "A2C"):
         policy.action_net.load_state_dict(net.dense[-1].state_dict())
 
 

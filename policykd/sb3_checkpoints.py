@@ -35,7 +35,7 @@ from policykd.checkpoints import (
 from policykd.envs.vector import VectorEnv
 from policykd.frame_buffer import FrameReplayBuffer
 
-KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added", "wall_seconds")
+KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added")
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining"),
@@ -53,18 +53,19 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     buffer = _buffer(model)
     files, kept, num_added = {}, dict[str, str](), 0
     if buffer:
-        num_added = buffer.num_added
+        num_added, gone = buffer.num_added, buffer.num_added - buffer.buffer_size
+        before: dict[str, Any] = {"num_added": 0, "files": {}}
         if (folder / MANIFEST).is_file():
             before = read_manifest(folder, KEYS)
-            shards = sorted(n for n in before["files"] if n.startswith("replay-"))
-            gone = num_added - buffer.buffer_size
-            kept = {n: before["files"][n] for n in shards if _last_step(n) > gone}
+        shards = {n: sha256 for n, sha256 in before["files"].items() if n.startswith("replay-")}
+        kept = {n: sha256 for n, sha256 in shards.items() if _last_step(n) > gone}
+        if num_added > before["num_added"]:
             files[f"replay-{num_added:010d}.npz"] = compressed(buffer.arrays(before["num_added"]))
-        else:
-            files[f"replay-{num_added:010d}.npz"] = compressed(buffer.arrays(0))
     tensors: dict[str, Tensor] = {f"policy.{name}": p for name, p in model.policy.named_parameters()}
     tensors |= optimizer_tensors(model.policy.optimizer)
     tensors["torch_random"] = torch.get_rng_state()
+    if model.device.type == "cuda":
+        tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
     kind, words, *rest = np.random.get_state(legacy=True)
     tensors["numpy_random"] = torch.from_numpy(np.asarray(words, np.int64))
     files[f"model-{model.num_timesteps:010d}.safetensors"] = packed(tensors)
@@ -117,7 +118,9 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     random.setstate((version, tuple(words), gauss))
     model.action_space.np_random.bit_generator.state = stored["actions"]
     torch.set_rng_state(tensors["torch_random"])
-    return float(manifest["wall_seconds"])
+    if model.device.type == "cuda" and "cuda_random" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda_random"], model.device)
+    return float(manifest.get("wall_seconds", 0.0))
 
 
 class Progress(BaseCallback):
@@ -139,8 +142,8 @@ class Progress(BaseCallback):
         super().__init__()
         self.envs, self.folder, self.checkpoint_every = envs, folder, checkpoint_every
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.saved = self._evaluated = 0
-        """steps at the last checkpoint, and at the last evaluation"""
+        self.saved = self._seen = 0
+        """steps at the last checkpoint, and at the start of the last rollout"""
         self._interrupted = False
         self.wall_seconds = wall_seconds
         """up to the last checkpoint"""
@@ -174,7 +177,7 @@ class Progress(BaseCallback):
         self.saved = steps
 
     def _on_training_start(self) -> None:
-        self.saved = self._evaluated = self.model.num_timesteps
+        self.saved = self._seen = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
         steps = self.model.num_timesteps
@@ -182,9 +185,9 @@ class Progress(BaseCallback):
             self.save()
         if self._interrupted:
             raise KeyboardInterrupt
-        if self.evaluate_every and steps - self._evaluated >= self.evaluate_every:
-            self._evaluated = steps
+        if self.evaluate_every and steps // self.evaluate_every > self._seen // self.evaluate_every:
             self.evaluate(steps)
+        self._seen = steps
 
     def _on_step(self) -> bool:
         return True

@@ -28,7 +28,7 @@ from policykd.manifest import open_dataset
 from policykd.records import Records
 from policykd.replay import Replay
 from policykd.results import judge, table
-from policykd.runs import again, check_at_least, open_run, pinned
+from policykd.runs import again, check_at_least, check_name, goes_on, pinned, start_run
 from policykd.schedules import WarmupCosine
 from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates
 from policykd.teacher_check import check_fits, check_teacher
@@ -114,19 +114,17 @@ def main(args: Args) -> None:
     if isinstance(args.states, DatasetStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
     machine = {"device": str(device), "threads": torch.get_num_threads()}
-    if (run / "results.json").is_file():
-        open_run(run, settings, resume=args.resume, machine=machine)
+    is_old = goes_on(run, settings, resume=args.resume, machine=machine)
+    if is_old and (run / "results.json").is_file():
         print((run / "results.md").read_text())
         return
-    resuming = (run / "checkpoints" / MANIFEST).is_file()
-    notes = {}
-    if not resuming:
+    replay = open_replay(args.states, teacher, game, device) if isinstance(args.states, DatasetStates) else None
+    if not is_old:
         checked = check_teacher(
             teacher.to(device), game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device
         )
         print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
-        notes["teacher_check"] = asdict(checked)
-    replay = open_replay(args.states, teacher, game, device) if isinstance(args.states, DatasetStates) else None
+        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     student = make_student(args.student, envs.num_actions, seed=args.seed)
     learner = make_learner(
         student,
@@ -136,8 +134,8 @@ def main(args: Args) -> None:
         device=device,
         replay=replay,
     )
-    open_run(run, settings, resume=args.resume, machine=machine, notes=notes)
-    if resuming:
+    label_given(learner.replay, teacher.to(device))
+    if (run / "checkpoints" / MANIFEST).is_file():
         restore_checkpoint(learner, run / "checkpoints")
     records = Records(run, learner.round)
     print(f"{run}: {game} from {teacher.algorithm} {teacher.ref}; watch it with: tensorboard --logdir {args.folder}")
@@ -177,7 +175,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {again(args, run)}") from None
     results |= {
-        "num_states_labelled": len(learner.replay),
+        "num_states_labelled": learner.replay.num_states,
         "num_updates": learner.num_updates,
         "wall_seconds": {p: s + (seconds if p == "evaluate" else 0.0) for p, s in records.seconds().items()},
         "versions": versions(),
@@ -200,8 +198,7 @@ def check(args: Args) -> None:
         args, 1, "rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"
     )
     check_at_least(args, 0, "eval_every", "seed")
-    if args.name != Path(args.name).name or args.name in {".", ".."}:
-        raise ValueError(f"--name must be the name of a folder, not {args.name!r}; --folder says where it lies")
+    check_name(args.name)
     if (gigabytes := args.rounds * args.states_per_round * 7.2e-6) > 1000:
         raise ValueError(
             f"--rounds times --states-per-round would take {gigabytes:,.0f} GB of memory; lower one of them"
@@ -216,7 +213,7 @@ def check(args: Args) -> None:
 
 
 def open_replay(states: DatasetStates, teacher: Teacher, game: str, device: torch.device) -> Replay:
-    """Returns the replay of a dataset, every state labelled by the teacher."""
+    """Returns the replay of a dataset."""
     replay = load_dataset(
         states.path,
         num_actions=teacher.num_actions,
@@ -227,10 +224,17 @@ def open_replay(states: DatasetStates, teacher: Teacher, game: str, device: torc
         device=device,
     )
     replay.num_given = len(replay)
-    began = time.perf_counter()
-    num_labelled = label(replay, teacher.to(device))
-    print(f"{states.path}: {len(replay):,} states, {num_labelled:,} labelled in {time.perf_counter() - began:.0f} s")
     return replay
+
+
+def label_given(replay: Replay, teacher: Teacher) -> None:
+    """Scores the states of a dataset that this teacher has not scored yet, and says how many they were."""
+    if not replay.num_given:
+        return
+    began = time.perf_counter()
+    num_labelled = label(replay, teacher)
+    seconds = time.perf_counter() - began
+    print(f"a dataset of {replay.num_states:,} states, {num_labelled:,} labelled in {seconds:.0f} s", flush=True)
 
 
 def about(teacher: Teacher) -> dict[str, str]:
@@ -249,15 +253,19 @@ def evaluate_on_the_way(
     of_teacher = teacher.reported_return
     mean = sum(evaluation.returns) / len(evaluation.returns)
     against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}
-    records.add_evaluation(learner.num_updates, len(learner.replay), evaluation.returns, evaluation.lengths, against)
+    num_states = learner.replay.num_states
+    records.add_evaluation(learner.num_updates, num_states, evaluation.returns, evaluation.lengths, against)
     return time.perf_counter() - began
 
 
 def spelt_out(arguments: list[str]) -> list[str]:
     """Returns a command line with `--states dataset:PATH` (or teacher, student, mixed) as tyro's subcommand."""
-    kept, chosen, words = list[str](), list[str](), iter(arguments)
+    kept, chosen, options, words = list[str](), list[str](), list[str](), iter(arguments)
     for word in words:
         flag, joined, value = word.partition("=")
+        if flag.startswith("--states."):  # belongs behind the subcommand
+            options += [word] if joined else [word, next(words, "")]
+            continue
         if flag != "--states":
             kept.append(word)
             continue
@@ -265,7 +273,7 @@ def spelt_out(arguments: list[str]) -> list[str]:
         if kind not in ("mixed", "student", "teacher", "dataset") or (kind == "dataset") != bool(path):
             raise ValueError(f"--states {kind}: give mixed, student, teacher or dataset:PATH")
         chosen = [f"states:{kind}-states", *(["--states.path", path] if path else [])]
-    return [*kept, *chosen]
+    return [*kept, *chosen, *options]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from policykd.agents.files import write_atomically
 from policykd.agents.policy import Policy, sample
 from policykd.agents.rebuild import Algorithm
-from policykd.agents.teacher import load_teacher
+from policykd.agents.teacher import load_teacher, policy_temperature
 from policykd.agents.trusted import Sb3Scores
 from policykd.checkpoints import MANIFEST
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
@@ -32,9 +32,10 @@ from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation import PROTOCOLS, evaluate_on_atari
 from policykd.frame_buffer import FrameReplayBuffer
 from policykd.results import judgement
-from policykd.runs import again, check_at_least, open_run
+from policykd.runs import again, check_at_least, check_name, goes_on, start_run
 from policykd.sb3_archive import centre_input, start_from, write_teacher
 from policykd.sb3_checkpoints import Progress, restore_training
+from policykd.teacher_check import check_fits
 
 ALGORITHMS: dict[str, Algorithm] = {"ppo": "PPO", "a2c": "A2C", "dqn": "DQN", "qrdqn": "QRDQN"}
 OFF_POLICY = ("dqn", "qrdqn")
@@ -121,6 +122,7 @@ def main(args: Args) -> None:
     """Trains, or goes on training, then writes the archive and its card."""
     check_at_least(args, 1, "steps", "checkpoint_every", "eval_episodes")
     check_at_least(args, 0, "num_envs", "eval_every", "seed")
+    check_name(args.name)
     args = dataclasses.replace(args, game=canonical_name(args.game), num_envs=args.num_envs or NUM_ENVS[args.algo])
     device = prepare_device(args.device, args.threads)
     name = args.name or f"{args.algo}-seed{args.seed}"
@@ -128,13 +130,18 @@ def main(args: Args) -> None:
     envs = make_atari(args.game, args.num_envs, args.seed, independent_games=True)
     model = make_model(args, SB3VecEnv(envs, clip_rewards=True), device)
     start = load_teacher(args.start_from, game=args.game) if args.start_from else None
+    if start:
+        check_fits(start, envs, args.start_from, args.game)
     centre, scale = spread(args.game, args.seed) if args.centre else (0.0, 255.0)
     if start:
-        start_from(model.policy, start.net, centre, scale)
+        start_from(model.policy, start, centre, scale)
     if args.centre:
         centre_input(model.policy, centre, scale)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
-    open_run(run, settings, resume=args.resume, machine={"device": str(device), "threads": torch.get_num_threads()})
+    settings["start_from"] = start.sha256 if start else ""
+    machine = {"device": str(device), "threads": torch.get_num_threads()}
+    if not goes_on(run, settings, resume=args.resume, machine=machine):
+        start_run(run, settings, machine=machine, start_from=args.start_from)
 
     wall_seconds = 0.0
     if (run / "checkpoints" / MANIFEST).is_file():
@@ -147,7 +154,7 @@ def main(args: Args) -> None:
 
     def evaluate(steps: int) -> None:
         policy = Sb3Scores(model.policy.eval(), ALGORITHMS[args.algo], envs.obs_shape, envs.num_actions)
-        temperature = 0.01 if args.algo in OFF_POLICY else 1.0
+        temperature = policy_temperature(ALGORITHMS[args.algo])
         games = evaluate_on_atari(
             policy, args.game, "noop_sampled", 16, seed=args.seed, temperature=temperature, device=device
         )
@@ -183,8 +190,9 @@ def make_model(args: Args, envs: SB3VecEnv, device: torch.device) -> BaseAlgorit
         settings |= {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": multi_step}
     try:
         model = algorithms[args.algo]("CnnPolicy", envs, seed=args.seed, device=device, **settings)
-    except TypeError as error:
-        raise ValueError(f"--hyperparams: {args.algo} knows no such setting ({error})") from error
+    except (TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--hyperparams: {args.algo} knows no such setting, or not such a value ({reason})") from error
     model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 

@@ -144,7 +144,18 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path) -> None:
 def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path: Path) -> None:
     """A second student learns from the first one's states, cut after a round and resumed bit for bit."""
     args = ["--game", "Pong", "--threads", "1", "--rounds", "3", "--updates-per-round", "60", "--student", "1%"]
-    args += ["--batch-size", "128", "--eval-episodes", "1", "--eval-every", "0", "--states", f"dataset:{finished}"]
+    args += [
+        "--batch-size",
+        "128",
+        "--eval-episodes",
+        "1",
+        "--eval-every",
+        "0",
+        "--states.held-out",
+        "0.1",
+        "--states",
+        f"dataset:{finished}",
+    ]
     whole = run("distill_atari.py", *args, "--folder", str(tmp_path / "whole"), "--name", "r")
     assert whole.returncode == 0, whole.stderr
     assert "9,600 states, 0 labelled" in whole.stdout  # the same teacher's scores are stored with them
@@ -240,6 +251,8 @@ TRAINING_ERRORS = {
     "no number": (["--game", "Pong", "--hyperparams", "learning_rate:fast"], "write NAME:NUMBER"),
     "no setting": (["--game", "Pong", "--hyperparams", "learning_rat:1e-4"], "knows no such setting"),
     "no room": (["--game", "Pong", "--algo", "dqn", "--hyperparams", "buffer_size:16"], "too small for 8 environments"),
+    "a setting out of range": (["--game", "Pong", "--hyperparams", "batch_size:0"], "--hyperparams: ppo knows no such"),
+    "a name that is a path": (["--game", "Pong", "--name", "../x"], "--name must be the name of a folder"),
     "another start": (["--game", "Breakout", "--start-from", "bundled"], "no teacher is bundled for Breakout"),
 }
 
@@ -318,7 +331,7 @@ ERRORS = {
     ),
     "no rounds": (["--game", "Pong", "--rounds", "0"], "--rounds must be at least 1"),
     "bad learning rate": (["--game", "Pong", "--learning-rate", "nan"], "--learning-rate must be"),
-    "a negative seed": (["--game", "Pong", "--seed", "-1"], "--seed must not be negative"),
+    "a negative seed": (["--game", "Pong", "--seed", "-1"], "--seed must be at least 0"),
     "a name that is a path": (["--game", "Pong", "--name", "../x"], "--name must be the name of a folder"),
     "more than any memory": (["--game", "Pong", "--rounds", "1000000000"], "GB of memory"),
     "states do not divide": (["--game", "Pong", "--states-per-round", "100"], "multiple of"),

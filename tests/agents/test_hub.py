@@ -45,7 +45,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.commit, self.declared = files, "a" * 40, dict[str, int]()
+        self.files, self.commit, self.declared = files, "a" * 40, dict[str, int | None]()
         self.troubles: list[tuple[str, str | int, int]] = []
         """pattern of "METHOD path" -> HTTP status or what else goes wrong, how many times"""
         self.asked: list[str] = []
@@ -241,6 +241,16 @@ def test_a_gated_repository_says_whom_to_ask(server: Hub) -> None:
 def test_a_file_larger_than_a_policy_is_not_downloaded(server: Hub) -> None:
     server.declared[f"{NAME}/policy.pth"] = 200 << 30
     with pytest.raises(ValueError, match=r"policy.pth has 214,748,364,800 bytes, more than a policy can need"):
+        hub.fetch(REPO)
+    assert not any("resolve" in request for request in server.asked)
+
+
+@pytest.mark.parametrize("file", [f"{NAME}/policy.pth", f"{NAME}/data", f"{NAME}.zip"])
+def test_a_file_of_unknown_size_is_not_downloaded(server: Hub, file: str) -> None:
+    if file.endswith(".zip"):
+        del server.files[f"{NAME}/policy.pth"]
+    server.declared[file] = None
+    with pytest.raises(ValueError, match=rf"^hub:{REPO}: the Hub does not say how large {file} is; give"):
         hub.fetch(REPO)
     assert not any("resolve" in request for request in server.asked)
 

@@ -239,6 +239,40 @@ def test_a_card_beside_counts_more_than_the_zoo(zoo: Path) -> None:
     assert load_teacher(zoo, game="Pong").reported_return == 12.5
 
 
+PROTOCOL = {"returns": [1, 2.5], "mean": 1.75}
+
+
+@pytest.mark.parametrize(
+    ("card", "reason"),
+    [
+        ({"protocols": [["noop_sampled", PROTOCOL]]}, "its protocols are no object"),
+        ({"protocols": {"noop_sampled": [1.0]}}, "indices must be"),
+        (
+            {"protocols": {"noop_sampled": {**PROTOCOL, "returns": ["a"] * 40}}},
+            "'noop_sampled' has no returns, or some",
+        ),
+        ({"protocols": {"noop_sampled": {**PROTOCOL, "returns": "12"}}}, "has no returns, or some that are no numbers"),
+        ({"protocols": {"noop_sampled": {**PROTOCOL, "returns": [1.0, float("nan")]}}}, "has no returns, or some"),
+        ({"protocols": {"noop_sampled": {**PROTOCOL, "returns": [10**400]}}}, "has no returns, or some"),
+        ({"protocols": {"noop_sampled": {**PROTOCOL, "returns": []}}}, "has no returns, or some"),
+        ({"protocols": {"noop_sampled": {**PROTOCOL, "mean": float("inf")}}}, "has no returns, or some"),
+        ({"protocols": {"noop_sampled": {"returns": [1.0]}}}, "'mean'"),
+        ({"reported_return": "20"}, "its reported_return is no number"),
+    ],
+)
+def test_a_card_that_would_fail_later_is_refused_at_once(
+    card: dict[str, object], reason: str, dqn: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(dqn, tmp_path / "agent.zip"))
+    sha256 = load_teacher(path).sha256
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256, "protocols": {"noop_sampled": PROTOCOL}}))
+    assert load_teacher(path).reported_return == 1.75
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256, **card}))
+    with pytest.raises(ValueError, match=rf"agent\.json: the teacher's card cannot be read \(.*{reason}") as caught:
+        load_teacher(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_vector_agent_of_the_zoo_needs_no_frames(tmp_path: Path) -> None:
     folder = tmp_path / "CartPole-v1_1"
     (folder / "CartPole-v1").mkdir(parents=True)

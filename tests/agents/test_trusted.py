@@ -1,23 +1,27 @@
 """Custom policies through SB3's own load: scores as SB3's, old archives too, and said on standard error."""
 
 import base64
+import hashlib
 import json
 import os
 import pickle
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
 
-from policykd.agents.archive import read_archive
+from policykd.agents.archive import read_archive, read_members
+from policykd.agents.networks import num_parameters
 from policykd.agents.rebuild import rebuild
 from policykd.agents.teacher import load_teacher
-from policykd.agents.trusted import load_with_sb3
+from policykd.agents.trusted import Sb3Scores, load_with_sb3
 
 MODULE = '''
 import torch
@@ -42,6 +46,13 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+class Frames(gym.Env[np.ndarray, np.int64]):
+    """Spaces of preprocessed Pong, nothing behind them."""
+
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(6)
+
+
 class Touch:
     """Leaves a mark where it is unpickled."""
 
@@ -58,6 +69,10 @@ def extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_extractor", raising=False)
     return __import__("my_extractor").Extractor
+
+
+def load(path: Path) -> tuple[Sb3Scores, str]:
+    return load_with_sb3(path, read_members(path)[1])
 
 
 def custom(algorithm: str, extractor: Any, path: Path) -> torch.Tensor:
@@ -107,6 +122,9 @@ def test_a_custom_policy_scores_as_in_sb3(
     teacher = load_teacher(path, trust_pickle=True)
     assert torch.equal(teacher(OBS), expected)
     assert (teacher.algorithm, teacher.num_actions, teacher.obs_shape) == (algorithm, 2, (4,))
+    last = 2 * 200 if algorithm == "QRDQN" else 2
+    acting = (4 * 8 + 8) + 2 * 8 + (8 * 16 + 16) + (16 * 8 + 8) + (8 * last + last)  # no target, no critic
+    assert num_parameters(cast(Sb3Scores, teacher.net)) == acting
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {path}: loaded with SB3, which executes code in the file (--trust-pickle)"
     ]
@@ -125,7 +143,7 @@ def test_an_archive_of_the_days_of_gym_loads(algorithm: str, extractor: Any, tmp
     rewrite(path, spaces | large, drop=("policy.optimizer.pth",))
     with pytest.raises(ModuleNotFoundError, match="gym"):
         KINDS[algorithm][0].load(path)
-    net, found = load_with_sb3(path)
+    net, found = load(path)
     assert found == algorithm
     with torch.no_grad():
         assert torch.equal(net(OBS), expected)
@@ -151,7 +169,7 @@ def test_an_unpacked_archive_loads(extractor: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
         for name in ("data", "policy.pth"):  # all that is fetched from the Hub
             archive.extract(name, tmp_path / "agent")
-    net, _ = load_with_sb3(tmp_path / "agent")
+    net, _ = load(tmp_path / "agent")
     with torch.no_grad():
         assert torch.equal(net(OBS), expected)
 
@@ -162,12 +180,58 @@ def test_a_class_that_is_not_there_is_one_line(extractor: Any, tmp_path: Path) -
     (tmp_path / "my_extractor.py").unlink()
     del sys.modules["my_extractor"]
     with pytest.raises(ValueError, match=r"agent.zip: .*No module named 'my_extractor'.*PYTHONPATH") as error:
-        load_with_sb3(path)
+        load(path)
     assert "\n" not in str(error.value)
     (tmp_path / "my_extractor.py").write_text("")  # the module is there, the class is not: SB3 only warns
     with pytest.raises(ValueError, match=r"agent.zip: .*Could not deserialize") as error:
-        load_with_sb3(path)
+        load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_critic_of_its_own_is_no_cost(shared: bool, tmp_path: Path) -> None:
+    policy_kwargs = {"share_features_extractor": shared}
+    model = PPO("CnnPolicy", Frames(), n_steps=8, batch_size=8, device="cpu", policy_kwargs=policy_kwargs)
+    before = num_parameters(model.policy)
+    live = Sb3Scores(model.policy.eval(), "PPO", (4, 84, 84), 6)
+    assert num_parameters(model.policy) == before  # it may be in training
+    model.save(tmp_path / "agent.zip")
+    net, _ = load(tmp_path / "agent.zip")
+    assert num_parameters(net) == num_parameters(rebuild(read_archive(tmp_path / "agent.zip"))[0]) == 1_687_206
+    obs = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(net(obs), live(obs))
+
+
+def test_what_was_hashed_is_what_is_executed(extractor: Any, tmp_path: Path) -> None:
+    """The file is exchanged once it was hashed: what is loaded is what was there before."""
+    path = tmp_path / "agent.zip"
+    expected = custom("PPO", extractor, path)
+    sha256, members = read_members(path)
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    code = base64.b64encode(pickle.dumps(Touch(tmp_path / "mark"))).decode()
+    rewrite(path, {"policy_kwargs": {":type:": "dict", ":serialized:": code}})
+    net, _ = load_with_sb3(path, members)
+    assert not (tmp_path / "mark").exists()
+    with torch.no_grad():
+        assert torch.equal(net(OBS), expected)
+
+
+@pytest.mark.parametrize(("algorithm", "library"), [("PPO", "stable_baselines3"), ("QRDQN", "sb3_contrib")])
+def test_without_sb3_it_says_what_to_install(
+    algorithm: str,
+    library: str,
+    extractor: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    custom(algorithm, extractor, tmp_path / "agent.zip")
+    monkeypatch.setitem(sys.modules, library, None)  # what import finds where it is not installed
+    with pytest.raises(ValueError, match=rf"agent.zip: .*{library}.*; pip install 'policykd\[sb3\]'$") as error:
+        load(tmp_path / "agent.zip")
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""  # nothing was executed
 
 
 def test_only_what_makes_the_policy_is_executed(extractor: Any, tmp_path: Path) -> None:
@@ -178,9 +242,9 @@ def test_only_what_makes_the_policy_is_executed(extractor: Any, tmp_path: Path) 
         code = base64.b64encode(pickle.dumps(Touch(tmp_path / key))).decode()
         rewrite(path, {key: {":type:": "dict", ":serialized:": code}})
         if key != "policy_kwargs":
-            load_with_sb3(path)
+            load(path)
     with pytest.raises(ValueError, match="SB3 cannot load it"):  # it is no dictionary
-        load_with_sb3(path)
+        load(path)
     assert [
         key for key in ("lr_schedule", "zzz", "rollout_buffer_class", "policy_kwargs") if (tmp_path / key).exists()
     ] == ["policy_kwargs"]
@@ -192,4 +256,4 @@ def test_another_algorithm_is_refused(tmp_path: Path) -> None:
         archive.writestr("data", '{"gamma": 0.99}')
         archive.writestr("policy.pth", b"")
     with pytest.raises(ValueError, match="expected a PPO, A2C, DQN or QR-DQN archive"):
-        load_with_sb3(path)
+        load(path)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,39 @@ def test_label_scores_only_what_has_no_scores(breakout: tuple[Replay, Tensor], t
         label(load_dataset(tmp_path, num_actions=4, obs_shape=(4, 84, 84)), lambda obs: teacher(obs) / 0)
 
 
+def test_what_is_no_state_is_never_labelled(tmp_path: Path) -> None:
+    history = np.arange(20) % 10 < 4
+    write_dataset(tmp_path / "d", ABOUT, [{**points(20), "history": history}])
+    replay = load(tmp_path / "d")
+    assert label(replay, torch.sin) == 12
+    assert (replay.scores_NA.isnan().any(dim=1).numpy() == history).all()
+    assert label(replay, torch.sin) == 0
+    save_dataset(replay, tmp_path / "labelled", source="x", preprocessing="x", teacher=TEACHER)
+    again = load_dataset(tmp_path / "labelled", num_actions=2, obs_shape=(2,), teacher_sha256=TEACHER["sha256"])
+    assert label(again, torch.sin) == 0
+    assert not again.sample(64, torch.Generator())[1].isnan().any()
+
+
+@pytest.mark.parametrize(("first", "last", "counts"), [(0, 8, "0 states to fit to and 2"), (8, 10, "8 .* and 0 held")])
+def test_a_part_without_states_is_refused(first: int, last: int, counts: str, tmp_path: Path) -> None:
+    history = (np.arange(10) >= first) & (np.arange(10) < last)
+    write_dataset(tmp_path / "d", ABOUT, [{**points(10), "history": history}])
+    assert load(tmp_path / "d").num_states == 10 - (last - first)
+    with pytest.raises(ValueError, match=rf"d: {counts}.*; import more states") as caught:
+        load_dataset(tmp_path / "d", num_actions=2, obs_shape=(2,), num_held_out=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_no_memory_can_hold_is_refused_before_it_is_taken(small: Path) -> None:
+    os.truncate(small / "states-0001.npz", 1 << 36)  # sparse: as large as such a dataset would be
+    manifest = json.loads((small / MANIFEST).read_text())
+    (small / MANIFEST).write_text(json.dumps({**manifest, "num_rows": 10**12}))
+    with pytest.raises(
+        ValueError, match=r"small: 1,0+.* rows take 17,000\.0 GB of memory, .*has [\d.,]+; .*--num-states"
+    ):
+        load(small)
+
+
 def test_a_full_replay_gives_labelled_batches(tmp_path: Path) -> None:
     replay, _ = visit(IdentityEnv(4, 4, seed=0), 100)
     save_dataset(replay, tmp_path, source="random play", preprocessing="none")
@@ -164,7 +198,7 @@ def test_another_game_shape_or_number_of_actions_is_refused(small: Path) -> None
         load_dataset(small, num_actions=2, obs_shape=(4, 84, 84))
     with pytest.raises(ValueError, match=r"small: expected states of an agent with 6 actions, found 2"):
         load_dataset(small, num_actions=6, obs_shape=(2,))
-    with pytest.raises(ValueError, match=r"cannot hold out 40 of 40 states"):
+    with pytest.raises(ValueError, match=r"cannot hold out 40 of 40 rows"):
         load_dataset(small, num_actions=2, obs_shape=(2,), num_held_out=40)
 
 

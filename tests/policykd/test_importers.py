@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import runpy
 import signal
@@ -253,7 +254,27 @@ def test_a_wrong_game_and_a_damaged_minari_file(tmp_path: Path, monkeypatch: pyt
         assert not (tmp_path / "d" / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("kind", ["link", "external", "shape bomb"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"total_episodes": float("inf")}, "cannot convert float infinity"),
+        ({"action_space": '{"type": "Discrete", "n": -3}'}, "-3 actions cannot be"),
+        ({"action_space": '{"type": "Discrete", "n": 2, "start": Infinity}'}, "cannot convert float infinity"),
+        ({"env_spec": "[]"}, "'list' object has no attribute"),
+    ],
+)
+def test_minari_metadata_that_cannot_be(
+    changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = record("vectors", tmp_path, monkeypatch)
+    path = source / "data" / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=rf"data: cannot be imported: {reason}.*; give another") as caught:
+        import_states(source, tmp_path / "d")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "external", "shape bomb", "scalar"])
 def test_minari_files_that_reach_elsewhere(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import h5py
 
@@ -270,9 +291,11 @@ def test_minari_files_that_reach_elsewhere(kind: str, tmp_path: Path, monkeypatc
         elif kind == "external":
             secret = [(str(tmp_path / "secret"), 0, 16 * num_obs)]
             episode.create_dataset("observations", (num_obs, 4), np.float32, external=secret)
+        elif kind == "scalar":
+            episode["observations"] = np.float32(1)
         else:
             episode.create_dataset("observations", (10**12, 4), np.float32, chunks=(1024, 4))
-        assert episode["observations"].shape[1] == 4
+        assert episode["observations"].shape == () or episode["observations"].shape[1] == 4
     with pytest.raises(ValueError, match="episode_0"):
         import_states(source, tmp_path / "d")
 

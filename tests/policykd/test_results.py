@@ -1,10 +1,13 @@
+import json
+
 import pytest
 
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import make_student
+from policykd.agents.teacher import load_teacher
 from policykd.costs import measure_costs
 from policykd.evaluation import Evaluation
-from policykd.results import comparison, entry, judgement, table
+from policykd.results import comparison, entry, judgement, judgement_of_card, table
 
 
 def test_the_table_and_the_comparison() -> None:
@@ -32,3 +35,11 @@ def test_the_table_and_the_comparison() -> None:
     assert "| student | 61,174 | 2.13 M | 245 kB |" in text
     assert "| random | - | - |" in text
     assert "student minus teacher -10.00" in text
+
+
+def test_a_cards_statistics_are_those_of_its_returns() -> None:
+    little = {"returns": [20.0, 18.0, 19.0], "mean": -3.0, "interval": [0, 0]}
+    played = judgement(Evaluation([20.0, 18.0, 19.0], [], 0))
+    assert judgement_of_card(little) == {k: v for k, v in played.items() if k not in ("lengths", "num_truncated")}
+    for protocol in load_teacher("bundled", game="Pong").card["protocols"].values():
+        assert json.loads(json.dumps(judgement_of_card(protocol))) == protocol

@@ -1,5 +1,6 @@
 """What a training ends with opens in SB3 and is read without it, and is the same agent in both."""
 
+import dataclasses
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
-from policykd.agents.networks import MLP
+from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.rebuild import Algorithm
 from policykd.agents.teacher import load_teacher
 from policykd.agents.trusted import Sb3Scores
@@ -80,12 +81,30 @@ def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor
     teacher = load_teacher("bundled", game="Pong")
     model = make("PPO")
     centre, scale = (87.0, 37.0) if centred else (0.0, 255.0)
-    start_from(model.policy, teacher.net, centre, scale)
+    start_from(model.policy, teacher, centre, scale)
     if centred:
         centre_input(model.policy, centre, scale)
     torch.testing.assert_close(scores(model, "PPO", frames), teacher(frames).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_network_of_another_shape_is_no_start() -> None:
-    with pytest.raises(ValueError, match="--start-from: not a NatureCNN"):
-        start_from(make("PPO").policy, MLP(4, (8,), 2, activation=nn.ReLU), 0.0, 255.0)
+@pytest.mark.parametrize(
+    "net",
+    [
+        MLP(4, (8,), 2, activation=nn.ReLU),
+        ConvNet((16, 64, 64), (512,), 6),
+        ConvNet((32, 64, 64), (256,), 6),
+    ],
+    ids=["an MLP", "fewer filters", "fewer features"],
+)
+def test_a_network_of_another_shape_is_no_start(net: ConvNet | MLP) -> None:
+    teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), net=net)
+    with pytest.raises(ValueError, match="--start-from bundled:ppo: not SB3's NatureCNN"):
+        start_from(make("PPO").policy, teacher, 0.0, 255.0)
+
+
+def test_q_values_are_no_policy_to_start_with() -> None:
+    teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), algorithm="DQN")
+    policy: Any = make("PPO").policy
+    head = policy.action_net.weight.clone()
+    start_from(policy, teacher, 0.0, 255.0)
+    assert (policy.action_net.weight == head).all()

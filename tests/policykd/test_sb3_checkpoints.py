@@ -86,6 +86,21 @@ def test_shards_that_left_the_ring_are_removed(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {*json.loads((tmp_path / MANIFEST).read_text())["files"], MANIFEST}
 
 
+def test_saving_twice_at_one_step_keeps_the_replay(tmp_path: Path) -> None:
+    model, envs = make("DQN")
+    model.learn(300, Saving(envs, tmp_path, 100, lambda steps: None, 0))
+    save_training(model, envs, tmp_path)
+    again, envs = make("DQN")
+    restore_training(again, envs, tmp_path)
+    save_training(again, envs, tmp_path)  # as a run does that was killed while it wrote its card
+    last, envs = make("DQN")
+    restore_training(last, envs, tmp_path)
+    for name in ("frames_TE", "pasts_TE", "actions", "rewards", "dones"):
+        a, b = (getattr(m.replay_buffer, name) for m in (model, last))  # type: ignore[attr-defined]
+        assert (a == b).all()
+        assert a.any() or name == "pasts_TE"
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     model, envs = make("PPO")
     model.learn(64)
@@ -115,7 +130,10 @@ def test_a_signal_waits_for_the_end_of_a_rollout_and_a_second_does_not(tmp_path:
 def test_evaluations_come_between_rollouts(tmp_path: Path) -> None:
     model, envs = make("A2C")
     seen: list[int] = []
-    model.learn(1000, Progress(envs, tmp_path, 10**9, seen.append, 300))
+    model.learn(700, Progress(envs, tmp_path, 10**9, seen.append, 300))
+    assert seen == [300, 600]
+    progress = Progress(envs, tmp_path, 10**9, seen.append, 300)  # a run that goes on does not start to count anew
+    model.learn(300, progress, reset_num_timesteps=False)
     assert seen == [300, 600, 900]
 
 
