@@ -9,5 +9,4 @@ for run in "ppo 7% 0" "dqn 7% 0" "ppo 7% 1" "ppo 7% 2" "ppo 1% 0" "ppo 1% 1" "pp
   $python scripts/distill_atari.py --game Pong --teacher "bundled:$teacher" --student "$student" --seed "$seed" \
     --name "pong-$teacher-${student%\%}pct-seed$seed" --eval-episodes 100 --resume "$@"
 done
-$python benchmarks/summary.py runs/Pong/pong-ppo-*pct-seed* --svg docs/pong.svg
-$python benchmarks/summary.py runs/Pong/pong-dqn-*pct-seed*
+$python benchmarks/summary.py runs/Pong/pong-*pct-seed* --svg docs/pong.svg
