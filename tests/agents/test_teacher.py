@@ -277,21 +277,28 @@ def test_what_does_not_agree_is_expected_and_found(
         rebuild(read_archive(rewrite(tmp_path / "agent.zip", **changes)))
 
 
-def test_the_bundled_teacher_is_a_nature_cnn_and_opens_in_sb3(frames: torch.Tensor) -> None:
-    teacher = load_teacher(game="ALE/Pong-v5")
+@pytest.mark.parametrize(("algorithm", "sb3"), [("ppo", PPO), ("dqn", DQN)])
+def test_a_bundled_teacher_is_a_nature_cnn_and_opens_in_sb3(
+    algorithm: str, sb3: type[BaseAlgorithm], frames: torch.Tensor
+) -> None:
+    teacher = load_teacher(f"bundled:{algorithm}", game="ALE/Pong-v5")
     assert isinstance(teacher.net, ConvNet)
     assert num_parameters(teacher.net) == 1_687_206
     assert 9.3e6 < num_macs(teacher.net, teacher.obs_shape) < 9.4e6
-    sb3 = PPO.load(teacher.path, device="cpu")
-    torch.testing.assert_close(teacher(frames).log_softmax(dim=-1), sb3_scores(sb3, frames), atol=1e-4, rtol=1e-4)
+    model = sb3.load(teacher.path, device="cpu", custom_objects={"buffer_size": 1})
+    found = teacher(frames) if algorithm == "dqn" else teacher(frames).log_softmax(dim=-1)
+    torch.testing.assert_close(found, sb3_scores(model, frames), atol=1e-4, rtol=1e-4)
 
 
-def test_the_bundled_card_says_what_the_file_is() -> None:
-    teacher = load_teacher("bundled", game="Pong")
+@pytest.mark.parametrize(("algorithm", "least"), [("ppo", 18.0), ("dqn", 15.0)])
+def test_a_bundled_card_says_what_the_file_is(algorithm: str, least: float) -> None:
+    teacher = load_teacher(f"bundled:{algorithm}", game="Pong")
     assert teacher.card["sha256"] == teacher.sha256
     assert teacher.path.stat().st_size < 7_000_000
     for protocol in ("noop_sampled", "sticky_greedy"):
         assert len(teacher.card["protocols"][protocol]["returns"]) >= 100
+    assert teacher.reported_return is not None
+    assert teacher.reported_return >= least
 
 
 def test_a_teacher_of_another_game_is_refused() -> None:
