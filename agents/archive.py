@@ -23,7 +23,7 @@ from torch import Tensor
 
 from policykd.agents.tensors import ShortReads, read_bounded, read_state_dict
 
-MAX_FILE = 96 << 20
+MAX_FILE = 64 << 20
 """bytes of a whole archive: a QR-DQN of 18 actions with its optimizer is 56 MB"""
 MAX_MEMBER = {"data": 8 << 20, "policy.pth": 32 << 20}
 """bytes unpacked: the last observations of 128 Atari environments; both nets of that QR-DQN"""

@@ -359,7 +359,7 @@ CASES: dict[str, Case] = {
     "50,000 members": Case(lambda p: crowded(50_000, 1000), MEMORY, zipfile.ZipFile, "directory"),
     "150,000 records": Case(lambda p: agent(policy=crowded(150_000, 150)), MEMORY, naive_directory, "directory"),
     "a file of 10 GB": Case(lambda p: holes(p, 10 << 30), MEMORY, Path.read_bytes, "more than a policy"),
-    "a file of 96 MiB": Case(lambda p: holes(p, 96 * MIB), MEMORY, twice_in_memory, "not an SB3"),
+    "a file of 96 MiB": Case(lambda p: holes(p, 96 * MIB), MEMORY, twice_in_memory, "more than"),
     "the most that is read": Case(lambda p: largest(b'{"x": "%s"}'), TRACEBACK, naive_weights, "no pickles"),
     "the most, in pickles": Case(lambda p: largest(b'{":serialized:": "%s"}'), TRACEBACK, naive_weights, "not a zip"),
     "a pipe": Case(lambda p: os.mkfifo(p), TIME, Path.read_bytes, "no file"),
