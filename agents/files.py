@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 
+class BadFile(ValueError):
+    """What a user's file, folder or archive holds is damaged, unsafe or not what it should be: one line with its name."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Puts a file under its final name only once all of it is on the disk; the one before stays until then.
 
