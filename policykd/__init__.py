@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from policykd.agents.student import load_student, make_student, save_student
     from policykd.agents.teacher import load_teacher
-    from policykd.distill import make_learner
     from policykd.envs.atari import make_atari
     from policykd.evaluation import evaluate, evaluate_on_atari
+    from policykd.learner import make_learner
 
 __all__ = [
     "evaluate",
@@ -31,7 +31,7 @@ _HOMES = {
     "save_student": "agents.student",
     "load_teacher": "agents.teacher",
     "make_atari": "envs.atari",
-    "make_learner": "distill",
+    "make_learner": "learner",
     "evaluate": "evaluation",
     "evaluate_on_atari": "evaluation",
 }

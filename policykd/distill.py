@@ -1,22 +1,34 @@
 """The distillation loop, top to bottom.
 
+A round fits the student to all states so far while the next round's are visited by the student as it stood before the
+fit: emulators, teacher and student work at the same time, and one after the other gives the same bits.
+
 Suffixes name dimensions: B environments or a batch, A actions.
 """
 
+import copy
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student
-from policykd.envs.vector import Episode, VectorEnv
+from policykd.cuda_graph import CapturedUpdate
+from policykd.envs.vector import Episode
+from policykd.learner import Learner, Visit
 from policykd.losses import Loss, kl_divergence_B, log_policy
 from policykd.replay import Replay
 from policykd.schedules import Schedule
 from policykd.states import StateSource
+
+MAX_NONFINITE = 10
+"""how many states or updates of one round may have numbers that are not finite before the run ends"""
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,11 @@ class Round:
 
     index: int
     num_states: int
-    """labelled so far"""
+    """labelled so far and fitted to; the next round's are visited already"""
     num_updates: int
     """gradient steps so far"""
     loss: float
-    """mean over the round's updates"""
+    """mean over the round's updates; nan if one of them was not finite"""
     kl: float
     """KL(teacher || student), mean over the round's batches, nats"""
     action_agreement: float
@@ -46,66 +58,20 @@ class Round:
     learning_rate: float
     """of the last update"""
     student_fraction: float
-    """the chance of a step in this round to be the student's"""
+    """the chance of a step on the way to this round's states to be the student's"""
+    num_nonfinite_states: int
+    """of this round's, left out because the teacher's scores were not finite"""
+    num_nonfinite_updates: int
+    """skipped because loss or gradient were not finite: the weights never saw them"""
     episodes: list[Episode]
-    """games that ended while collecting, whoever played them"""
+    """games that ended while this round's states were visited, whoever played them"""
     collect_seconds: float
     label_seconds: float
     """inside the collection: the teacher's forward passes, which also choose its actions"""
     fit_seconds: float
-    """with measuring the student on the new states"""
-
-
-@dataclass
-class Learner:
-    """Everything that a run changes, and so everything that a checkpoint holds."""
-
-    student: nn.Module
-    envs: VectorEnv
-    replay: Replay
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-    """the only source of chance besides the environments' seed; on the CPU"""
-    obs: Tensor
-    starts_B: Tensor
-    round: int = 0
-    """the next one"""
-    num_updates: int = 0
-    episodes: list[Episode] = field(default_factory=list)
-
-
-def make_learner(
-    student: nn.Module,
-    envs: VectorEnv,
-    *,
-    capacity: int = 0,
-    seed: int,
-    device: torch.device | str = "cpu",
-    replay: Replay | None = None,
-) -> Learner:
-    """Returns a learner at the start of a run.
-
-    Args:
-        student: any module that maps observations to scores; its weights are changed in place.
-        envs: where states are visited.
-        capacity: most states that are ever stored.
-        seed: of action sampling and batches.
-        device: where student, replay and gradients live.
-        replay: labelled states to distil from offline, on `device`; in place of an empty one of that capacity.
-    """
-    obs = envs.reset()
-    if replay is None:
-        shape = (envs.num_envs, envs.num_actions, envs.obs_shape)
-        replay = Replay(capacity, *shape, stack=envs.stack, dtype=obs.dtype, device=device)
-    return Learner(
-        student=student.to(device),
-        envs=envs,
-        replay=replay,
-        optimizer=torch.optim.Adam(student.parameters(), fused=True),
-        generator=torch.Generator().manual_seed(seed),
-        obs=obs,
-        starts_B=torch.ones(envs.num_envs, dtype=torch.bool),
-    )
+    """with measuring the student on the new states; the next round's collection goes on meanwhile"""
+    seconds: float
+    """of the whole round, wall"""
 
 
 def distill(
@@ -120,12 +86,15 @@ def distill(
     updates_per_round: int,
     batch_size: int = 256,
     temperature: float = 1.0,
+    threads: int = 1,
+    overlap: bool = True,
+    bf16: bool = False,
+    cuda_graph: bool = False,
 ) -> Iterator[Round]:
     """Fits the learner's student to a teacher in place, yielding what each round measured; stop by asking for no more.
 
-    A round visits states (acting and labelling share one forward pass of the teacher), adds them to the replay and fits
-    the student to batches drawn from all of it. It goes on from `learner.round`, so that a restored learner continues
-    its run.
+    Visiting a state takes one forward pass of the teacher, which labels it and acts. It goes on from `learner.round`,
+    so that a restored learner continues its run.
 
     Args:
         teacher: scores observations; raw scores are stored.
@@ -139,98 +108,161 @@ def distill(
         updates_per_round: gradient steps.
         batch_size: states a gradient step.
         temperature: divides the teacher's scores where it acts, and in the measured KL.
+        threads: of the CPU, that share each batch; bits depend on it. Torch's own threads are best left at one.
+        overlap: visit and fit at the same time; the bits are the same without. It pays where the environments step in
+            processes of their own.
+        bf16: let convolutions run in bfloat16 (autocast); scores, loss and weights stay float32.
+        cuda_graph: capture a whole update once and replay it; for CUDA.
 
     Raises:
-        FloatingPointError: the loss or the gradient is no longer finite.
+        FloatingPointError: more than `MAX_NONFINITE` states or updates of a round were not finite.
+        KeyboardInterrupt: a signal came, see `check_interrupted`; the learner is then between two rounds no more.
     """
-    student, envs, replay, generator = learner.student, learner.envs, learner.replay, learner.generator
+    student, replay, optimizer = learner.student, learner.replay, learner.optimizer
     device = replay.frames.device
-    if states_per_round % envs.num_envs:
-        raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {envs.num_envs}")
-    if not states_per_round and not 0 < replay.num_held_out < len(replay):
-        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
+    weights = [p for p in student.parameters() if p.requires_grad]
+    sums = torch.zeros(5, device=device)
+    check(learner, states_per_round)
 
-    while learner.round < rounds:
-        progress = learner.round / max(1, rounds - 1)
+    def gradients(rows_B: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Returns one thread's share of the gradient of a batch's mean loss, and of what is measured on it."""
+        teacher_BA = replay.scores_NA.index_select(0, rows_B)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            student_BA = student(replay.gather(rows_B)).float()
+        share_of_loss = loss(student_BA, teacher_BA).sum() / batch_size
+        grads = torch.autograd.grad(share_of_loss, weights, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            kl_B = kl_divergence_B(log_policy(teacher_BA, temperature), log_policy(student_BA))
+            agree_B = teacher_BA.argmax(dim=-1) == student_BA.argmax(dim=-1)
+            return grads, torch.stack([share_of_loss, kl_B.sum() / batch_size, agree_B.sum() / batch_size])
 
-        # 1. Visit states and label each with the teacher's scores.
-        began, label_seconds, episodes = time.perf_counter(), 0.0, list[Episode]()
-        first_new = len(replay) - replay.num_held_out
-        student.eval()
-        for _ in range(states_per_round // envs.num_envs):
-            obs = learner.obs.to(device)
-            with torch.inference_mode():
-                asked = time.perf_counter()
-                teacher_BA = teacher(obs)
-                replay.add(obs, learner.starts_B, teacher_BA)
-                teacher_BA = teacher_BA.cpu() / temperature
-                label_seconds += time.perf_counter() - asked
-                actions_B = states(obs, teacher_BA, student, progress, generator)
-            step = envs.step(actions_B)
-            learner.obs, learner.starts_B = step.obs, step.starts_B
-            episodes += step.episodes
-        collect_seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        if learner.round == 0 and isinstance(student, Student):
-            student.centre_on(replay.frames[1 : 1 + len(replay)][:: max(1, len(replay) // 256)])
-        new_kl, new_agreement, teacher_entropy = compare(student, replay, first_new, temperature)
+    def update(rows_B: Tensor) -> None:
+        """Takes one gradient step, unless it is not finite; nothing here waits for the device."""
+        parts = list(pool.map(gradients, rows_B.chunk(num_parts))) if num_parts > 1 else [gradients(rows_B)]
+        for weight, *grads in zip(weights, *(g for g, _ in parts), strict=True):
+            weight.grad = sum(grads[1:], start=grads[0])
+        measured = sum((m for _, m in parts[1:]), start=parts[0][1])
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        skipped = (~(norm.isfinite() & measured[0].isfinite())).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # fused Adam then leaves weights and moments alone
+        optimizer.step()
+        sums.add_(torch.cat([measured, norm[None], skipped[None]]))
 
-        # 2. Fit the student to every state so far.
-        rate = 0.0
-        student.train()
-        sums = torch.zeros(4, device=device)
-        for update in range(updates_per_round):
-            rate = learning_rate((learner.round + (update + 1) / updates_per_round) / rounds)
-            for group in learner.optimizer.param_groups:
-                group["lr"] = rate
-            obs, teacher_BA = replay.sample(batch_size, generator)
-            student_BA = student(obs)
-            batch_loss = loss(student_BA, teacher_BA).mean()
-            learner.optimizer.zero_grad(set_to_none=True)
-            batch_loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-            learner.optimizer.step()
-            with torch.no_grad():
-                kl_B = kl_divergence_B(log_policy(teacher_BA, temperature), log_policy(student_BA))
-                agree_B = teacher_BA.argmax(dim=-1) == student_BA.argmax(dim=-1)
-                sums += torch.stack([batch_loss, norm, kl_B.mean(), agree_B.float().mean()])
-        mean_loss, grad_norm, kl, agreement = (sums / updates_per_round).tolist()
-        fit_seconds = time.perf_counter() - began
-        if not torch.isfinite(sums).all():
-            raise FloatingPointError(
-                f"round {learner.round}: loss {mean_loss}, gradient norm {grad_norm}; lower the learning rate"
+    num_parts = max(1, min(threads, batch_size // 32))
+    step = CapturedUpdate(update) if cuda_graph else update
+    with ThreadPoolExecutor(num_parts + 1) as pool:
+        if learner.visit is None and learner.round == 0:
+            learner.visit = visit(teacher, learner, student, states, 0.0, states_per_round, temperature)
+            if isinstance(student, Student):
+                student.centre_on(replay.frames[1 : 1 + len(replay)][:: max(1, len(replay) // 256)])
+        while learner.round < rounds:
+            began = time.perf_counter()
+            visited, num_states, end = learner.visit, replay.num_states, len(replay) - replay.num_held_out
+            assert visited is not None
+
+            # 1. Measure the student on this round's states, which it has not been fitted to.
+            student.eval()
+            new_kl, new_agreement, teacher_entropy = compare(student, replay, visited.first, len(replay), temperature)
+
+            # 2. Visit the next round's states with the student as it stands, while it is fitted to those so far.
+            acting = copy.deepcopy(student)
+            progress = learner.round / max(1, rounds - 2)
+            num_steps = states_per_round if learner.round + 1 < rounds else 0
+            visiting = (pool.submit if overlap else done)(
+                visit, teacher, learner, acting, states, progress, num_steps, temperature
             )
+            student.train()
+            sums.zero_()
+            began_fit, rate = time.perf_counter(), 0.0
+            for u, rows_B in enumerate(replay.batches(updates_per_round, batch_size, end, learner.batch_generator)):
+                check_interrupted()
+                rate = learning_rate((learner.round + (u + 1) / updates_per_round) / rounds)
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(rate)
+                step(rows_B)
+            mean_loss, kl, agreement, grad_norm, skipped = (sums / updates_per_round).tolist()
+            fit_seconds = time.perf_counter() - began_fit
+            learner.visit = visiting.result()
 
-        # 3. Report.
-        learner.round += 1
-        learner.num_updates += updates_per_round
-        yield Round(
-            index=learner.round - 1,
-            num_states=replay.num_states,
-            num_updates=learner.num_updates,
-            loss=mean_loss,
-            kl=kl,
-            action_agreement=agreement,
-            new_kl=new_kl,
-            new_action_agreement=new_agreement,
-            teacher_entropy=teacher_entropy,
-            grad_norm=grad_norm,
-            learning_rate=rate,
-            student_fraction=states.student_fraction(progress),
-            episodes=episodes,
-            collect_seconds=collect_seconds - label_seconds,
-            label_seconds=label_seconds,
-            fit_seconds=fit_seconds,
-        )
+            # 3. Report.
+            num_skipped = round(skipped * updates_per_round)
+            if max(num_skipped, visited.num_nonfinite) > MAX_NONFINITE:
+                raise FloatingPointError(
+                    f"round {learner.round}: {visited.num_nonfinite} states with scores and {num_skipped} updates with"
+                    f" loss {mean_loss} or gradient norm {grad_norm} that are not finite; lower the learning rate"
+                )
+            learner.round += 1
+            learner.num_updates += updates_per_round
+            yield Round(
+                index=learner.round - 1,
+                num_states=num_states,
+                num_updates=learner.num_updates,
+                loss=mean_loss,
+                kl=kl,
+                action_agreement=agreement,
+                new_kl=new_kl,
+                new_action_agreement=new_agreement,
+                teacher_entropy=teacher_entropy,
+                grad_norm=grad_norm,
+                learning_rate=rate,
+                student_fraction=visited.student_fraction,
+                num_nonfinite_states=visited.num_nonfinite,
+                num_nonfinite_updates=num_skipped,
+                episodes=visited.episodes,
+                collect_seconds=visited.collect_seconds,
+                label_seconds=visited.label_seconds,
+                fit_seconds=fit_seconds,
+                seconds=time.perf_counter() - began,
+            )
 
 
 @torch.inference_mode()
-def compare(student: nn.Module, replay: Replay, first: int, temperature: float) -> tuple[float, float, float]:
+def visit(
+    teacher: Policy,
+    learner: Learner,
+    acting: nn.Module,
+    states: StateSource,
+    progress: float,
+    num_states: int,
+    temperature: float,
+) -> Visit:
+    """Appends states to the learner's replay, each with the teacher's raw scores; one forward pass labels and acts."""
+    replay, device = learner.replay, learner.replay.frames.device
+    first, num_nonfinite = len(replay) - replay.num_held_out, 0
+    began, label_seconds, episodes = time.perf_counter(), 0.0, list[Episode]()
+    acting.eval()
+    for _ in range(num_states // learner.envs.num_envs):
+        check_interrupted()
+        obs = learner.obs.to(device)
+        asked = time.perf_counter()
+        raw_BA = teacher(obs)
+        teacher_BA = raw_BA.cpu()
+        finite_B = teacher_BA.isfinite().all(dim=1)
+        replay.add(obs, learner.starts_B, raw_BA, finite_B)
+        num_nonfinite += len(finite_B) - int(finite_B.sum())
+        teacher_BA = teacher_BA.where(finite_B[:, None], 0.0) / temperature
+        label_seconds += time.perf_counter() - asked
+        step = learner.envs.step(states(obs, teacher_BA, acting, progress, learner.action_generator))
+        learner.obs, learner.starts_B = step.obs, step.starts_B
+        episodes += step.episodes
+    return Visit(
+        first=first,
+        student_fraction=states.student_fraction(progress),
+        episodes=episodes,
+        num_nonfinite=num_nonfinite,
+        collect_seconds=time.perf_counter() - began - label_seconds,
+        label_seconds=label_seconds,
+    )
+
+
+@torch.inference_mode()
+def compare(student: nn.Module, replay: Replay, first: int, end: int, temperature: float) -> tuple[float, float, float]:
     """Returns KL(teacher || student), action agreement and teacher entropy, means over the states from `first` on."""
     sums = torch.zeros(3, device=replay.frames.device)
-    rows = torch.arange(first, len(replay))
+    rows = torch.arange(first, end)
     rows = rows[~torch.isin(rows, replay.history)].to(replay.frames.device)
     for rows_B in rows.split(1024):
+        check_interrupted()
         student_BA, teacher_BA = student(replay.gather(rows_B)), replay.scores_NA[rows_B]
         log_p_BA = log_policy(teacher_BA, temperature)
         agree_B = student_BA.argmax(dim=-1) == teacher_BA.argmax(dim=-1)
@@ -238,3 +270,19 @@ def compare(student: nn.Module, replay: Replay, first: int, temperature: float) 
         sums += torch.stack([kl_divergence_B(log_p_BA, log_policy(student_BA)), agree_B.float(), entropy_B]).sum(dim=1)
     kl, agreement, entropy = (sums / len(rows)).tolist()
     return kl, agreement, entropy
+
+
+def check(learner: Learner, states_per_round: int) -> None:
+    """Raises ValueError for a number of states that does not fit the environments or an offline replay."""
+    replay, num_envs = learner.replay, learner.envs.num_envs
+    if states_per_round % num_envs:
+        raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {num_envs}")
+    if not states_per_round and not 0 < replay.num_held_out < len(replay):
+        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
+
+
+def done(work: Callable[..., Visit], *args: object) -> Future[Visit]:
+    """Does the work at once, where an executor's `submit` would do it beside."""
+    future = Future[Visit]()
+    future.set_result(work(*args))
+    return future

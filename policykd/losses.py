@@ -6,7 +6,7 @@ the mean, once. The temperature divides the teacher's scores alone and the stude
 actions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -65,6 +65,22 @@ class ActionNLL:
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns -log p_S(argmax_a teacher) of each row."""
         return cross_entropy(student_BA, teacher_BA.argmax(dim=-1), reduction="none")
+
+
+def at_temperature(loss: Loss, temperature: float) -> Loss:
+    """Returns a loss at a teacher's temperature, unless it has its own.
+
+    Raises:
+        ValueError: a loss without a temperature, for a teacher whose scores need one to be a policy.
+    """
+    if isinstance(loss, ScoreMSE) and temperature != 1.0:
+        raise ValueError(
+            f"loss:score-mse on a teacher whose policy is softmax(scores / {temperature}) leaves a student whose"
+            " actions cannot be drawn; use another loss"
+        )
+    if isinstance(loss, _Tempered) and loss.temperature is None:
+        return replace(loss, temperature=temperature)
+    return loss
 
 
 def log_policy(scores_BA: Tensor, temperature: float = 1.0) -> Tensor:

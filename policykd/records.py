@@ -1,4 +1,8 @@
-"""What a run writes down: TensorBoard under SB3's tags, one JSON line a round, SB3's evaluations.npz."""
+"""What a run writes down: TensorBoard under SB3's tags, one JSON line a round, SB3's evaluations.npz.
+
+What was learned and how long it took are two files, metrics.jsonl and timings.jsonl: an interrupted run writes the
+first bit for bit as it would have been without, and the second as it was.
+"""
 
 import io
 import json
@@ -10,8 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from policykd.agents.files import write_atomically
+from policykd.agents.files import BadFile, write_atomically
 from policykd.distill import Round
+
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+EVALUATIONS = ("timesteps", "results", "ep_lengths", "num_updates")
+SECONDS = ("collect_seconds", "label_seconds", "fit_seconds", "seconds")
+"""of a `Round`: what is not the same in the next run"""
 
 
 class Records:
@@ -22,17 +31,20 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.folder = folder
-        self._rounds = _json_lines(folder / "metrics.jsonl")[:num_rounds_kept]
+        self._rounds = _json_lines(folder / METRICS)[:num_rounds_kept]
+        if len(self._rounds) < num_rounds_kept:
+            raise BadFile(
+                f"{folder / METRICS}: holds {len(self._rounds)} rounds, the checkpoint {num_rounds_kept}; start a new"
+                " run under another --name"
+            )
+        self._timings = _json_lines(folder / TIMINGS)[:num_rounds_kept]
         last = self._rounds[-1]["num_updates"] if self._rounds else -1
-        self._evaluations = _evaluations(
-            folder / "evaluations.npz", self._rounds[-1]["num_states"] if self._rounds else 0
-        )
+        self._evaluations = _evaluations(folder / "evaluations.npz", last)
         self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
-    def add_round(self, r: Round, temperature: float, evaluate_seconds: float = 0.0) -> None:
-        """Writes what a round measured, the loss's temperature, and the time of an evaluation after it."""
+    def add_round(self, r: Round, temperature: float) -> None:
+        """Writes what a round measured and how long it took, and the loss's temperature."""
         returns = [e.episodic_return for e in r.episodes]
-        seconds = r.collect_seconds + r.label_seconds + r.fit_seconds
         scalars = {
             "train/loss": r.loss,
             "train/kl": r.kl,
@@ -40,55 +52,58 @@ class Records:
             "train/learning_rate": r.learning_rate,
             "train/grad_norm": r.grad_norm,
             "train/n_updates": r.num_updates,
+            "train/n_nonfinite_updates": r.num_nonfinite_updates,
             "train/temperature": temperature,
             "data/new_kl": r.new_kl,
             "data/new_action_agreement": r.new_action_agreement,
             "data/teacher_entropy": r.teacher_entropy,
             "data/student_fraction": r.student_fraction,
             "data/n_states": r.num_states,
+            "data/n_nonfinite_states": r.num_nonfinite_states,
             "time/iterations": r.index + 1,
             "time/total_timesteps": r.num_states,
-            "time/time_elapsed": seconds + sum(row["seconds"] for row in self._rounds),
+            "time/time_elapsed": r.seconds + sum(row["seconds"] for row in self._timings),
         }
         if returns:
             scalars["rollout/ep_rew_mean"] = float(np.mean(returns))
             scalars["rollout/ep_len_mean"] = float(np.mean([e.length for e in r.episodes]))
         self._scalars(scalars, r.num_updates)
-        more = {"seconds": seconds, "evaluate_seconds": evaluate_seconds, "temperature": temperature}
-        self._rounds.append({**asdict(r), "episodes": returns, **more})
-        write_atomically(self.folder / "metrics.jsonl", _lines(self._rounds))
+        row = {**asdict(r), "episodes": returns, "temperature": temperature}
+        self._timings.append({"index": r.index, **{key: row.pop(key) for key in SECONDS}})
+        self._rounds.append(row)
+        write_atomically(self.folder / TIMINGS, _lines(self._timings))
+        write_atomically(self.folder / METRICS, _lines(self._rounds))
+
+    def has_evaluation(self, num_updates: int) -> bool:
+        """Returns whether the student as it was after so many gradient steps has been evaluated."""
+        return num_updates in self._evaluations["num_updates"]
 
     def add_evaluation(
-        self,
-        num_updates: int,
-        num_states: int,
-        returns: Sequence[float],
-        lengths: Sequence[int],
-        against: Mapping[str, float | None],
+        self, returns: Sequence[float], lengths: Sequence[int], against: Mapping[str, float | None]
     ) -> None:
-        """Writes an evaluation on the way, also to `evaluations.npz` in SB3's format (timesteps, results, ep_lengths).
+        """Writes an evaluation after the last round, also to `evaluations.npz`.
+
+        That has SB3's arrays (timesteps, which are states here, results, ep_lengths), and `num_updates`.
 
         Args:
-            num_updates: gradient steps so far.
-            num_states: labelled so far; SB3's `timesteps`.
             returns: episodic; the same number every time.
             lengths: of the games, agent steps.
             against: more `eval/` curves, such as the teacher's mean; None is left out.
         """
+        num_states, num_updates = self._rounds[-1]["num_states"], self._rounds[-1]["num_updates"]
         means = {"mean_reward": float(np.mean(returns)), "mean_ep_length": float(np.mean(lengths)), **against}
         self._scalars({f"eval/{k}": v for k, v in means.items() if v is not None}, num_updates)
         new = {"timesteps": num_states, "results": list(returns), "ep_lengths": list(lengths)}
+        new["num_updates"] = num_updates
         self._evaluations = {k: [*rows, new[k]] for k, rows in self._evaluations.items()}
         buffer = io.BytesIO()
         np.savez(buffer, **{k: np.array(rows) for k, rows in self._evaluations.items()})  # type: ignore[arg-type]
         write_atomically(self.folder / "evaluations.npz", buffer.getvalue())
 
     def seconds(self) -> dict[str, float]:
-        """Returns the run's wall seconds by phase, interrupted parts included."""
-        return {
-            phase: sum(row.get(f"{phase}_seconds", 0.0) for row in self._rounds)
-            for phase in ("collect", "label", "fit", "evaluate")
-        }
+        """Returns the wall seconds of all rounds, and by phase; fitting and the others overlap."""
+        sums = {key: sum(row[key] for row in self._timings) for key in SECONDS}
+        return {"rounds" if key == "seconds" else key.removesuffix("_seconds"): s for key, s in sums.items()}
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
@@ -104,20 +119,20 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except ValueError as error:
-        raise ValueError(f"{path}: not what a run writes ({error}); start a new run under another --name") from error
+        raise BadFile(f"{path}: not what a run writes ({error}); start a new run under another --name") from error
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _evaluations(path: Path, num_states: int) -> dict[str, list[Any]]:
-    """Returns the rows of an `evaluations.npz` up to a number of states."""
+def _evaluations(path: Path, num_updates: int) -> dict[str, list[Any]]:
+    """Returns the rows of an `evaluations.npz` up to a number of updates."""
     if not path.is_file():
-        return {"timesteps": [], "results": [], "ep_lengths": []}
+        return {key: [] for key in EVALUATIONS}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            kept = arrays["timesteps"] <= num_states
-            return {key: list(arrays[key][kept]) for key in ("timesteps", "results", "ep_lengths")}
+            kept = arrays["num_updates"] <= num_updates
+            return {key: list(arrays[key][kept]) for key in EVALUATIONS}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not SB3's evaluations ({error}); remove it and resume") from error
+        raise BadFile(f"{path}: not the evaluations of a run ({error}); remove it and resume") from error

@@ -3,11 +3,13 @@
 Suffixes name dimensions: B environments or a batch, S stack, N stored states, A actions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+BATCHES_A_DRAW = 256
 
 
 class Replay:
@@ -54,13 +56,14 @@ class Replay:
         """How many rows are states."""
         return self.size - len(self.history)
 
-    def add(self, obs: Tensor, starts_B: Tensor, scores_BA: Tensor) -> None:
+    def add(self, obs: Tensor, starts_B: Tensor, scores_BA: Tensor, valid_B: Tensor | None = None) -> None:
         """Appends one state of every environment.
 
         Args:
             obs: `(num_envs, *obs_shape)`; of a stack only the newest frame is kept, the others are here already.
             starts_B: where a stack begins anew; must be so everywhere at the first call.
             scores_BA: the teacher's raw scores, `(num_envs, num_actions)`.
+            valid_B: false where the scores are no numbers: such a row is `history`, no state; all true by default.
         """
         n, new = self.size, slice(self.size, self.size + self.num_envs)
         if new.stop > self.capacity:
@@ -71,29 +74,40 @@ class Replay:
             pasts_B.masked_fill_(starts_B.to(pasts_B.device), 0)
             self.pasts_N[new] = pasts_B
         self.scores_NA[new] = scores_BA
+        if valid_B is not None and not valid_B.all():
+            self.history = torch.cat([self.history, n + (~valid_B).nonzero().squeeze(1)])
         self.size = new.stop
 
     def gather(self, rows_B: Tensor) -> Tensor:
         """Returns the observations of the states `rows_B`, `(batch, *obs_shape)`."""
         if self.stack == 1:
             return self.frames.index_select(0, rows_B + 1)
-        frames_BS = rows_B[:, None] + 1 - self._back_S
-        frames_BS = frames_BS.masked_fill_(self._back_S > self.num_envs * self.pasts_N[rows_B][:, None], 0)
+        reach_B = self.num_envs * self.pasts_N.index_select(0, rows_B)
+        frames_BS = rows_B.unsqueeze(1) + 1 - self._back_S
+        frames_BS = frames_BS.masked_fill_(self._back_S > reach_B.unsqueeze(1), 0)
         flat = self.frames.view(len(self.frames), -1).index_select(0, frames_BS.view(-1))
         return flat.view(len(rows_B), *self.obs_shape)
 
+    def batches(self, num: int, batch_size: int, end: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yields `num` uniform batches of the states before row `end`, with replacement: rows for `gather`, `(batch,)`.
+
+        Many batches are drawn and moved to the device at once, so that no update waits for a copy.
+        """
+        history = self.history[self.history < end]
+        for first in range(0, num, BATCHES_A_DRAW):
+            shape = (min(BATCHES_A_DRAW, num - first), batch_size)
+            rows_UB = torch.randint(end - len(history), shape, generator=generator)
+            if len(history):  # the k-th state lies behind the rows of history before it
+                rows_UB += torch.searchsorted(history - torch.arange(len(history)), rows_UB, right=True)
+            yield from rows_UB.to(self.frames.device)
+
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns a uniform batch with replacement.
+        """Returns one of the `batches` of all states but those held out.
 
         Returns:
             observations `(batch, *obs_shape)`, scores `(batch, num_actions)`.
         """
-        end = self.size - self.num_held_out
-        history = self.history[self.history < end]
-        rows_B = torch.randint(end - len(history), (batch_size,), generator=generator)
-        if len(history):  # the k-th state lies behind the rows of history before it
-            rows_B += torch.searchsorted(history - torch.arange(len(history)), rows_B, right=True)
-        rows_B = rows_B.to(self.frames.device)
+        rows_B = next(self.batches(1, batch_size, self.size - self.num_held_out, generator))
         return self.gather(rows_B), self.scores_NA.index_select(0, rows_B)
 
     def arrays(self, first: int, end: int | None = None) -> dict[str, np.ndarray]:

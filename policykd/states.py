@@ -111,3 +111,21 @@ class DatasetStates:
     ) -> Tensor:
         """Is never asked."""
         raise AssertionError("states were visited in an offline distillation")
+
+
+def spelt_out(arguments: list[str]) -> list[str]:
+    """Returns a command line with `--states dataset:PATH` (or teacher, student, mixed) as tyro's subcommand."""
+    kept, chosen, options, words = list[str](), list[str](), list[str](), iter(arguments)
+    for word in words:
+        flag, joined, value = word.partition("=")
+        if flag.startswith("--states."):  # belongs behind the subcommand
+            options += [word] if joined else [word, next(words, "")]
+            continue
+        if flag != "--states":
+            kept.append(word)
+            continue
+        kind, _, path = (value if joined else next(words, "")).partition(":")
+        if kind not in ("mixed", "student", "teacher", "dataset") or (kind == "dataset") != bool(path):
+            raise ValueError(f"--states {kind}: give mixed, student, teacher or dataset:PATH")
+        chosen = [f"states:{kind}-states", *(["--states.path", path] if path else [])]
+    return [*kept, *chosen, *options]

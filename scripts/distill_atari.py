@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,27 +13,29 @@ import tyro
 from tqdm import tqdm
 
 from policykd.agents.files import write_atomically
-from policykd.agents.student import Size, make_student, save_student
+from policykd.agents.student import Size, Student, make_student, save_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher, load_teacher
 from policykd.animation import play_to_gif
-from policykd.checkpoints import MANIFEST, restore_checkpoint, save_checkpoint
+from policykd.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.dataset import label, load_dataset
-from policykd.distill import Learner, distill, make_learner
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation import evaluate_on_atari
-from policykd.losses import ActionNLL, ForwardKL, ReverseKL, ScoreMSE
+from policykd.learner import make_learner
+from policykd.losses import ActionNLL, ForwardKL, ReverseKL, ScoreMSE, at_temperature
 from policykd.manifest import open_dataset
 from policykd.records import Records
 from policykd.replay import Replay
 from policykd.results import judge, table
-from policykd.runs import again, check_at_least, check_name, goes_on, pinned, start_run
+from policykd.runs import again, check_at_least, check_name, goes_on, lock, pinned, start_run
 from policykd.schedules import WarmupCosine
-from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates
+from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates, spelt_out
+from policykd.store import has_generations
 from policykd.teacher_check import check_fits, check_teacher
 
-FREE = {"device", "threads", "name", "folder", "resume", "eval_episodes"}
+FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}
 """what may be changed when a run goes on: it does not decide what is learned"""
 
 
@@ -75,10 +77,16 @@ class Args:
     """rounds between evaluations on the way (16 games, no-op starts, sampled); 0 for none"""
     eval_episodes: int = 50
     """whole games under each protocol at the end, for the student, and for a teacher whose card has none"""
+    overlap: bool = True
+    """visit the next states while the student is fitted; the result is the same bit for bit without"""
+    bf16: bool = False
+    """convolutions in bfloat16, for GPUs and CPUs that have it; scores, loss and weights stay float32"""
+    cuda_graph: bool = False
+    """capture an update once and replay it, on a CUDA device"""
     device: DeviceName = "auto"
     """where to compute: cuda, then mps, then cpu, whichever is there first"""
     threads: int = 0
-    """CPU threads; 0 takes what torch finds"""
+    """CPU threads that share each batch, and processes that emulate; 0 takes what torch finds"""
     seed: int = 0
     """of weights, batches, games and actions"""
     name: str = ""
@@ -87,25 +95,33 @@ class Args:
     """where runs are kept"""
     resume: bool = False
     """go on with the run of this --name from its last round, or start it if there is none"""
+    debug: bool = False
+    """show the traceback of an error"""
 
 
 def main(args: Args) -> None:
-    """Loads, distils, judges, in that order."""
+    """Prepares the machine, and takes the run's folder for this process alone."""
     check(args)
     device = prepare_device(args.device, args.threads)
-    game = canonical_name(args.game)
+    check_device(args, device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each of our own threads computes alone: see distill()
     name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = args.folder / game / name
-    offline = isinstance(args.states, DatasetStates)
+    run = args.folder / canonical_name(args.game) / name
+    with lock(run):
+        try:
+            make(run, args, device, threads)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; the rounds before it are saved in {run}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"what was finished is saved; go on with: {again(args, run)}") from None
+
+
+def make(run: Path, args: Args, device: torch.device, threads: int) -> None:
+    """Loads, distils, judges, in that order; goes on where the run's folder says that it stopped."""
+    game, offline = canonical_name(args.game), isinstance(args.states, DatasetStates)
     teacher = load_teacher(pinned(args.teacher, run), game=game, trust_pickle=args.trust_pickle)
-    loss = args.loss
-    if isinstance(loss, ForwardKL | ReverseKL) and loss.temperature is None:
-        loss = replace(loss, temperature=teacher.temperature)
-    if isinstance(loss, ScoreMSE) and teacher.temperature != 1.0:
-        raise ValueError(
-            f"loss:score-mse on a {teacher.algorithm} teacher leaves a student whose actions cannot be drawn;"
-            " use another loss"
-        )
+    loss = at_temperature(args.loss, teacher.temperature)
     envs = make_atari(game, 1 if offline else args.num_envs, args.seed)
     check_fits(teacher, envs, args.teacher, game)
     given = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -113,7 +129,7 @@ def main(args: Args) -> None:
     settings |= {"game": game, "teacher": about(teacher)}
     if isinstance(args.states, DatasetStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
-    machine = {"device": str(device), "threads": torch.get_num_threads()}
+    machine = {"device": str(device), "threads": threads}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():
         print((run / "results.md").read_text())
@@ -135,10 +151,17 @@ def main(args: Args) -> None:
         replay=replay,
     )
     label_given(learner.replay, teacher.to(device))
-    if (run / "checkpoints" / MANIFEST).is_file():
+    if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
     records = Records(run, learner.round)
     print(f"{run}: {game} from {teacher.algorithm} {teacher.ref}; watch it with: tensorboard --logdir {args.folder}")
+
+    def evaluate_if_due() -> None:
+        due = args.eval_every and learner.round and learner.round % args.eval_every == 0
+        if due and not records.has_evaluation(learner.num_updates):
+            evaluate_on_the_way(student, records, game, teacher, args.seed, device)
+
+    evaluate_if_due()  # where a run was stopped between a checkpoint and its evaluation
     rounds = distill(
         teacher.to(device),
         learner,
@@ -150,34 +173,26 @@ def main(args: Args) -> None:
         updates_per_round=args.updates_per_round,
         batch_size=args.batch_size,
         temperature=teacher.temperature,
+        threads=threads,
+        overlap=args.overlap,
+        bf16=args.bf16,
+        cuda_graph=args.cuda_graph,
     )
-    num_saved = learner.round
-    try:
-        with tqdm(rounds, total=args.rounds, initial=learner.round, unit="round", desc=game) as bar:
-            for r in bar:
-                due = args.eval_every and (r.index + 1) % args.eval_every == 0
-                seconds = evaluate_on_the_way(learner, records, game, teacher, args.seed, device) if due else 0.0
-                records.add_round(r, getattr(loss, "temperature", 1.0), seconds)
-                save_checkpoint(learner, run / "checkpoints")
-                num_saved = learner.round
-                live = [e.episodic_return for e in r.episodes]
-                score = f"{sum(live) / len(live):.1f}" if live else "-"
-                bar.set_postfix(
-                    kl=f"{r.kl:.4f}",
-                    agree=f"{r.action_agreement:.1%}",
-                    student=f"{r.student_fraction:.0%}",
-                    score=score,
-                )
-        save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
-        results, seconds = judge(student, teacher, game, args.eval_episodes, args.seed, device)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {num_saved} rounds before it are saved in {run}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{num_saved} rounds are saved; go on with: {again(args, run)}") from None
+    with tqdm(rounds, total=args.rounds, initial=learner.round, unit="round", desc=game) as bar:
+        for r in bar:
+            records.add_round(r, getattr(loss, "temperature", 1.0))
+            save_checkpoint(learner, run / "checkpoints")
+            evaluate_if_due()
+            live = [e.episodic_return for e in r.episodes]
+            score = f"{sum(live) / len(live):.1f}" if live else "-"
+            agree, share = f"{r.action_agreement:.1%}", f"{r.student_fraction:.0%}"
+            bar.set_postfix(kl=f"{r.kl:.4f}", agree=agree, student=share, score=score)
+    save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
+    results, seconds = judge(student, teacher, game, args.eval_episodes, args.seed, device, done=run / "judged.json")
     results |= {
         "num_states_labelled": learner.replay.num_states,
         "num_updates": learner.num_updates,
-        "wall_seconds": {p: s + (seconds if p == "evaluate" else 0.0) for p, s in records.seconds().items()},
+        "wall_seconds": records.seconds() | {"evaluate": seconds},
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }
@@ -190,6 +205,14 @@ def main(args: Args) -> None:
     write_atomically(run / "results.md", text.encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
+
+
+def check_device(args: Args, device: torch.device) -> None:
+    """Raises ValueError for what this device cannot do, or does ten times slower."""
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs --device cuda, this is {device}; leave it out")
+    if args.bf16 and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        raise ValueError("--bf16: this CPU has no bfloat16 arithmetic and would take ten times as long; leave it out")
 
 
 def check(args: Args) -> None:
@@ -244,36 +267,15 @@ def about(teacher: Teacher) -> dict[str, str]:
 
 
 def evaluate_on_the_way(
-    learner: Learner, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device
-) -> float:
-    """Plays 16 games with the student as it stands, writes them down and returns the seconds that it took."""
-    began = time.perf_counter()
-    learner.student.eval()
-    evaluation = evaluate_on_atari(learner.student, game, "noop_sampled", 16, seed=seed, device=device)
+    student: Student, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device
+) -> None:
+    """Plays 16 games with the student as it stands and writes them down."""
+    student.eval()
+    evaluation = evaluate_on_atari(student, game, "noop_sampled", 16, seed=seed, device=device)
     of_teacher = teacher.reported_return
     mean = sum(evaluation.returns) / len(evaluation.returns)
     against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}
-    num_states = learner.replay.num_states
-    records.add_evaluation(learner.num_updates, num_states, evaluation.returns, evaluation.lengths, against)
-    return time.perf_counter() - began
-
-
-def spelt_out(arguments: list[str]) -> list[str]:
-    """Returns a command line with `--states dataset:PATH` (or teacher, student, mixed) as tyro's subcommand."""
-    kept, chosen, options, words = list[str](), list[str](), list[str](), iter(arguments)
-    for word in words:
-        flag, joined, value = word.partition("=")
-        if flag.startswith("--states."):  # belongs behind the subcommand
-            options += [word] if joined else [word, next(words, "")]
-            continue
-        if flag != "--states":
-            kept.append(word)
-            continue
-        kind, _, path = (value if joined else next(words, "")).partition(":")
-        if kind not in ("mixed", "student", "teacher", "dataset") or (kind == "dataset") != bool(path):
-            raise ValueError(f"--states {kind}: give mixed, student, teacher or dataset:PATH")
-        chosen = [f"states:{kind}-states", *(["--states.path", path] if path else [])]
-    return [*kept, *chosen, *options]
+    records.add_evaluation(evaluation.returns, evaluation.lengths, against)
 
 
 if __name__ == "__main__":
