@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -73,20 +75,43 @@ def test_a_cold_teacher_is_its_best_action() -> None:
     torch.testing.assert_close(ForwardKL(1e-4)(student_BA, teacher_BA), ActionNLL()(student_BA, teacher_BA))
 
 
+def reference_kl_B(log_p_BA: Tensor, log_q_BA: Tensor) -> Tensor:
+    """KL in float64 with none of the formulas under test."""
+    return torch.where(log_p_BA.exp() > 0, log_p_BA.exp() * (log_p_BA - log_q_BA), 0.0).sum(dim=1)
+
+
+def reference_log_policy(scores_BA: Tensor, temperature: float) -> Tensor:
+    tempered_BA = scores_BA.double() / temperature
+    return tempered_BA - torch.logsumexp(tempered_BA, dim=1, keepdim=True)
+
+
+ROWS = st.one_of(
+    *(st.lists(st.floats(-scale, scale, width=32), min_size=6, max_size=6) for scale in (1.0, 1e3, 1e6)),
+    st.lists(st.sampled_from([0.0, 1.0, -1e6, 1e6]), min_size=6, max_size=6),  # ties
+    st.floats(-1e6, 1e6, width=32).map(lambda x: [x] * 6),
+)
+
+
 @pytest.mark.parametrize("temperature", [1e-4, 0.01, 1.0, 100.0])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("make", [ForwardKL, ReverseKL])
+@settings(max_examples=60, deadline=None)
+@given(student=ROWS, teacher=ROWS)
 def test_float32_is_finite_and_right_at_extremes(
-    make: type[ForwardKL] | type[ReverseKL], temperature: float, scale: float
+    make: type[ForwardKL] | type[ReverseKL], temperature: float, student: list[float], teacher: list[float]
 ) -> None:
-    student_BA = scores(64, 6).float().requires_grad_()
-    teacher_BA = (scale * scores(64, 6, seed=1)).float()
-    loss_B = make(temperature)(student_BA, teacher_BA)
-    loss_B.sum().backward()
+    """N01: loss and gradient against float64, for scores to 1e6, ties and rows of one number."""
+    student_BA, teacher_BA = torch.tensor([student]).requires_grad_(), torch.tensor([teacher])
+    (loss_B := make(temperature)(student_BA, teacher_BA)).sum().backward()
+    exact_BA = student_BA.detach().double().requires_grad_()
+    policies = (reference_log_policy(teacher_BA, temperature), reference_log_policy(exact_BA, 1.0))
+    expected_B = reference_kl_B(*(policies if make is ForwardKL else policies[::-1]))
+    expected_B.sum().backward()
     assert student_BA.grad is not None
-    assert student_BA.grad.isfinite().all()
-    expected_B = make(temperature)(student_BA.detach().double(), teacher_BA.double())
-    torch.testing.assert_close(loss_B.detach().double(), expected_B, rtol=1e-5, atol=1e-5)
+    assert exact_BA.grad is not None
+    assert loss_B.isfinite().all()
+    torch.testing.assert_close(loss_B.detach().double(), expected_B.detach(), rtol=1e-5, atol=1e-5)
+    scale = 1.0 + float(expected_B.detach())  # a gradient of a reverse KL is a difference of terms as large as it
+    torch.testing.assert_close(student_BA.grad.double(), exact_BA.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_half_precision_is_widened_before_the_temperature() -> None:
