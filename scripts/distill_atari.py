@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,21 +109,22 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)  # each of our own threads computes alone: see distill()
     name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = args.folder / canonical_name(args.game) / name
-    with lock(run):
+    with lock(run), ExitStack() as opened:
         try:
-            make(run, args, device, threads)
+            make(run, args, device, threads, opened)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; the rounds before it are saved in {run}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what was finished is saved; go on with: {again(args, run)}") from None
 
 
-def make(run: Path, args: Args, device: torch.device, threads: int) -> None:
+def make(run: Path, args: Args, device: torch.device, threads: int, opened: ExitStack) -> None:
     """Loads, distils, judges, in that order; goes on where the run's folder says that it stopped."""
     game, offline = canonical_name(args.game), isinstance(args.states, DatasetStates)
     teacher = load_teacher(pinned(args.teacher, run), game=game, trust_pickle=args.trust_pickle)
     loss = at_temperature(args.loss, teacher.temperature)
-    envs = make_atari(game, 1 if offline else args.num_envs, args.seed)
+    envs = make_atari(game, 1 if offline else args.num_envs, args.seed, num_workers=0 if offline else threads)
+    opened.callback(envs.close)
     check_fits(teacher, envs, args.teacher, game)
     given = {k: v for k, v in vars(args).items() if k not in FREE}
     settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
@@ -153,7 +155,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int) -> None:
     label_given(learner.replay, teacher.to(device))
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
-    records = Records(run, learner.round)
+    records = opened.enter_context(closing(Records(run, learner.round)))
     print(f"{run}: {game} from {teacher.algorithm} {teacher.ref}; watch it with: tensorboard --logdir {args.folder}")
 
     def evaluate_if_due() -> None:
@@ -196,7 +198,6 @@ def make(run: Path, args: Args, device: torch.device, threads: int) -> None:
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }
-    records.close()
     spent = ", ".join(f"{phase} {s:.0f} s" for phase, s in results["wall_seconds"].items())
     text = (
         f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
