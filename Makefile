@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: pong test slow check install clean benchmark
+.PHONY: pong test slow faults check install clean benchmark
 
 pong: .venv/installed
 	$(BIN)/python scripts/distill_atari.py --game Pong --name pong --resume
@@ -12,6 +12,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/pytest -n 2 -m slow
+
+faults: .venv/installed
+	$(BIN)/pytest -m faults
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from policykd.agents.files import BadFile
 from policykd.agents.tensors import ShortReads, read_bounded, read_state_dict
 
 MAX_FILE = 64 << 20
@@ -54,7 +55,7 @@ def read_archive(path: str | Path) -> Archive:
     """Returns the tensors and the plain JSON of an SB3 archive, a `.zip` or the folder that it unpacks to.
 
     Raises:
-        ValueError: missing, truncated, foreign or unsafe file; one line that names it, the reason and the next step.
+        BadFile: missing, truncated, foreign or unsafe file; one line that names it, the reason and the next step.
     """
     path = Path(path)
     sha256, members = read_members(path)
@@ -62,9 +63,9 @@ def read_archive(path: str | Path) -> Archive:
     try:
         tensors = read_state_dict(members["policy.pth"])
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: truncated, or not an SB3 archive: policy.pth ({error}); get it again") from error
+        raise BadFile(f"{path}: truncated, or not an SB3 archive: policy.pth ({error}); get it again") from error
     except (ValueError, *_BROKEN) as error:
-        raise ValueError(
+        raise BadFile(
             f"{path}: policy.pth is no state dict of dense, finite float32 tensors ({_line(error)}); do not use it, or "
             "--trust-pickle if it is your own"
         ) from error
@@ -77,7 +78,7 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
     A `.zip` is known by its SHA-256, a folder by what `sha256sum policy.pth data | sha256sum` prints in it.
 
     Raises:
-        ValueError: as `read_archive`, for all that is not inside the members.
+        BadFile: as `read_archive`, for all that is not inside the members.
     """
     if path.is_dir():
         contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
@@ -89,7 +90,7 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
             members = _checked_members(path, archive)
             return _sha256(whole), {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
     except _BROKEN as error:
-        raise ValueError(
+        raise BadFile(
             f"{path}: truncated, or not an SB3 .zip archive ({_line(error)}); download or save it again"
         ) from error
 
@@ -102,14 +103,14 @@ def _open(path: Path, limit: int) -> IO[bytes]:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise ValueError(f"{path}: cannot be read (it is no file); give the path of an SB3 archive")
+            raise BadFile(f"{path}: cannot be read (it is no file); give the path of an SB3 archive")
         if about.st_size > limit:
-            raise ValueError(
+            raise BadFile(
                 f"{path}: {about.st_size:,} bytes is more than a policy can need ({limit:,}); is it the right file?"
             )
         return path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 archive") from error
+    except FileNotFoundError as error:
+        raise BadFile(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 archive") from error
 
 
 def _read_file(path: Path, limit: int) -> io.BytesIO:
@@ -124,11 +125,11 @@ def _sha256(content: io.BytesIO) -> str:
 def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
-        raise ValueError(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; do not use it")
+        raise BadFile(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; do not use it")
     names = [m.filename for m in members]
     for m in members:
         if reason := _danger(m, names):
-            raise ValueError(f"{path}: unsafe archive, {m.filename[:80]!r} {reason}; do not use it")
+            raise BadFile(f"{path}: unsafe archive, {m.filename[:80]!r} {reason}; do not use it")
     return dict(zip(names, members, strict=True))
 
 
@@ -149,29 +150,29 @@ def _danger(m: zipfile.ZipInfo, names: list[str]) -> str | None:
 
 def _read_member(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> io.BytesIO:
     if name not in members:
-        raise ValueError(
+        raise BadFile(
             f"{path}: truncated, or not an SB3 archive: it holds no {name!r}; save the agent with SB3's model.save"
         )
     try:
         with archive.open(members[name]) as stream:
             return read_bounded(stream, MAX_MEMBER[name])
     except ValueError as error:
-        raise ValueError(f"{path}: unsafe archive, {name!r} {_line(error)}; do not use it") from error
+        raise BadFile(f"{path}: unsafe archive, {name!r} {_line(error)}; do not use it") from error
 
 
 def parse_data(path: Path, described: bytes) -> dict[str, Any]:
     """Returns the JSON of `data` without its pickles.
 
     Raises:
-        ValueError: no such JSON, or too much of it.
+        BadFile: no such JSON, or too much of it.
     """
     plain = _PICKLE.sub(b'":serialized:": ""', described)
     if len(plain) > _MAX_JSON:
-        raise ValueError(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are no pickles; do not use it")
+        raise BadFile(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are no pickles; do not use it")
     try:
         data = json.loads(plain)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: truncated, or not an SB3 archive: `data` ({_line(error)}); get it again") from error
+        raise BadFile(f"{path}: truncated, or not an SB3 archive: `data` ({_line(error)}); get it again") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
+        raise BadFile(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
     return data

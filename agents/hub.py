@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from policykd.agents.archive import MAX_FILE
+from policykd.agents.files import BadFile
+from policykd.agents.interrupts import interruptible
 
 T = TypeVar("T")
 
@@ -39,7 +41,8 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
         revision: branch, tag or commit; the default branch if empty.
 
     Raises:
-        ValueError: no such repository, revision or archive.
+        ValueError: no such repository or revision, or none that may be read.
+        BadFile: a repository without an archive, or with one that is too large.
         OSError: the Hub cannot be reached and the cache has no copy, or a file is damaged.
     """
     from httpx2 import HTTPError
@@ -90,16 +93,14 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, pau
     if layout is None:
         tried = " or ".join(" + ".join(layout) for layout in layouts)
         found = ", ".join(sorted(file for file in sizes if file.endswith(".zip"))[:3]) or "no .zip at all"
-        raise ValueError(
-            f"hub:{repo}: expected {tried}, found {found}; download the archive and give --teacher FILE.zip"
-        )
+        raise BadFile(f"hub:{repo}: expected {tried}, found {found}; download the archive and give --teacher FILE.zip")
     # the archive last: where it is cached, all is; the first by the branch's name: the cache notes where that stood
     files = [*(file for file in _BESIDE if file in sizes), *layout]
     for file in files:
         if (size := sizes[file]) is None:
-            raise ValueError(f"hub:{repo}: the Hub does not say how large {file} is; give --teacher FILE.zip instead")
+            raise BadFile(f"hub:{repo}: the Hub does not say how large {file} is; give --teacher FILE.zip instead")
         if size > MAX_FILE:
-            raise ValueError(f"hub:{repo}: {file} has {size:,} bytes, more than a policy can need; do not use it")
+            raise BadFile(f"hub:{repo}: {file} has {size:,} bytes, more than a policy can need; do not use it")
     first = _insist(partial(hf_hub_download, repo, files[0], revision=revision or None), pauses)
     snapshot = _snapshot(first, files[0], layout)
     for file in files[1:]:
@@ -113,12 +114,15 @@ def _insist(question: Callable[[], T], pauses: Sequence[float]) -> T:
 
     for pause in pauses:
         try:
-            return question()
+            with interruptible():
+                return question()
         except (HTTPError, OSError, RuntimeError) as error:
             if (seconds := _seconds_to_wait(error, pause)) is None:
                 raise
-        time.sleep(seconds)
-    return question()
+        with interruptible():
+            time.sleep(seconds)
+    with interruptible():
+        return question()
 
 
 def _seconds_to_wait(error: Exception, pause: float) -> float | None:

@@ -36,17 +36,27 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it for modules
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns scores, float32 `(batch, num_actions)`, of uint8 frames `(batch, 4, 84, 84)`, newest last."""
-        x = obs_BCHW.to(torch.float32, memory_format=torch.channels_last)
-        weight = self.conv1.weight / self.scale
-        bias = self.conv1.bias - self.centre * weight.sum(dim=(1, 2, 3))  # type: ignore[operator]
-        x = F.relu(F.conv2d(x, weight, bias, stride=4))
+        """Returns scores, float32 `(batch, num_actions)`, of uint8 frames `(batch, 4, 84, 84)`, newest last.
+
+        Raises:
+            ValueError: observations of another shape or kind.
+        """
+        check_obs(obs_BCHW, self.obs_shape)
+        # Bytes change places faster than floats: 6 % of a training step of the 7 % student, 10 % of the 1 % student.
+        x = torch.stack(obs_BCHW.unbind(1), dim=-1).float().permute(0, 3, 1, 2)
+        x = F.relu(F.conv2d(x, *self.first_layer(), stride=4))
         x = F.relu(self.conv2(x))
         x = F.relu(self.conv3(x)).contiguous().flatten(1)  # SB3 flattens channel by channel
         for layer in self.dense[:-1]:
             x = F.relu(layer(x))
         scores_BA: Tensor = self.dense[-1](x)
         return scores_BA.float()
+
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Returns the first convolution's weights and bias for pixels from 0 to 255, the input scaling in them."""
+        weight = self.conv1.weight / self.scale
+        bias: Tensor = self.conv1.bias - self.centre * weight.sum(dim=(1, 2, 3))  # type: ignore[operator]
+        return weight, bias
 
 
 class MLP(nn.Module):
@@ -61,12 +71,25 @@ class MLP(nn.Module):
         self.activation = activation()
 
     def forward(self, obs_BF: Tensor) -> Tensor:
-        """Returns scores, float32 `(batch, num_actions)`, of vectors `(batch, features)`."""
-        x = obs_BF.float().flatten(1)
+        """Returns scores, float32 `(batch, num_actions)`, of vectors `(batch, features)`.
+
+        Raises:
+            ValueError: observations of another shape.
+        """
+        check_obs(obs_BF, self.obs_shape)
+        x = obs_BF.float()
         for layer in self.dense[:-1]:
             x = self.activation(layer(x))
         scores_BA: Tensor = self.dense[-1](x)
         return scores_BA
+
+
+def check_obs(obs: Tensor, obs_shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are a batch of `obs_shape`, frames in bytes: an action of others means nothing."""
+    if tuple(obs.shape[1:]) != obs_shape:
+        raise ValueError(f"observations are {tuple(obs.shape[1:])}, expected a batch of {obs_shape}")
+    if len(obs_shape) == 3 and obs.dtype != torch.uint8:
+        raise ValueError(f"observations are {obs.dtype}, expected uint8 frames from 0 to 255, channels first")
 
 
 def num_parameters(net: nn.Module) -> int:
@@ -79,5 +102,6 @@ def num_macs(net: nn.Module, obs_shape: Sequence[int]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros((1, *obs_shape), device=next(net.parameters()).device))
+        kind = torch.uint8 if len(obs_shape) == 3 else torch.float32
+        net(torch.zeros((1, *obs_shape), dtype=kind, device=next(net.parameters()).device))
     return int(counter.get_total_flops()) // 2

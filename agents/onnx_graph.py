@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from policykd.agents.files import BadFile
+
 if TYPE_CHECKING:
     import onnx
 
@@ -71,7 +73,7 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
     """Returns a policy's graph that is safe to run.
 
     Raises:
-        ValueError: missing, damaged, foreign or unsafe file; one line that names it, the reason and the next step.
+        BadFile: missing, damaged, foreign or unsafe file; one line that names it, the reason and the next step.
     """
     try:
         import onnx
@@ -80,10 +82,10 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
         raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); do not use it")
+            raise BadFile(f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); do not use it")
         content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
+    except FileNotFoundError as error:
+        raise BadFile(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
     try:
         _check_small_messages(path, content)
         model = onnx.load_model_from_string(content)
@@ -98,7 +100,7 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,
     ) as error:
-        raise ValueError(f"{path}: truncated, or not a valid ONNX file ({one_line(error)}); export it again") from error
+        raise BadFile(f"{path}: truncated, or not a valid ONNX file ({one_line(error)}); export it again") from error
 
 
 def one_line(error: Exception) -> str:
@@ -126,9 +128,9 @@ def _check_small_messages(path: Path, content: bytes) -> None:
                 at = _varint(content, at)[1] if wire_type == 0 else at + {1: 8, 5: 4}.get(wire_type, len(content))
             besides += 16  # an empty message takes more
             if at > end:
-                raise ValueError(f"{path}: truncated, or not an ONNX file; export it again")
+                raise BadFile(f"{path}: truncated, or not an ONNX file; export it again")
             if besides > MAX_BYTES_BESIDES_WEIGHTS:
-                raise ValueError(
+                raise BadFile(
                     f"{path}: unsafe, more than {MAX_BYTES_BESIDES_WEIGHTS:,} bytes are not weights; do not use it"
                 )
 
@@ -147,16 +149,16 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 def _check_nodes(path: Path, model: "onnx.ModelProto") -> None:
     if model.functions or model.graph.sparse_initializer or model.training_info:
-        raise ValueError(
+        raise BadFile(
             f"{path}: unsafe, it holds functions, sparse weights or a training graph; export the acting network alone"
         )
     for node in model.graph.node:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
         if name not in OPERATORS:
-            raise ValueError(f"{path}: operator {name!r} is none of a small policy's; export the acting network alone")
+            raise BadFile(f"{path}: operator {name!r} is none of a small policy's; export the acting network alone")
         for a in node.attribute:
             if a.HasField("g") or a.graphs or a.HasField("sparse_tensor") or a.sparse_tensors:
-                raise ValueError(f"{path}: unsafe, its {name!r} holds a graph or sparse numbers; do not use it")
+                raise BadFile(f"{path}: unsafe, its {name!r} holds a graph or sparse numbers; do not use it")
 
 
 def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
@@ -169,19 +171,17 @@ def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
     known |= {kinds.INT8, kinds.UINT8, kinds.INT32, kinds.INT64}
     for tensor in _tensors(model):
         if tensor.external_data or tensor.data_location != kinds.DEFAULT:
-            raise ValueError(
-                f"{path}: unsafe, {tensor.name!r} lies in another file; export it with external_data=False"
-            )
+            raise BadFile(f"{path}: unsafe, {tensor.name!r} lies in another file; export it with external_data=False")
         if tensor.data_type not in known:
-            raise ValueError(f"{path}: {tensor.name!r} is of a kind that no policy needs; export it again as float32")
+            raise BadFile(f"{path}: {tensor.name!r} is of a kind that no policy needs; export it again as float32")
         try:
             finite = bool(np.isfinite(onnx.numpy_helper.to_array(tensor)).all())
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(
+            raise BadFile(
                 f"{path}: {tensor.name!r} claims shape {tuple(tensor.dims)} over fewer numbers; do not use it"
             ) from error
         if not finite:
-            raise ValueError(
+            raise BadFile(
                 f"{path}: {tensor.name!r} holds NaN or infinite weights; the agent is broken, take an earlier one"
             )
 
@@ -202,7 +202,7 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
     if len(outputs) > 1:
         outputs = [o for o in outputs if o.name in OUTPUT_NAMES]
     if len(inputs) != 1 or len(outputs) != 1:
-        raise ValueError(
+        raise BadFile(
             f"{path}: expected one input and one output (or one named {', '.join(OUTPUT_NAMES)}), found"
             f" {[i.name for i in inputs]} and {[o.name for o in model.graph.output]}; export it with those alone"
         )
@@ -210,18 +210,16 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
     dims = [d.dim_value for d in tensor_type.shape.dim]  # 0 where the size is open
     kind, kinds = tensor_type.elem_type, {number: name for name, number in onnx.TensorProto.DataType.items()}
     if kind not in (onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT) or len(dims) not in (2, 4) or min(dims[1:]) < 1:
-        raise ValueError(
+        raise BadFile(
             f"{path}: its input, {kinds.get(kind, 'unknown')} {tuple(dims)} with 0 for open sizes, is none of UINT8 or"
             " FLOAT (batch, channels, height, width), (batch, height, width, channels) and (batch, features)"
             "; export it so"
         )
     if dims[0] not in (0, 1):
-        raise ValueError(f"{path}: its batch is fixed to {dims[0]}; export it with an open batch, or one of 1")
+        raise BadFile(f"{path}: its batch is fixed to {dims[0]}; export it with an open batch, or one of 1")
     scores_shape = _checked_shapes(path, model, inputs[0].name, is_batch_open=dims[0] == 0)[outputs[0].name]
     if len(scores_shape) != 2 or scores_shape[0] != 1:
-        raise ValueError(
-            f"{path}: one observation gives {scores_shape}, expected scores (1, num_actions); export it so"
-        )
+        raise BadFile(f"{path}: one observation gives {scores_shape}, expected scores (1, num_actions); export it so")
     channels_last = len(dims) == 4 and dims[3] < dims[1]
     numbers = {name: math.prod(tensor.dims) for name, tensor in weights.items()}
     return OnnxGraph(
@@ -245,13 +243,13 @@ def _checked_shapes(
     """Returns the shape of everything that is computed from one observation, by name.
 
     Raises:
-        ValueError: a shape that cannot be told, or more numbers than a policy needs.
+        BadFile: a shape that cannot be told, or more numbers than a policy needs.
     """
     shapes = _inferred_shapes(path, model, input_name, 1)
     if is_batch_open:
         one, two = (sum(map(math.prod, s.values())) for s in (shapes, _inferred_shapes(path, model, input_name, 2)))
         if two > 2 * one:
-            raise ValueError(f"{path}: unsafe, its memory grows faster than the batch; do not use it")
+            raise BadFile(f"{path}: unsafe, its memory grows faster than the batch; do not use it")
     return shapes
 
 
@@ -274,10 +272,10 @@ def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batc
             if t.HasField("shape") and all(d.HasField("dim_value") for d in t.shape.dim)
         }
         if (numbers := sum(map(math.prod, shapes.values()))) > MAX_NUMBERS:
-            raise ValueError(f"{path}: unsafe, one observation makes {numbers:,} numbers; do not use it")
+            raise BadFile(f"{path}: unsafe, one observation makes {numbers:,} numbers; do not use it")
     computed = [name for node in model.graph.node for name in node.output if name]
     if unknown := [name for name in computed if name not in shapes]:
-        raise ValueError(f"{path}: the size of {unknown[0]!r} cannot be told beforehand; export it with fixed sizes")
+        raise BadFile(f"{path}: the size of {unknown[0]!r} cannot be told beforehand; export it with fixed sizes")
     return shapes
 
 
@@ -288,5 +286,5 @@ def _divide_by(path: Path, model: "onnx.ModelProto") -> float:
     except ValueError:
         number = 0.0
     if not 0.0 < number < math.inf:
-        raise ValueError(f"{path}: its metadata policykd.divide_by is {text!r}, expected a positive number such as 255")
+        raise BadFile(f"{path}: its metadata policykd.divide_by is {text!r}, expected a positive number such as 255")
     return number

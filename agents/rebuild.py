@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.archive import Archive
+from policykd.agents.files import BadFile
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
 
 Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN"]
@@ -36,7 +37,7 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
     """Returns the acting network that the archive describes, and what trained it.
 
     Raises:
-        ValueError: not one of SB3's own CnnPolicy and MlpPolicy with discrete actions; one line, expected and found.
+        BadFile: not one of SB3's own CnnPolicy and MlpPolicy with discrete actions; one line, expected and found.
     """
     kwargs = _checked_kwargs(archive)
     algorithm, extractors, sequential = _family(archive)
@@ -52,7 +53,7 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
         weights[-1], biases[-1] = _mean_over_quantiles(archive, kwargs, weights[-1], biases[-1])
     expected = described_num_actions(archive.data)
     if expected not in (None, len(biases[-1])):
-        raise ValueError(f"{archive.path}: expected {expected} actions as its `data` says, found {len(biases[-1])}")
+        raise BadFile(f"{archive.path}: expected {expected} actions as its `data` says, found {len(biases[-1])}")
     activation = _activation(archive, kwargs, nn.Tanh if on_policy else nn.ReLU)
     if convolutions:
         return _conv_net(archive, kwargs, convolutions, weights, biases, activation), algorithm
@@ -95,14 +96,14 @@ def _checked_kwargs(archive: Archive) -> Mapping[str, Any]:
     data = archive.data
     for space, expected in (("observation_space", "Box"), ("action_space", "Discrete")):
         if (found := described_kind(data, space)) not in (None, expected):
-            raise ValueError(f"{archive.path}: expected a {expected} as {space}, found {found}; use another teacher")
+            raise BadFile(f"{archive.path}: expected a {expected} as {space}, found {found}; use another teacher")
     kwargs = _entry(data, "policy_kwargs")
     module = text(_entry(data, "policy_class").get("__module__", _POLICIES[0]))
     extractor = text(kwargs.get("features_extractor_class", _EXTRACTORS[0]))
     if module not in _POLICIES:
-        raise ValueError(f"{archive.path}: expected a policy of SB3, found one of {module!r:.80}; {_TRUST}")
+        raise BadFile(f"{archive.path}: expected a policy of SB3, found one of {module!r:.80}; {_TRUST}")
     if extractor not in _EXTRACTORS:
-        raise ValueError(f"{archive.path}: expected SB3's features extractor, found {extractor!r:.80}; {_TRUST}")
+        raise BadFile(f"{archive.path}: expected SB3's features extractor, found {extractor!r:.80}; {_TRUST}")
     return kwargs
 
 
@@ -110,7 +111,7 @@ def _family(archive: Archive) -> tuple[Algorithm, tuple[str, ...], str]:
     """Returns the algorithm, where its features extractor may be and where its dense layers are."""
     names, data = archive.tensors.keys(), archive.data
     if any(name.startswith("lstm_") for name in names):
-        raise ValueError(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are read")
+        raise BadFile(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are read")
     if "action_net.weight" in names and "cg_damping" not in data:
         algorithm: Algorithm = "PPO" if "clip_range" in data else "A2C"
         # before SB3 1.7 there was one extractor; since then the actor's has its own name
@@ -119,7 +120,7 @@ def _family(archive: Archive) -> tuple[Algorithm, tuple[str, ...], str]:
         return "DQN", ("q_net.features_extractor.",), "q_net.q_net."
     if any(n.startswith("quantile_net.quantile_net.") for n in names):
         return "QRDQN", ("quantile_net.features_extractor.",), "quantile_net.quantile_net."
-    raise ValueError(
+    raise BadFile(
         f"{archive.path}: expected a PPO, A2C, DQN or QR-DQN policy, found tensors such as {next(iter(names))!r:.80}; "
         f"{_TRUST}"
     )
@@ -130,7 +131,7 @@ def _layers(archive: Archive, prefix: str) -> list[str]:
     found = {n[len(prefix) :].split(".")[0] for n in archive.tensors if n.startswith(prefix)}
     numbers = sorted(found, key=lambda n: (len(n), n))
     if numbers != [str(2 * i) for i in range(len(numbers))]:
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected dense layers {prefix}0, 2, 4..., found {', '.join(numbers)[:80]!r}; {_TRUST}"
         )
     return [f"{prefix}{n}." for n in numbers]
@@ -143,7 +144,7 @@ def _check_all_are_read(archive: Archive, layers: Sequence[str]) -> None:
     idle = (*_NOT_ACTING, *again)
     unread = [name for name in archive.tensors if name not in read and not name.startswith(idle)]
     if unread:
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected only layers of SB3's CnnPolicy or MlpPolicy, found {unread[0]!r:.80}; {_TRUST}"
         )
 
@@ -152,7 +153,7 @@ def _tensor(archive: Archive, name: str, num_dimensions: int) -> Tensor:
     tensor = archive.tensors.get(name)
     if tensor is None or tensor.dim() != num_dimensions:
         found = "nothing" if tensor is None else tuple(tensor.shape)
-        raise ValueError(f"{archive.path}: {name} expected in {num_dimensions} dimensions, found {found}; {_TRUST}")
+        raise BadFile(f"{archive.path}: {name} expected in {num_dimensions} dimensions, found {found}; {_TRUST}")
     return tensor
 
 
@@ -164,9 +165,9 @@ def _dense_tensors(archive: Archive, layers: Sequence[str]) -> tuple[list[Tensor
     for layer, weight, bias, width in zip(layers, weights, biases, [*inputs, None], strict=True):
         if len(weight) != len(bias) or width not in (None, len(weight)):
             found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-            raise ValueError(f"{archive.path}: {layer} expected weight and bias of {width or len(bias)}, found {found}")
+            raise BadFile(f"{archive.path}: {layer} expected weight and bias of {width or len(bias)}, found {found}")
     if len({t.data_ptr() for t in [*weights, *biases]}) < 2 * len(layers):
-        raise ValueError(f"{archive.path}: unsafe archive, two layers share their numbers; do not use it")
+        raise BadFile(f"{archive.path}: unsafe archive, two layers share their numbers; do not use it")
     return weights, biases
 
 
@@ -177,7 +178,7 @@ def _mean_over_quantiles(
     num_actions = described_num_actions(archive.data)
     num_quantiles = kwargs.get("n_quantiles", archive.data.get("n_quantiles", 200))
     if num_actions is None or type(num_quantiles) is not int or num_actions * num_quantiles != len(bias):
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected n_quantiles times the number of actions ({num_actions}), as its `data` says, "
             f"found {len(bias)} outputs; {_TRUST}"
         )
@@ -194,7 +195,7 @@ def _activation(archive: Archive, kwargs: Mapping[str, Any], default: type[nn.Mo
     found = text(kwargs["activation_fn"])
     named = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", found)
     if named is None or named[1] not in _ACTIVATIONS:
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected an activation of {', '.join(_ACTIVATIONS)}, found {found!r:.80}; {_TRUST}"
         )
     return _ACTIVATIONS[named[1]]
@@ -211,16 +212,14 @@ def _conv_net(
     kernels = [_tensor(archive, f"{layer}weight", 4) for layer in convolutions]
     shape, kind = described_shape(archive.data), text(_entry(archive.data, "observation_space").get("dtype", "uint8"))
     if shape not in (None, ATARI_OBS_SHAPE) or kind != "uint8":
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected observations uint8 {ATARI_OBS_SHAPE}, found {kind!r:.20} {shape}; {_TRUST}"
         )
     if tuple(tuple(k.shape[2:]) for k in kernels) != _KERNELS or kernels[0].shape[1] != ATARI_OBS_SHAPE[0]:
         shapes = ", ".join(str(tuple(k.shape)) for k in kernels)
-        raise ValueError(
-            f"{archive.path}: expected SB3's NatureCNN on 4 stacked 84x84 frames, found {shapes}; {_TRUST}"
-        )
+        raise BadFile(f"{archive.path}: expected SB3's NatureCNN on 4 stacked 84x84 frames, found {shapes}; {_TRUST}")
     if len(weights) > 2 and activation is not nn.ReLU:
-        raise ValueError(
+        raise BadFile(
             f"{archive.path}: expected ReLU between the dense layers after the convolutions, found "
             f"{activation.__name__}; {_TRUST}"
         )
@@ -237,9 +236,7 @@ def _conv_net(
 def _mlp(archive: Archive, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: type[nn.Module]) -> MLP:
     shape, found = described_shape(archive.data), weights[0].shape[1]
     if shape not in (None, (found,)):
-        raise ValueError(
-            f"{archive.path}: expected observations {shape} as its `data` says, found {(found,)}; {_TRUST}"
-        )
+        raise BadFile(f"{archive.path}: expected observations {shape} as its `data` says, found {(found,)}; {_TRUST}")
     with torch.device("meta"):
         net = MLP(found, [len(b) for b in biases[:-1]], len(biases[-1]), activation=activation)
     _fill(archive, net, {}, weights, biases)
@@ -254,7 +251,7 @@ def _fill(
         state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
     for name, expected in net.state_dict().items():
         if state[name].shape != expected.shape:
-            raise ValueError(
+            raise BadFile(
                 f"{archive.path}: {name} expected {tuple(expected.shape)}, found {tuple(state[name].shape)}; {_TRUST}"
             )
     net.load_state_dict(state, assign=True)

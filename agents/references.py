@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policykd.agents.files import BadFile
 from policykd.agents.zoo import BENCHMARK, describe
 from policykd.envs.games import canonical_name
 
@@ -45,6 +46,7 @@ def find_teacher(ref: str | Path, *, game: str | None = None) -> Source:
 
     Raises:
         ValueError: a malformed reference, or nothing where it points.
+        BadFile: what lies there is no teacher, or its card cannot be read.
         OSError: the Hub cannot be reached.
     """
     word, colon, rest = ("", "", "") if isinstance(ref, Path) else ref.partition(":")
@@ -110,7 +112,7 @@ def _local(ref: str, path: Path) -> Source:
     archives = [file for file in sorted(path.glob("*.zip")) if file.with_suffix("").is_dir()]
     if len(archives) != 1:
         found = ", ".join(file.name for file in archives) or "none"
-        raise ValueError(
+        raise BadFile(
             f"{ref}: expected policy.pth and data, or an rl-zoo agent's ENV.zip beside its folder ENV, found {found};"
             " give ALGO/ENV_1 or the .zip itself"
         )
@@ -131,7 +133,7 @@ def _card_beside(path: Path) -> dict[str, Any]:
         card = json.loads(file.read_text()) if file.is_file() else {}
         _check_card(card)
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{file}: the teacher's card cannot be read ({error}); mend or remove it") from error
+        raise BadFile(f"{file}: the teacher's card cannot be read ({error}); mend or remove it") from error
     return dict(card)
 
 

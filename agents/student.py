@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from policykd.agents.files import write_atomically
+from policykd.agents.files import BadFile, write_atomically
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
 from policykd.agents.policy import greedy, sample
 
@@ -91,7 +91,7 @@ class Student(nn.Module):
             deterministic: the best action instead of one drawn from the policy.
 
         Raises:
-            ValueError: another shape or kind of observation.
+            ValueError: another shape or kind of observation, or one that is not finite.
         """
         obs = np.asarray(observation)
         expected = self.shape.obs_shape
@@ -101,6 +101,8 @@ class Student(nn.Module):
             raise ValueError(f"observation has shape {obs.shape}, expected {expected} or a batch of them")
         if len(expected) == 3 and obs.dtype != np.uint8:
             raise ValueError(f"observation is {obs.dtype}, expected uint8 frames from 0 to 255")
+        if len(expected) == 1 and not np.isfinite(obs).all():
+            raise ValueError("observation is NaN or infinite, expected finite numbers")
         batch = torch.from_numpy(np.ascontiguousarray(obs)).view(-1, *expected)
         scores_BA = self(batch.to(next(self.parameters()).device)).cpu()
         actions = greedy(scores_BA) if deterministic else sample(scores_BA, torch.default_generator)
@@ -148,17 +150,22 @@ def save_student(student: Student, path: Path, about: Mapping[str, Any]) -> None
         path: a folder, made if it is missing.
         about: what the JSON says besides the shape and the hash, such as the teacher's.
     """
-    weights = save_tensors({name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()})
+    weights = packed_weights(student)
     write_atomically(path / "student.safetensors", weights)
     card = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), "shape": asdict(student.shape), **about}
     write_atomically(path / "student.json", (json.dumps(card, indent=1) + "\n").encode())
+
+
+def packed_weights(student: Student) -> bytes:
+    """Returns the content of `student.safetensors`; its sha256 says which student it is."""
+    return save_tensors({name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()})
 
 
 def load_student(path: str | Path) -> Student:
     """Returns the student of a run's folder (or of its `student.json`), ready to play.
 
     Raises:
-        ValueError: not a student, another format, or weights that are not those that were saved.
+        BadFile: not a student, another format, or weights that are not those that were saved.
     """
     path = Path(path)
     folder = path.parent if path.name == "student.json" else path
@@ -166,20 +173,18 @@ def load_student(path: str | Path) -> Student:
         card = json.loads((folder / "student.json").read_text())
         weights = (folder / "student.safetensors").read_bytes()
         if card["format"] != FORMAT:
-            raise ValueError(f"{folder}: student of format {card['format']}, this policykd reads {FORMAT}; update it")
+            raise BadFile(f"{folder}: student of format {card['format']}, this policykd reads {FORMAT}; update it")
         if hashlib.sha256(weights).hexdigest() != card["sha256"]:
-            raise ValueError(
-                f"{folder}/student.safetensors is not the file that student.json describes; copy both again"
-            )
+            raise BadFile(f"{folder}/student.safetensors is not the file that student.json describes; copy both again")
         shape = card["shape"]
         student = Student(
             Shape(tuple(shape["widths"]), tuple(shape["hidden"]), int(shape["num_actions"]), tuple(shape["obs_shape"]))
         )
         student.load_state_dict(load_tensors(weights))
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadFile(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise ValueError(
+        raise BadFile(
             f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again"
         ) from error
     return student.eval()

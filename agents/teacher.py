@@ -1,7 +1,8 @@
 """Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, from wherever a reference points."""
 
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from policykd.agents.archive import read_archive, read_members
+from policykd.agents.files import BadFile
+from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.rebuild import rebuild
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
@@ -61,6 +64,8 @@ class Teacher:
     """what `load_teacher` takes to find it again, such as `hub:sb3/dqn-PongNoFrameskip-v4`"""
     revision: str = ""
     """the commit on the Hub, empty elsewhere"""
+    session: Net | None = None
+    """`net` as ONNX Runtime runs it, once `compiled`"""
 
     @property
     def num_actions(self) -> int:
@@ -84,6 +89,31 @@ class Teacher:
         reported = protocol["mean"] if protocol else self.card.get("reported_return")
         return None if reported is None else float(reported)
 
+    @property
+    def backend(self) -> str:
+        """What computes its scores, with its version; another backend's differ in the last bits."""
+        return str(getattr(self.session or self.net, "backend", f"torch {torch.__version__}"))
+
+    def compiled(self, obs_BCHW: Tensor, *, num_threads: int = 1) -> "Teacher":
+        """Returns it with ONNX Runtime as its backend, or itself where that cannot be or would not pay.
+
+        It pays on a CPU, if onnx and onnxruntime are installed and the network was rebuilt as one of ours. Several
+        threads may call it at once; `net` stays what it was.
+
+        Args:
+            obs_BCHW: real observations on the device to come, on which both backends must agree.
+            num_threads: of one call.
+
+        Raises:
+            FloatingPointError: they do not agree.
+        """
+        installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
+        if not installed or obs_BCHW.device.type != "cpu" or not isinstance(self.net, ConvNet | MLP):
+            return self
+        from policykd.agents.compiled import compile_net
+
+        return replace(self, session=compile_net(self.net, obs_BCHW, num_threads=num_threads))
+
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves its weights to a device and returns it."""
         self.net.to(device)
@@ -92,7 +122,7 @@ class Teacher:
     @torch.inference_mode()
     def __call__(self, obs_BCHW: Tensor) -> Tensor:
         """Returns logits (PPO, A2C) or Q-values (DQN, QR-DQN's mean), float32 `(batch, num_actions)`."""
-        return self.net(obs_BCHW)
+        return (self.session or self.net)(obs_BCHW)
 
 
 def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pickle: bool = False) -> Teacher:
@@ -104,13 +134,14 @@ def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pic
         trust_pickle: let SB3 itself load the archive, which runs the code in it; for custom policies of your own.
 
     Raises:
-        ValueError: malformed reference; missing, truncated, foreign or unsafe archive; another algorithm or game.
+        ValueError: malformed reference, or nothing where it points.
+        BadFile: truncated, foreign or unsafe archive; another algorithm or game.
         OSError: the Hub cannot be reached and its cache has no copy.
     """
     source = find_teacher(ref, game=game)
     played = source.card.get("game")
     if game and played and played_game(played) != played_game(game):
-        raise ValueError(
+        raise BadFile(
             f"{source.path}: this teacher plays {played_game(played)}, not {played_game(game)}; give another --teacher"
         )
     net, algorithm, sha256 = _read(source, trust_pickle=trust_pickle)
@@ -140,12 +171,12 @@ def _read_onnx(source: Source) -> tuple[Net, Algorithm, str]:
     _check_hash(source, policy.sha256)
     algorithm = str(source.card.get("algorithm", "ONNX")).upper()
     if algorithm not in get_args(Algorithm):
-        raise ValueError(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(get_args(Algorithm))}")
+        raise BadFile(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(get_args(Algorithm))}")
     return policy, cast(Algorithm, algorithm), policy.sha256
 
 
 def _check_hash(source: Source, sha256: str) -> None:
     if "sha256" in source.card and source.card["sha256"] != sha256:
-        raise ValueError(
+        raise BadFile(
             f"{source.path}: sha256 {sha256[:12]}... is not its card's {source.card['sha256'][:12]}...; get it again"
         )

@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from policykd.agents.archive import parse_data
+from policykd.agents.files import BadFile
+from policykd.agents.interrupts import interruptible
 from policykd.agents.rebuild import Algorithm, described_kind, described_num_actions, described_shape, text
 
 _EXECUTED = ("policy_class", "policy_kwargs")
@@ -53,14 +55,15 @@ def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Sco
         members: its `data` and `policy.pth`, see `read_members`.
 
     Raises:
-        ValueError: SB3 is missing or cannot load it, or the policy does not score discrete actions; one line.
+        ValueError: SB3 is missing; one line.
+        BadFile: SB3 cannot load it, or the policy does not score discrete actions; one line.
     """
     data = parse_data(path, members["data"].getvalue())
     algorithm = _algorithm(path, data)
     actor_class = _actor_class(path, algorithm)
     print(f"warning: {path}: loaded with SB3, which executes code in the file (--trust-pickle)", file=sys.stderr)
     try:
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Could not deserialize")  # SB3 would go on with the default
             model = actor_class.load(_acting_part(members), device="cpu", custom_objects=_instead(data))
@@ -68,7 +71,7 @@ def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Sco
         net = Sb3Scores(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
     except Exception as error:  # the file's code may raise anything
         reason = (str(error).splitlines() or [""])[0][:160]
-        raise ValueError(
+        raise BadFile(
             f"{path}: SB3 cannot load it ({type(error).__name__}: {reason}); its classes must be importable: put their "
             "module on PYTHONPATH"
         ) from error
@@ -83,7 +86,7 @@ def _algorithm(path: Path, data: Mapping[str, Any]) -> Algorithm:
         return "QRDQN" if told else "DQN"
     if "gae_lambda" in data and "cg_damping" not in data and "_last_lstm_states" not in data:
         return "PPO" if "clip_range" in data else "A2C"
-    raise ValueError(f"{path}: expected a PPO, A2C, DQN or QR-DQN archive, found another; use another teacher")
+    raise BadFile(f"{path}: expected a PPO, A2C, DQN or QR-DQN archive, found another; use another teacher")
 
 
 def _actor_class(path: Path, algorithm: Algorithm) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from policykd.agents.files import BadFile
 from policykd.envs.games import canonical_name
 
 MAX_BYTES = 1 << 14
@@ -55,7 +56,7 @@ def describe(name: str, *folders: Path) -> dict[str, Any]:
         folders: where `args.yml`, `config.yml`, `env_kwargs.yml` and `results.json` may lie; the first one counts.
 
     Raises:
-        ValueError: a file that is damaged or unsafe, or frames that policykd does not make.
+        BadFile: a file that is damaged or unsafe, or frames that policykd does not make.
     """
     args, _ = _read("args.yml", folders)
     config, config_path = _read("config.yml", folders)
@@ -64,7 +65,7 @@ def describe(name: str, *folders: Path) -> dict[str, Any]:
     named = re.fullmatch(r"(ppo|a2c|dqn|qrdqn)-(.+)", name)
     algorithm, env_id = (args.get(key) or (named and named[i]) or "" for i, key in ((1, "algo"), (2, "env")))
     if not (isinstance(algorithm, str) and isinstance(env_id, str)):
-        raise ValueError(f"args.yml of {name or folders[0]}: algo and env are no names; mend or remove the file")
+        raise BadFile(f"args.yml of {name or folders[0]}: algo and env are no names; mend or remove the file")
     if config_path:
         _check_observations(config_path, config, env_id)
     known = {**_KNOWN_KWARGS, "render_mode": env_kwargs.get("render_mode")}
@@ -89,13 +90,13 @@ def played_game(env_id: str) -> str:
 def _check_observations(path: Path, config: Mapping[str, Any], env_id: str) -> None:
     normalize = config.get("normalize")
     if normalize and not (isinstance(normalize, str) and re.search(r"norm_obs\W+False", normalize)):
-        raise ValueError(
+        raise BadFile(
             f"{path}: expected plain observations, found normalize: {_SHORT.repr(normalize)}; give another --teacher"
         )
     if not re.search("NoFrameskip|^ALE[/-]", env_id):
         return
     if (found := config.get("frame_stack", 1)) != 4:
-        raise ValueError(f"{path}: expected frame_stack: 4, found {_SHORT.repr(found)}; give another --teacher")
+        raise BadFile(f"{path}: expected frame_stack: 4, found {_SHORT.repr(found)}; give another --teacher")
     wrapper = config.get("env_wrapper")
     if wrapper not in (_WRAPPER, [_WRAPPER]) or "NoFrameskip-v4" not in env_id:
         trained = f"{env_id} with env_wrapper {_SHORT.repr(wrapper)}"
@@ -116,7 +117,7 @@ def _read(name: str, folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | 
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not names and values")
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}; mend or remove the file") from error
+        raise BadFile(f"{path}: {' '.join(str(error).split())[:200]}; mend or remove the file") from error
     return content, path
 
 

@@ -30,7 +30,7 @@ class GymnasiumEnvs:
             )
         self.num_envs, self.num_actions, self.stack = num_envs, int(actions.n), 1
         self.obs_shape: tuple[int, ...] = obs.shape
-        self.seed = seed
+        self.env_id, self.seed = env_id, seed
         self._first_action = int(actions.start)
         self._episode_numbers = [-1] * num_envs
         self._returns = [0.0] * num_envs
@@ -43,7 +43,11 @@ class GymnasiumEnvs:
         return torch.from_numpy(np.stack(self._obs))
 
     def step(self, actions_B: Tensor) -> Step:
-        """Takes one action in every environment; where it is negative, nothing happens."""
+        """Takes one action in every environment; where it is negative, nothing happens.
+
+        Raises:
+            RuntimeError: an environment crashed; the line says which and when.
+        """
         rewards, starts, episodes = [0.0] * self.num_envs, [False] * self.num_envs, []
         for i, action in enumerate(actions_B.tolist()):
             if action < 0:
@@ -70,6 +74,11 @@ class GymnasiumEnvs:
             self._obs.append(ob)
         return torch.from_numpy(np.stack(self._obs))
 
+    def close(self) -> None:
+        """Ends every environment."""
+        for env in self._envs:
+            env.close()
+
     def _new_episode(self, i: int) -> np.ndarray:
         self._episode_numbers[i] += 1
         self._actions[i], self._returns[i] = [], 0.0
@@ -78,7 +87,11 @@ class GymnasiumEnvs:
         return np.asarray(obs)
 
     def _play(self, i: int, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        obs, reward, terminated, truncated, _ = self._envs[i].step(self._first_action + action)
+        try:
+            obs, reward, terminated, truncated, _ = self._envs[i].step(self._first_action + action)
+        except Exception as error:  # an environment's own code may raise anything
+            at = f"environment {i}, step {len(self._actions[i])} of episode {self._episode_numbers[i]}"
+            raise RuntimeError(f"{self.env_id}: {at}: crashed ({type(error).__name__}: {error})") from error
         self._actions[i].append(action)
         self._returns[i] += float(reward)
         return np.asarray(obs), float(reward), terminated, truncated

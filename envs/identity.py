@@ -45,6 +45,9 @@ class IdentityEnv:
         self._hot_B = torch.tensor(state["hot"])
         return self._obs()
 
+    def close(self) -> None:
+        """Does nothing: there is nothing to end."""
+
     def _draw(self) -> Tensor:
         self._hot_B = torch.as_tensor(self._random.integers(self.num_actions, size=self.num_envs))
         return self._obs()

@@ -45,7 +45,8 @@ class SB3VecEnv(VecEnv):
         return step.obs.numpy(), np.sign(rewards) if self.clip_rewards else rewards, step.starts_B.numpy(), infos
 
     def close(self) -> None:
-        """Does nothing: emulators end with the process."""
+        """Ends what was started for the environments."""
+        self.envs.close()
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
         """Returns an attribute of the vector, once for every environment asked for."""

@@ -61,3 +61,7 @@ class VectorEnv(Protocol):
     def restore(self, state: dict[str, Any], /) -> Tensor:
         """Goes back to a position and returns its observations, bit-equal to those that stood there."""
         ...
+
+    def close(self) -> None:
+        """Ends what was started for the environments; they cannot be used any more."""
+        ...

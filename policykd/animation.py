@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from policykd.agents.files import write_atomically
+from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy, greedy
 from policykd.envs.atari import make_atari
 from policykd.evaluation import PROTOCOLS
@@ -23,6 +24,7 @@ def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_ste
     obs, screens = envs.reset(), list[np.ndarray]()
     device = next((p.device for p in getattr(policy, "parameters", list)()), torch.device("cpu"))
     for _ in range(num_steps):
+        check_interrupted()
         screens.append(envs.screens()[0])
         with torch.inference_mode():
             step = envs.step(greedy(policy(obs.to(device)).cpu()))
@@ -30,7 +32,10 @@ def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_ste
         if step.episodes:
             break
     palette = Image.fromarray(np.concatenate(screens[:: max(1, len(screens) // 8)])).quantize(64)
-    pictures = [Image.fromarray(s).quantize(palette=palette, dither=Image.Dither.NONE) for s in screens[::every]]
+    pictures = []
+    for screen in screens[::every]:
+        check_interrupted()
+        pictures.append(Image.fromarray(screen).quantize(palette=palette, dither=Image.Dither.NONE))
     buffer = io.BytesIO()
     pictures[0].save(
         buffer,

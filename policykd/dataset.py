@@ -1,26 +1,29 @@
 """Datasets of states on disk: every frame once, in `.npz` shards, and a manifest that says what they are.
 
-The manifest is written last and holds the sha256 of every shard, so that a folder without one is no dataset. A run's
-`checkpoints/` hold such shards too and can be read as a dataset. docs/states.md has the format.
+The manifest holds the sha256 of every shard. It is written after each, so that an import that is cut goes on, and so
+that whoever reads beside it sees its first rows. A run's `checkpoints/` hold such shards too and can be read as a
+dataset. docs/states.md has the format.
 """
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from policykd.agents.files import write_atomically
+from policykd.agents.files import BadFile, write_atomically
+from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy
-from policykd.checkpoints import compressed
 from policykd.envs.games import canonical_name
-from policykd.manifest import FORMAT, MANIFEST, About, Dataset, open_dataset
+from policykd.manifest import FORMAT, MANIFEST, About, Dataset, open_dataset, read_manifest
 from policykd.replay import Replay
-from policykd.shards import Arrays, row_bytes
+from policykd.runs import lock
+from policykd.shards import Arrays, compressed, read_shard, row_bytes
 
 ROWS_PER_SHARD = 16_384
 
@@ -47,17 +50,17 @@ def load_dataset(
         device: where the replay lives.
 
     Raises:
-        ValueError: damaged, too large, or of another game, shape or number of actions, with expected and found; no
-            state is left to fit to, or none is held out.
+        BadFile: damaged, cut, or of another game, shape or number of actions, with expected and found.
+        ValueError: too large, no state is left to fit to, or none is held out.
     """
     dataset = open_dataset(path)
     about = dataset.about
     if game and about.game and about.game != canonical_name(game):
-        raise ValueError(f"{path}: expected states of {canonical_name(game)}, found {about.game}; give another dataset")
+        raise BadFile(f"{path}: expected states of {canonical_name(game)}, found {about.game}; give another dataset")
     if about.obs_shape != obs_shape:
-        raise ValueError(f"{path}: expected observations {obs_shape}, found {about.obs_shape}; give another dataset")
+        raise BadFile(f"{path}: expected observations {obs_shape}, found {about.obs_shape}; give another dataset")
     if about.num_actions not in (None, num_actions):
-        raise ValueError(
+        raise BadFile(
             f"{path}: expected states of an agent with {num_actions} actions, found {about.num_actions};"
             " give another dataset"
         )
@@ -80,9 +83,15 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
     """Returns a replay of all rows of a dataset.
 
     Raises:
-        ValueError: damaged, or larger than the machine's memory.
+        BadFile: damaged, or an import that was cut.
+        ValueError: larger than the machine's memory.
     """
     about = dataset.about
+    if not dataset.is_complete:
+        raise BadFile(
+            f"{dataset.folder}: an import of {dataset.num_states:,} states so far that was cut, or still goes on; run"
+            " the same import again, it goes on"
+        )
     num_bytes = dataset.num_rows * (row_bytes(about.layout) + 1 + 4 * num_actions)
     if torch.device(device).type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -108,9 +117,9 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
         replay.extend(arrays)
         before_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
         if (arrays["pasts"] > (before_N + 1).clamp(max=about.stack - 1).numpy()).any():
-            raise ValueError(f"{dataset.folder / name}: a stack reaches back before its stream; import it again")
+            raise BadFile(f"{dataset.folder / name}: a stack reaches back before its stream; import it again")
         if not _is_finite(arrays):
-            raise ValueError(f"{dataset.folder / name}: holds NaN or infinite numbers; import it again")
+            raise BadFile(f"{dataset.folder / name}: holds NaN or infinite numbers; import it again")
     return replay
 
 
@@ -147,41 +156,100 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
 def write_dataset(
     folder: Path, about: About, parts: Iterable[Arrays], *, rows_per_shard: int = ROWS_PER_SHARD
 ) -> Dataset:
-    """Writes rows as they come into shards, then the manifest.
+    """Writes rows as they come into shards, and the manifest after each; goes on where the same import was cut.
 
     Args:
-        folder: made if it is missing; the shards of an interrupted import in it are removed.
+        folder: made if it is missing.
         about: what the states are.
-        parts: of any length, all with the same arrays: those of `Replay.arrays`, `actions`, `rewards`, `starts`.
+        parts: of any length, all with the same arrays: those of `Replay.arrays`, `actions`, `rewards`, `starts`; from
+            the first row on, even if it goes on: what is there already is compared.
         rows_per_shard: bounds the memory that is needed.
 
     Raises:
-        ValueError: the folder holds a dataset, or there are no rows.
-        OSError: no room or no permission; what is there is no dataset.
+        ValueError: the folder holds a dataset, or part of another import.
+        BadFile: there are no states, or others than when the import was cut.
+        OSError: no room, no permission, or another process writes there; the shards so far stay.
+        KeyboardInterrupt: a signal came, see `check_interrupted`; the shards so far stay.
     """
     check_free(folder)
-    for stale in [*folder.glob("states-*.npz"), *folder.glob(".states-*.npz.*.tmp")]:
-        stale.unlink()
-    shards: dict[str, str] = {}
-    num_rows = num_states = 0
-    for arrays in _regrouped(parts, rows_per_shard):
-        name, content = f"states-{len(shards):04d}.npz", compressed(arrays)
-        write_atomically(folder / name, content)
-        shards[name] = hashlib.sha256(content).hexdigest()
-        num_rows += len(arrays["pasts"])
-        num_states += len(arrays["pasts"]) - int(arrays.get("history", np.zeros(1)).sum())
-    if not num_states:
-        raise ValueError(f"{about.source}: holds no states; give another source")
-    counts = {"num_states": num_states, "num_rows": num_rows}
-    manifest = {"format": FORMAT, **asdict(about), **counts, "shards": shards}
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    return Dataset(folder, about, num_rows, num_states, shards)
+    with lock(folder):
+        try:
+            dataset = Dataset(folder, about, 0, 0, {}, is_complete=False)
+            saved = _saved_shards(folder, about)
+            for arrays in _regrouped(parts, rows_per_shard):
+                name = f"states-{len(dataset.shards):04d}.npz"
+                if name in saved and _is_saved(folder / name, saved[name], about, arrays):
+                    dataset = _with_shard(dataset, name, saved[name], arrays)
+                    continue
+                saved, content = {}, compressed(arrays)
+                write_atomically(folder / name, content)
+                dataset = _with_shard(dataset, name, hashlib.sha256(content).hexdigest(), arrays)
+                _write_manifest(dataset)
+        except KeyboardInterrupt:
+            if not (folder / MANIFEST).is_file():
+                raise
+            num_states = read_manifest(folder).num_states
+            raise KeyboardInterrupt(
+                f"{num_states:,} states are imported; run the same import again, it goes on"
+            ) from None
+        if not dataset.num_states:
+            raise BadFile(f"{about.source}: holds no states; give another source")
+        dataset = replace(dataset, is_complete=True)
+        _write_manifest(dataset)
+        for stale in set(folder.glob("states-*.npz")) - {folder / name for name in dataset.shards}:
+            stale.unlink()
+    return dataset
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError if a folder holds a dataset already."""
-    if (folder / MANIFEST).exists():
+    """Raises ValueError if a folder holds a whole dataset already."""
+    if (folder / MANIFEST).exists() and read_manifest(folder).is_complete:
         raise ValueError(f"{folder}: holds a dataset already; give another folder, or remove it first")
+
+
+def _saved_shards(folder: Path, about: About) -> Mapping[str, str]:
+    """Returns the shards of an import that was cut."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    cut = read_manifest(folder)
+    if cut.about != about:
+        raise ValueError(
+            f"{folder}: holds part of another import ({cut.about.source}); give another folder, or remove it first"
+        )
+    return cut.shards
+
+
+def _is_saved(path: Path, sha256: str, about: About, arrays: Arrays) -> bool:
+    """Returns whether a shard of an import that was cut is whole.
+
+    Raises:
+        BadFile: it is, but the source gives other rows now.
+    """
+    try:
+        saved = read_shard(path, sha256, about.layout, len(arrays["pasts"]))
+    except BadFile as error:
+        print(f"warning: {error}: it and those after it are imported again", file=sys.stderr)
+        return False
+    if saved.keys() != arrays.keys() or any(saved[key].tobytes() != arrays[key].tobytes() for key in saved):
+        raise BadFile(f"{path}: not what {about.source} gives now; give another folder, or remove this one first")
+    return True
+
+
+def _with_shard(dataset: Dataset, name: str, sha256: str, arrays: Arrays) -> Dataset:
+    num_rows = len(arrays["pasts"])
+    num_states = num_rows - int(arrays.get("history", np.zeros(1)).sum())
+    return replace(
+        dataset,
+        num_rows=dataset.num_rows + num_rows,
+        num_states=dataset.num_states + num_states,
+        shards={**dataset.shards, name: sha256},
+    )
+
+
+def _write_manifest(dataset: Dataset) -> None:
+    counts = {"num_states": dataset.num_states, "num_rows": dataset.num_rows, "complete": dataset.is_complete}
+    manifest = {"format": FORMAT, **asdict(dataset.about), **counts, "shards": dataset.shards}
+    write_atomically(dataset.folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def save_dataset(
@@ -213,6 +281,7 @@ def save_dataset(
 def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
     held: list[Arrays] = []
     for part in parts:
+        check_interrupted()
         held.append(part)
         if sum(len(p["pasts"]) for p in held) < num_rows:
             continue

@@ -1,5 +1,6 @@
 """Judges a policy by whole games."""
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,9 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy, greedy, sample
 from policykd.envs.atari import make_atari
 from policykd.envs.vector import VectorEnv
+
+MAX_STEPS = 27_000
+"""agent steps in which ALE itself ends a game; a game elsewhere that goes on for longer is taken to have no end"""
 
 ProtocolName = Literal["noop_sampled", "sticky_greedy"]
 
@@ -69,7 +74,7 @@ def evaluate(
     generator: torch.Generator,
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
-    max_steps: int | None = None,
+    max_steps: int = MAX_STEPS,
 ) -> Evaluation:
     """Plays whole games and returns each one's result.
 
@@ -86,6 +91,10 @@ def evaluate(
         device: where the policy lives.
         max_steps: agent steps after which a game is cut off, and with it the environment's share; such games are
             `unfinished`, and those that are left are the shorter ones, so a mean over them says little.
+
+    Raises:
+        FloatingPointError: a score or a reward that is not finite, with the environment and its step.
+        KeyboardInterrupt: a signal has come.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
@@ -94,9 +103,12 @@ def evaluate(
     returns, lengths, num_truncated, unfinished = list[float](), list[int](), 0, list[float]()
     steps_B, rewards_B = torch.zeros(envs.num_envs, dtype=torch.long), torch.zeros(envs.num_envs)
     while shares_B.any():
+        check_interrupted()
         scores_BA = policy(obs.to(device)).cpu()
+        _check_finite("the policy's scores", scores_BA, steps_B)
         actions_B = greedy(scores_BA) if deterministic else sample(scores_BA / temperature, generator)
         step = envs.step(torch.where(shares_B > 0, actions_B, -1))
+        _check_finite("the reward", step.rewards_B[:, None], steps_B)
         obs = step.obs
         steps_B += 1
         rewards_B += step.rewards_B
@@ -106,10 +118,9 @@ def evaluate(
             returns.append(episode.episodic_return)
             lengths.append(episode.length)
             num_truncated += episode.truncated
-        if max_steps is not None:
-            cut_B = (steps_B >= max_steps) & (shares_B > 0)
-            unfinished += rewards_B[cut_B].tolist()
-            shares_B[cut_B] = 0
+        cut_B = (steps_B >= max_steps) & (shares_B > 0)
+        unfinished += rewards_B[cut_B].tolist()
+        shares_B[cut_B] = 0
     return Evaluation(returns, lengths, num_truncated, unfinished)
 
 
@@ -123,8 +134,12 @@ def evaluate_on_atari(
     num_envs: int = 16,
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
+    num_workers: int = 0,
 ) -> Evaluation:
-    """Returns whole games of one of the `PROTOCOLS`; a `RandomPolicy` is always sampled."""
+    """Returns whole games of one of the `PROTOCOLS`; a `RandomPolicy` is always sampled.
+
+    `num_workers` processes emulate, 0 is this one; the games are the same.
+    """
     how = PROTOCOLS[protocol]
     envs = make_atari(
         game,
@@ -132,13 +147,24 @@ def evaluate_on_atari(
         int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]),  # never the seed of the collected games
         noop_max=how.noop_max,
         repeat_action_probability=how.repeat_action_probability,
+        num_workers=num_workers,
     )
-    return evaluate(
-        policy,
-        envs,
-        num_episodes,
-        deterministic=how.deterministic and not isinstance(policy, RandomPolicy),
-        generator=torch.Generator().manual_seed(seed),
-        temperature=temperature,
-        device=device,
-    )
+    with closing(envs):
+        return evaluate(
+            policy,
+            envs,
+            num_episodes,
+            deterministic=how.deterministic and not isinstance(policy, RandomPolicy),
+            generator=torch.Generator().manual_seed(seed),
+            temperature=temperature,
+            device=device,
+        )
+
+
+def _check_finite(what: str, values_BN: Tensor, steps_B: Tensor) -> None:
+    if not values_BN.isfinite().all():
+        env, column = (~values_BN.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{what} in environment {env} at step {int(steps_B[env])} of its game: {float(values_BN[env, column])}, not"
+            " finite; what was played so far counts for nothing"
+        )

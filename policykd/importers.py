@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from policykd.agents.files import BadFile
 from policykd.dataset import check_free, write_dataset
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
@@ -33,7 +34,7 @@ def import_states(
     trust_pickle: bool = False,
     num_states: int | None = None,
 ) -> Dataset:
-    """Writes the states of another tool's recording as a dataset.
+    """Writes the states of another tool's recording as a dataset; goes on where the same import was cut.
 
     Args:
         source: SB3's `replay_buffer.pkl`, the folder of a Minari dataset, or a folder of the DQN Replay Dataset.
@@ -43,7 +44,9 @@ def import_states(
         num_states: stop after so many; all by default.
 
     Raises:
-        ValueError: not such a source, a damaged one, a lossy one, a pickle that is not trusted.
+        BadFile: not such a source, a damaged one, a lossy one, a pickle that is not trusted.
+        ValueError: no such source; the folder holds a dataset, or part of another import.
+        KeyboardInterrupt: a signal came; what is imported stays.
     """
     check_free(folder)
     about, parts = open_source(Path(source), game=canonical_name(game) if game else None, trust_pickle=trust_pickle)
@@ -52,16 +55,18 @@ def import_states(
 
 def open_source(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[About, Iterator[Arrays]]:
     """Returns what a source holds, and its rows; see `import_states`."""
-    if path.suffix == ".pkl":
+    if path.suffix == ".pkl" and path.exists():
         return read_sb3_buffer(path, game=game, trust_pickle=trust_pickle)
     if (path / MANIFEST).is_file():
-        raise ValueError(f"{path}: a dataset already; use it as it is")
+        raise BadFile(f"{path}: a dataset already; use it as it is")
     if any(_DQN_REPLAY.fullmatch(p.name) for p in (path.iterdir() if path.is_dir() else ())):
         return read_dqn_replay(path, game=game)
     for data in (path / "data", path):
         if (data / "metadata.json").is_file():
             return read_minari(data, game=game)
-    raise ValueError(
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; give an SB3 replay buffer, or the folder of a recording")
+    raise BadFile(
         f"{path}: neither an SB3 replay buffer (.pkl), nor a Minari dataset (data/metadata.json), nor a folder of the"
         " DQN Replay Dataset ($store$_observation_ckpt.N.gz); give one of them"
     )
@@ -71,10 +76,10 @@ def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tupl
     """Returns the states that a `ReplayBuffer` saved by SB3's `save_replay_buffer` holds, each stream in time order.
 
     Raises:
-        ValueError: not trusted, not readable, or without the arrays of a `ReplayBuffer`.
+        BadFile: not trusted, not readable, or without the arrays of a `ReplayBuffer`.
     """
     if not trust_pickle:
-        raise ValueError(
+        raise BadFile(
             f"{path}: a pickle, which executes what code it likes when it is read; if you made it, pass --trust-pickle"
         )
     print(f"warning: {path} is a pickle: whatever code is in it is executed now", file=sys.stderr)
@@ -89,7 +94,7 @@ def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tupl
         num_actions, first_action = int(buffer.action_space.n), int(getattr(buffer.action_space, "start", 0))
         obs_shape, stack = stacked_shape(obs.shape[2:], obs.dtype)
     except Exception as error:  # a pickle may raise whatever its classes raise
-        raise ValueError(
+        raise BadFile(
             f"{path}: not a ReplayBuffer of one observation array and discrete actions"
             f" ({type(error).__name__}: {error}); install what it needs, or save it with SB3's save_replay_buffer"
         ) from error
@@ -130,7 +135,7 @@ def read_dqn_replay(folder: Path, *, game: str | None) -> tuple[About, Iterator[
     episode; they are the zeros that a stack begins with anyway, and are left out.
 
     Raises:
-        ValueError: a file of another layout, truncated or damaged.
+        BadFile: a file of another layout, truncated or damaged.
     """
     numbers = sorted(int(match[1]) for p in folder.iterdir() if (match := _DQN_REPLAY.fullmatch(p.name)))
     about = About(
@@ -180,7 +185,7 @@ def _dqn_replay_chunks(folder: Path, number: int) -> Iterator[tuple[np.ndarray, 
         chunks = [next(reader, np.empty(0)) for reader in readers]
         lengths = {len(chunk) for chunk in itertools.compress(chunks, present)}
         if len(lengths) > 1:
-            raise ValueError(f"{folder}: the files of checkpoint {number} differ in length; download them again")
+            raise BadFile(f"{folder}: the files of checkpoint {number} differ in length; download them again")
         if lengths == {0}:
             return
         yield tuple(chunk[: len(chunks[0])] for chunk in chunks)
@@ -201,7 +206,7 @@ def _npy_chunks(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
             if file.read(1):
                 raise ValueError(f"more than its {found[0]:,} rows")
     except (OSError, *UNREADABLE) as error:
-        raise ValueError(f"{path}: not a checkpoint of the DQN Replay Dataset ({error}); download it again") from error
+        raise BadFile(f"{path}: not a checkpoint of the DQN Replay Dataset ({error}); download it again") from error
 
 
 def _first(parts: Iterator[Arrays], num_states: int) -> Iterator[Arrays]:

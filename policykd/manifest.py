@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policykd.checkpoints import MANIFEST as CHECKPOINT
+from policykd.agents.files import BadFile, read_verified
 from policykd.envs.games import canonical_name
 from policykd.shards import MAX_RATIO, UNREADABLE, Arrays, Layout, declared_arrays, layout, read_shard, row_bytes
+from policykd.store import has_generations, newest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,6 +58,8 @@ class Dataset:
     num_states: int
     shards: Mapping[str, str]
     """file name -> sha256, in order"""
+    is_complete: bool = True
+    """false while an import goes on, or after it was cut: these are its first rows"""
 
     @property
     def sha256(self) -> str:
@@ -67,7 +70,7 @@ class Dataset:
         """Yields name and arrays of every shard.
 
         Raises:
-            ValueError: a shard is missing, damaged, or not what the manifest says.
+            BadFile: a shard is missing, damaged, or not what the manifest says.
         """
         left = self.num_rows
         for name, sha256 in self.shards.items():
@@ -75,7 +78,7 @@ class Dataset:
             left -= len(arrays["pasts"])
             yield name, arrays
         if left:
-            raise ValueError(f"{self.folder}: {left:,} of {self.num_rows:,} rows are in no shard; import it again")
+            raise BadFile(f"{self.folder}: {left:,} of {self.num_rows:,} rows are in no shard; import it again")
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -85,48 +88,54 @@ def open_dataset(path: str | Path) -> Dataset:
         path: the folder of a dataset, of a run (`runs/Pong/pong`), or a run's `checkpoints/`.
 
     Raises:
-        ValueError: no dataset, a damaged manifest, or one of a newer format.
+        BadFile: no dataset, a damaged manifest, or one of a newer format.
+        ValueError: no such folder.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return _of_manifest(path)
+        return _bounded(read_manifest(path))
     for folder in (path, path / "checkpoints"):
-        if (folder / CHECKPOINT).is_file():
+        if has_generations(folder):
             return _of_checkpoints(folder)
-    raise ValueError(
-        f"{path}: no dataset, it has neither {MANIFEST} nor a run's checkpoints; an import that was"
-        " interrupted leaves none, run it again"
-    )
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder; give that of a dataset or of a run")
+    raise BadFile(f"{path}: no dataset, it has neither {MANIFEST} nor a run's checkpoints; give another folder")
 
 
-def _of_manifest(folder: Path) -> Dataset:
+def read_manifest(folder: Path) -> Dataset:
+    """Returns what a dataset's manifest says, whether the shards are there or not.
+
+    Raises:
+        BadFile: it cannot be read, cannot be, or is of a newer format.
+    """
     path = folder / MANIFEST
     manifest = _json(path)
     if manifest.get("format") != FORMAT:
-        raise ValueError(
+        raise BadFile(
             f"{path}: dataset of format {manifest.get('format')}, this policykd reads {FORMAT}; update policykd"
         )
     if wrong := [key for key, right in _CHECKS.items() if not right(manifest.get(key))]:
-        raise ValueError(f"{path}: its {', '.join(wrong)} cannot be; import or copy the dataset again")
+        raise BadFile(f"{path}: its {', '.join(wrong)} cannot be; import or copy the dataset again")
     fields: dict[str, Any] = {key: manifest[key] for key in About.__dataclass_fields__}
     about = About(**{**fields, "obs_shape": tuple(fields["obs_shape"])})
     if about.stack > 1 and (len(about.obs_shape) < 2 or about.obs_shape[0] != about.stack):
-        raise ValueError(f"{path}: a stack of {about.stack} frames does not make {about.obs_shape}; import it again")
+        raise BadFile(f"{path}: a stack of {about.stack} frames does not make {about.obs_shape}; import it again")
     if about.teacher and not about.num_actions:
-        raise ValueError(f"{path}: a teacher's scores of an unknown number of actions; import the dataset again")
-    return _bounded(Dataset(folder, about, manifest["num_rows"], manifest["num_states"], manifest["shards"]))
+        raise BadFile(f"{path}: a teacher's scores of an unknown number of actions; import the dataset again")
+    counts = manifest["num_rows"], manifest["num_states"]
+    return Dataset(folder, about, *counts, manifest["shards"], manifest.get("complete") is not False)
 
 
 def _of_checkpoints(folder: Path) -> Dataset:
     """Returns a run's states; its config.json says the game and the teacher, its shards the shapes."""
-    path = folder / CHECKPOINT
+    generation = newest(folder, ("starts", "num_rows", "num_states"), only="replay")
     config = folder.parent / "config.json"
-    checkpoint, settings = _json(path), _json(config).get("settings", {}) if config.is_file() else {}
+    checkpoint, settings = generation.about, _json(config).get("settings", {}) if config.is_file() else {}
+    shards = generation.named("replay")
+    if not shards:
+        raise BadFile(f"{folder}: holds no states of its own, as an offline run; give another dataset")
     try:
-        shards = {name: sha256 for name, sha256 in checkpoint["files"].items() if _SHARD.fullmatch(name)}
-        if not shards:
-            raise ValueError("it holds no states of its own, as an offline run")
-        declared = declared_arrays((folder / min(shards)).read_bytes())
+        declared = declared_arrays((folder / next(iter(shards))).read_bytes())
         dtype, shape = declared["frames"]
         stack = 4 if len(shape) == 3 else 1  # images are Atari's
         about = About(
@@ -140,12 +149,13 @@ def _of_checkpoints(folder: Path) -> Dataset:
             num_envs=len(checkpoint["starts"]),
             teacher={key: settings.get("teacher", {}).get(key, "unknown") for key in ("algorithm", "sha256")},
         )
-        num_rows = checkpoint["num_states"]
-        return _bounded(Dataset(folder, about, num_rows, num_rows, dict(sorted(shards.items()))))
+        return _bounded(Dataset(folder, about, checkpoint["num_rows"], checkpoint["num_states"], shards))
+    except BadFile:
+        raise
     except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from error
+        raise BadFile(f"{error.filename}: {error.strerror}; the checkpoint is incomplete") from error
     except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a run's checkpoint, or a damaged one ({error}); give another dataset") from error
+        raise BadFile(f"{folder}: not a run's checkpoints ({error}); give another dataset") from error
 
 
 def _bounded(dataset: Dataset) -> Dataset:
@@ -153,9 +163,11 @@ def _bounded(dataset: Dataset) -> Dataset:
     try:
         num_bytes = sum((dataset.folder / name).stat().st_size for name in dataset.shards)
     except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}; the dataset is incomplete, copy it again") from error
+        raise BadFile(f"{error.filename}: {error.strerror}; the dataset is incomplete, copy it again") from error
     if dataset.num_rows * row_bytes(dataset.about.layout) > MAX_RATIO * num_bytes:
-        raise ValueError(
+        for name, sha256 in dataset.shards.items():
+            read_verified(dataset.folder / name, sha256, "; import or copy the dataset again")
+        raise BadFile(
             f"{dataset.folder}: claims {dataset.num_rows:,} rows, its {num_bytes:,} bytes cannot hold them;"
             " import or copy the dataset again"
         )
@@ -166,9 +178,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); import or copy the dataset again") from error
+        raise BadFile(f"{path}: cannot be read ({error}); import or copy the dataset again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; import or copy the dataset again")
+        raise BadFile(f"{path}: not a JSON object; import or copy the dataset again")
     return content
 
 
@@ -196,7 +208,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
         v is None or (isinstance(v, dict) and all(isinstance(v.get(k), str) for k in ("algorithm", "sha256")))
     ),
     "num_rows": _is_count,
-    "num_states": _is_count,
+    "num_states": lambda v: v == 0 or _is_count(v),
+    "complete": lambda v: v is None or type(v) is bool,
     "shards": lambda v: (
         isinstance(v, dict) and all(_SHARD.fullmatch(k) and isinstance(sha256, str) for k, sha256 in v.items())
     ),

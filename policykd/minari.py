@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from policykd.agents.files import BadFile, sync_folder
+from policykd.agents.interrupts import check_interrupted
 from policykd.dataset import fill
 from policykd.envs.games import canonical_name
 from policykd.manifest import About, Dataset, open_dataset
@@ -32,7 +34,7 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
         game: what was played, where the metadata does not say it.
 
     Raises:
-        ValueError: JPEG-coded images, other spaces than vectors or grey images and discrete actions, a damaged file.
+        BadFile: JPEG-coded images, other spaces than vectors or grey images and discrete actions, a damaged file.
     """
     path = data / MAIN_FILE
     try:
@@ -52,7 +54,7 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
         obs_shape, stack = stacked_shape(shape, dtype)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{data}: cannot be imported: {reason}; give another Minari dataset") from error
+        raise BadFile(f"{data}: cannot be imported: {reason}; give another Minari dataset") from error
     about = About(
         obs_shape=obs_shape,
         stack=stack,
@@ -77,7 +79,8 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
         folder: of the new Minari dataset; its name is the dataset's id.
 
     Raises:
-        ValueError: the folder exists, minari is missing, neither actions nor scores are known, a damaged dataset.
+        ValueError: the folder exists, or minari is missing.
+        BadFile: neither actions nor scores are known, or a damaged dataset.
     """
     try:
         import h5py
@@ -119,7 +122,10 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
                 "minari_version": _minari_version(),
             }
         )
+        for path in (*temporary.rglob("*"), temporary):
+            sync_folder(path)  # of a file: its content
         temporary.rename(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return len(episodes)
@@ -144,6 +150,7 @@ def _recordings(
                         f" found {obs.dtype} {obs.shape}, {num_steps} and {len(rewards)}"
                     )
                 for first in range(0, num_obs, CHUNK):
+                    check_interrupted()
                     end = min(first + CHUNK, num_obs)
                     actions_T, rewards_T = np.full(end - first, NO_ACTION), np.zeros(end - first)
                     last = min(end, num_steps) - first
@@ -152,7 +159,7 @@ def _recordings(
                     starts_T = np.arange(first, end) == 0
                     yield Recording(frames_first(obs[first:end]), actions_T, rewards_T, starts_T)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be imported ({error}); give another Minari dataset") from error
+        raise BadFile(f"{path}: cannot be imported ({error}); give another Minari dataset") from error
 
 
 def _array(file: Any, episode: str, name: str) -> Any:
@@ -193,7 +200,7 @@ def _steps(dataset: Dataset, replay: Replay) -> Arrays:
     shards = [{key: arrays[key] for key in keys if key in arrays} for _, arrays in dataset.read()]
     known: Arrays = {key: np.concatenate([arrays[key] for arrays in shards]) for key in shards[0]}
     if "actions" not in known and dataset.about.teacher is None:
-        raise ValueError(f"{dataset.folder}: holds neither actions nor a teacher's scores, Minari needs actions")
+        raise BadFile(f"{dataset.folder}: holds neither actions nor a teacher's scores, Minari needs actions")
     if "actions" not in known:
         known["actions"] = replay.scores_NA.argmax(dim=1).numpy()
     known.setdefault("rewards", np.full(len(replay), np.nan, np.float32))
@@ -222,6 +229,7 @@ def _write_episode(file: Any, number: int, replay: Replay, rows_T: torch.Tensor,
     dtype = str(replay.frames.dtype).removeprefix("torch.")
     obs = group.create_dataset("observations", shape, dtype, chunks=chunks, compression="gzip", compression_opts=1)
     for first in range(0, len(rows_T), CHUNK):
+        check_interrupted()
         obs[first : first + CHUNK] = replay.gather(rows_T[first : first + CHUNK]).numpy()
     group["actions"] = steps["actions"][rows_T[:-1]].astype(np.int64)
     group["rewards"] = steps["rewards"][rows_T[:-1]]

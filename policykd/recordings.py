@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from policykd.agents.files import BadFile
+from policykd.agents.interrupts import check_interrupted
 from policykd.shards import Arrays
 
 STACK = 4
@@ -50,24 +52,25 @@ def stacked_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, .
     """Returns the shape of an observation, and how many frames it holds, for recorded ones of `shape`.
 
     Raises:
-        ValueError: neither vectors nor 8-bit images.
+        BadFile: neither vectors nor 8-bit images.
     """
     shape = frames_first(np.empty((0, *shape), dtype)).shape[1:]
     if len(shape) == 1 and dtype in (np.float32, np.float64, np.uint8):
         return shape, 1
     if len(shape) in (2, 3) and dtype == np.uint8:
         return (STACK, *shape[-2:]) if len(shape) == 2 else shape, STACK if len(shape) == 2 else shape[0]
-    raise ValueError(f"observations are {dtype} {shape}, not vectors of floats or stacked 8-bit grey images")
+    raise BadFile(f"observations are {dtype} {shape}, not vectors of floats or stacked 8-bit grey images")
 
 
 def rows(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
     """Yields what was recorded as rows: `Replay.extend` takes them, `gather` gives the observations back.
 
     Raises:
-        ValueError: images with several channels that are not frames of a stack.
+        BadFile: images with several channels that are not frames of a stack.
     """
     of_ndim: dict[int, Callable[[Recording], Arrays]] = {2: _Vectors(), 3: _Images(), 4: _Stacks(source)}
     for recording in recordings:
+        check_interrupted()
         if len(recording.obs):
             yield of_ndim[recording.obs.ndim](recording)
 
@@ -120,7 +123,7 @@ class _Stacks:
         rows_T = np.cumsum(1 + leading_T) - 1
         self._num_states, self._num_history = self._num_states + len(obs), self._num_history + int(leading_T.sum())
         if self._num_history > max(64, self._num_states):
-            raise ValueError(
+            raise BadFile(
                 f"{self._source}: its observations are not stacks of the last frames in the order of time, only"
                 " such are stored; record it anew with SB3's wrappers"
             )

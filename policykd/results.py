@@ -1,52 +1,119 @@
 """The result of a run: what was lost and gained, as `results.json` and as a table."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
-from policykd.agents.student import Student
+from policykd.agents.files import BadFile, write_atomically
+from policykd.agents.policy import Policy
+from policykd.agents.student import Student, packed_weights
 from policykd.agents.teacher import Teacher
 from policykd.costs import Costs, measure_costs
 from policykd.envs.games import human_normalised_score
-from policykd.evaluation import PROTOCOLS, Evaluation, RandomPolicy, evaluate_on_atari
+from policykd.evaluation import PROTOCOLS, Evaluation, ProtocolName, RandomPolicy, evaluate_on_atari
 from policykd.statistics import difference_interval, summarise, teacher_normalised_score
 
 
+class FinishedGames:
+    """Games that a judgement has finished, kept in a file: one that was interrupted goes on behind them."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there already.
+
+        Raises:
+            BadFile: not what is written here.
+        """
+        self.path, self.seconds, self._writing = path, 0.0, Lock()
+        """time that the games asked for took, whenever they were played"""
+        try:
+            rows = json.loads(path.read_text()) if path.is_file() else {}
+            self._rows = {key: (float(row.pop("seconds")), Evaluation(**row)) for key, row in rows.items()}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise BadFile(
+                f"{path}: not the games of a judgement ({error!r}); remove it, they are played anew"
+            ) from error
+
+    def play(
+        self,
+        policy: Policy,
+        sha256: str,
+        game: str,
+        protocol: ProtocolName,
+        num_episodes: int,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> Evaluation:
+        """Returns whole games of a policy with weights of `sha256`: those kept, or new ones, which are kept."""
+        key = " ".join(map(str, (sha256, game, protocol, num_episodes, seed, temperature)))
+        if key not in self._rows:
+            print(f"playing {num_episodes} games, {protocol} ...", flush=True)
+            began = time.perf_counter()
+            how: dict[str, Any] = {"seed": seed, "temperature": temperature, "device": device, "num_workers": 1}
+            games = evaluate_on_atari(policy, game, protocol, num_episodes, **how)
+            with self._writing:
+                self._rows[key] = time.perf_counter() - began, games
+                rows = {key: {"seconds": seconds, **asdict(games)} for key, (seconds, games) in self._rows.items()}
+                write_atomically(self.path, (json.dumps(rows) + "\n").encode())
+        seconds, games = self._rows[key]
+        self.seconds += seconds
+        return games
+
+
 def judge(
-    student: Student, teacher: Teacher, game: str, num_episodes: int, seed: int, device: torch.device
+    student: Student,
+    teacher: Teacher,
+    game: str,
+    num_episodes: int,
+    seed: int,
+    device: torch.device,
+    *,
+    done: Path,
+    threads: int = 1,
 ) -> tuple[dict[str, Any], float]:
     """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
 
-    The teacher's games come from its card where that has them: it says that they were played on this very archive.
+    The teacher's games come from its card where that has them: it says that they were played on this very archive. What
+    is finished goes to the file `done`; called with it again, the same games are not played twice. So many `threads`
+    play side by side, each with an emulator process; the games are the same.
     """
-    began = time.perf_counter()
     student.eval()
+    sha256 = hashlib.sha256(packed_weights(student)).hexdigest()
     on_card = teacher.card.get("protocols", {})
     random = RandomPolicy(student.shape.num_actions)
-    results: dict[str, Any] = {"teacher": {}, "student": {}, "random": {}}
-    for protocol in PROTOCOLS:
-        print(f"playing {num_episodes} games, {protocol} ...", flush=True)
-        games = evaluate_on_atari(student, game, protocol, num_episodes, seed=seed, device=device)
-        results["student"][protocol] = judgement(games)
-        if protocol in on_card:
-            results["teacher"][protocol] = judgement_of_card(on_card[protocol])
-        else:
-            games = evaluate_on_atari(
-                teacher, game, protocol, num_episodes, seed=seed + 1, temperature=teacher.temperature, device=device
-            )
-            results["teacher"][protocol] = judgement(games)
-        games = evaluate_on_atari(random, game, protocol, min(num_episodes, 32), seed=seed)
-        results["random"][protocol] = judgement(games)
-    seconds = time.perf_counter() - began
+    finished = FinishedGames(done)
+    of_student: dict[str, Any] = {"seed": seed, "device": device}
+    of_teacher: dict[str, Any] = {"seed": seed + 1, "device": device, "temperature": teacher.temperature}
+    results: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}, "random": {}}
+    with ThreadPoolExecutor(threads) as pool:
+        playing = {}
+        for protocol in PROTOCOLS:  # the longest first
+            what = game, protocol, num_episodes
+            playing["student", protocol] = pool.submit(finished.play, student, sha256, *what, **of_student)
+            if protocol in on_card:
+                results["teacher"][protocol] = judgement_of_card(on_card[protocol])
+            else:
+                playing["teacher", protocol] = pool.submit(finished.play, teacher, teacher.sha256, *what, **of_teacher)
+        for protocol in PROTOCOLS:
+            what = game, protocol, min(num_episodes, 32)
+            playing["random", protocol] = pool.submit(finished.play, random, "random", *what, seed=seed)
+        for (who, protocol), games in playing.items():
+            results[who][protocol] = judgement(games.result())
     costs = {
         "teacher": measure_costs(teacher.net, teacher.obs_shape),
         "student": measure_costs(student, teacher.obs_shape),
     }
     rows: dict[str, Any] = {who: entry(costs.get(who), protocols) for who, protocols in results.items()}
-    return rows | {"comparison": comparison(rows, game)}, seconds
+    return rows | {"comparison": comparison(rows, game)}, finished.seconds / threads
 
 
 def judgement(evaluation: Evaluation) -> dict[str, Any]:
@@ -55,13 +122,14 @@ def judgement(evaluation: Evaluation) -> dict[str, Any]:
         "returns": evaluation.returns,
         "lengths": evaluation.lengths,
         "num_truncated": evaluation.num_truncated,
+        "num_unfinished": len(evaluation.unfinished),
         **asdict(summarise(evaluation.returns)),
     }
 
 
 def judgement_of_card(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the games of one protocol of a card, and the statistics of their returns, whatever the card says."""
-    games = {key: protocol[key] for key in ("returns", "lengths", "num_truncated") if key in protocol}
+    games = {key: protocol[key] for key in ("returns", "lengths", "num_truncated", "num_unfinished") if key in protocol}
     return {**games, **asdict(summarise(protocol["returns"]))}
 
 

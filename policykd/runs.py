@@ -1,44 +1,110 @@
-"""A run's folder: what it was started with, and whether it may go on."""
+"""A run's folder: what it was started with, whether it may go on, and that one process alone writes there."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import shlex
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from policykd.agents.files import write_atomically
+from policykd.agents.files import BadFile, write_atomically
 from policykd.command import versions
 
-CONFIG = "config.json"
+CONFIG, NOTES, LOCK = "config.json", "notes.log", ".lock"
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, made if it is missing; the lock of one that was killed is gone with it.
+
+    Raises:
+        OSError: another process holds it, or the folder cannot be written.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = _locked(run / LOCK)
+    except OSError as error:
+        step = "" if error.errno == errno.EAGAIN else "; a run writes there, give another --folder or --name"
+        raise OSError(error.errno, f"{error.strerror}{step}", error.filename or str(run / LOCK)) from error
+    with file:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (run / LOCK).unlink()
+                for folder in made:  # as long as nothing was written
+                    folder.rmdir()
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # whoever held it has just removed it
+        except FileNotFoundError:
+            file.close()
+        except BlockingIOError:
+            file.seek(0)
+            owner = " ".join(file.read(200).split()) or "another process"
+            file.close()
+            reason = f"locked by {owner}; wait for it or give another --name"
+            raise OSError(errno.EAGAIN, reason, str(path)) from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
 
 
 def goes_on(run: Path, settings: Mapping[str, Any], *, resume: bool, machine: Mapping[str, Any]) -> bool:
     """Returns whether a run's folder is there already, started with the same settings and to be resumed.
 
-    On another `machine` (device, threads) or with other versions it goes on with a warning: not bit for bit the same.
+    On another `machine` (device, threads) or with other versions it goes on with a warning, which is kept in notes.log:
+    not bit for bit the same.
 
     Raises:
         ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
+        BadFile: its config.json is missing or damaged.
     """
     config = run / CONFIG
     if not config.is_file():
         if (run / "checkpoints").exists():
-            raise ValueError(f"{run}: holds checkpoints but no {CONFIG} to tell whose; give another --name")
+            raise BadFile(f"{run}: holds checkpoints but no {CONFIG} to tell whose; give another --name")
         return False
     if not resume:
         raise ValueError(f"{run}: holds a run already; go on with it by --resume, or give another --name")
     try:
         started = json.loads(config.read_text())
-        before, elsewhere = started["settings"], (started["versions"], started["machine"]) != (versions(), machine)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{config}: not what a run writes ({error!r}); give another --name") from error
-    changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = _changes(started["settings"], settings)
+        elsewhere = _changes(started["versions"], versions()) + _changes(started["machine"], machine)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise BadFile(f"{config}: damaged, or not what a run writes ({error!r}); give another --name") from error
     if changed:
         raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
     if elsewhere:
-        print(f"warning: {config} was written with other versions, threads or device: not bit for bit the same run")
+        warning = f"goes on elsewhere than it was started, so not bit for bit the same run ({'; '.join(elsewhere)})"
+        print(f"warning: {run}: {warning}", file=sys.stderr)
+        _note(run, warning)
     return True
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in now.items() if before.get(key) != value]
+
+
+def _note(run: Path, line: str) -> None:
+    """Appends a line with the time to the run's notes."""
+    notes = run / NOTES
+    before = notes.read_bytes() if notes.is_file() else b""
+    write_atomically(notes, before + f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
 
 def start_run(run: Path, settings: Mapping[str, Any], *, machine: Mapping[str, Any], **notes: Any) -> None:

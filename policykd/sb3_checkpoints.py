@@ -5,13 +5,10 @@ nothing is a pickle. A checkpoint belongs between two rollouts: SB3 has then lea
 """
 
 import random
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,25 +18,20 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
-from policykd.checkpoints import (
-    MANIFEST,
-    commit,
-    compressed,
-    optimizer_tensors,
-    packed,
-    read_file,
-    read_manifest,
-    read_shard,
-    restore_optimizer,
-)
+from policykd.agents.interrupts import check_interrupted, seconds_since_signal
+from policykd.checkpoints import optimizer_tensors, restore_optimizer
 from policykd.envs.vector import VectorEnv
 from policykd.frame_buffer import FrameReplayBuffer
+from policykd.shards import compressed
+from policykd.store import commit, last, packed, read_arrays, read_file, recover
 
-KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added")
+KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added", "shard_ends")
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
-    *("exploration_rate", "_current_progress_remaining"),
+    *("exploration_rate", "_current_progress_remaining", "evaluated_at"),
 )
+GRACE_SECONDS = 8.0
+"""after a signal, until a rollout is given up whose end is still far away; the process is to be gone after 10"""
 
 
 def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_seconds: float = 0.0) -> None:
@@ -48,19 +40,23 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     `wall_seconds` is how long it has taken so far; it is kept for the card.
 
     Raises:
+        ValueError: the folder holds the checkpoints of another run.
         OSError: no room or no permission; the checkpoint before stays valid.
     """
-    buffer = _buffer(model)
-    files, kept, num_added = {}, dict[str, str](), 0
+    before, buffer = last(folder, KEYS), _buffer(model)
+    steps_before = before.about["counters"]["num_timesteps"] if before else 0
+    if steps_before > model.num_timesteps:
+        raise ValueError(f"{folder}: holds the checkpoints of another run; give another folder")
+    files, shards, num_added = dict[str, bytes](), dict[str, int](), 0
     if buffer:
         num_added, gone = buffer.num_added, buffer.num_added - buffer.buffer_size
-        before: dict[str, Any] = {"num_added": 0, "files": {}}
-        if (folder / MANIFEST).is_file():
-            before = read_manifest(folder, KEYS)
-        shards = {n: sha256 for n, sha256 in before["files"].items() if n.startswith("replay-")}
-        kept = {n: sha256 for n, sha256 in shards.items() if _last_step(n) > gone}
-        if num_added > before["num_added"]:
-            files[f"replay-{num_added:010d}.npz"] = compressed(buffer.arrays(before["num_added"]))
+        num_saved = 0
+        if before:
+            num_saved = before.about["num_added"]
+            ends = zip(before.named("replay"), before.about["shard_ends"], strict=True)
+            shards = {name: end for name, end in ends if end > gone}
+        if num_added > num_saved:
+            files["replay.npz"] = compressed(buffer.arrays(num_saved))
     tensors: dict[str, Tensor] = {f"policy.{name}": p for name, p in model.policy.named_parameters()}
     tensors |= optimizer_tensors(model.policy.optimizer)
     tensors["torch_random"] = torch.get_rng_state()
@@ -68,7 +64,7 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
         tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
     kind, words, *rest = np.random.get_state(legacy=True)
     tensors["numpy_random"] = torch.from_numpy(np.asarray(words, np.int64))
-    files[f"model-{model.num_timesteps:010d}.safetensors"] = packed(tensors)
+    files["model.safetensors"] = packed(tensors)
     version, python_words, gauss = random.getstate()
     about = {
         "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
@@ -81,9 +77,10 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
             "actions": model.action_space.np_random.bit_generator.state,
         },
         "num_added": num_added,
+        "shard_ends": [*shards.values(), *([num_added] if "replay.npz" in files else [])],
         "wall_seconds": wall_seconds,
     }
-    commit(folder, files, kept=kept, about=about)
+    commit(folder, before, files, kept=shards, at=f"step {model.num_timesteps:,}", about=about)
 
 
 def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> float:
@@ -92,15 +89,15 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     Go on with `model.learn(total - model.num_timesteps, reset_num_timesteps=False)`.
 
     Raises:
-        ValueError: no checkpoint, or one whose files are not those that were saved.
+        BadFile: no checkpoint, or none whose files are those that were saved.
     """
-    manifest = read_manifest(folder, KEYS)
-    buffer = _buffer(model)
-    for name in sorted(n for n in manifest["files"] if n.startswith("replay-")):
+    generation = recover(folder, KEYS)
+    manifest, buffer = generation.about, _buffer(model)
+    for name, end in zip(generation.named("replay"), manifest["shard_ends"], strict=True):
         assert buffer is not None
-        buffer.extend(read_shard(folder, name, manifest), _last_step(name))
-    name = f"model-{manifest['counters']['num_timesteps']:010d}.safetensors"
-    tensors = load_tensors(read_file(folder, name, manifest))
+        buffer.extend(read_arrays(generation, name), end)
+    (name,) = generation.named("model")
+    tensors = load_tensors(read_file(generation, name))
     with torch.no_grad():
         for parameter, value in model.policy.named_parameters():
             value.copy_(tensors[f"policy.{parameter}"])
@@ -124,7 +121,11 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
 
 
 class Progress(BaseCallback):
-    """Saves and evaluates between rollouts, and stops the training there once a signal has come."""
+    """Saves and evaluates between rollouts, and stops the training there once a signal has come.
+
+    Where a rollout with the learning from it takes so long that a signal could not wait for its end, each begins with a
+    checkpoint, and after `GRACE_SECONDS` it is given up: the training goes on from its beginning.
+    """
 
     def __init__(
         self,
@@ -142,28 +143,11 @@ class Progress(BaseCallback):
         super().__init__()
         self.envs, self.folder, self.checkpoint_every = envs, folder, checkpoint_every
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.saved = self._seen = 0
-        """steps at the last checkpoint, and at the start of the last rollout"""
-        self._interrupted = False
+        self.saved = 0
+        """steps at the last checkpoint"""
         self.wall_seconds = wall_seconds
         """up to the last checkpoint"""
-        self._began = time.perf_counter()
-
-    @contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """Lets SIGINT and SIGTERM wait for the end of a rollout; a second one stops at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self._began = self._rollout_began = time.perf_counter()
 
     def save(self) -> None:
         """Writes a checkpoint and prints a line about it."""
@@ -177,28 +161,36 @@ class Progress(BaseCallback):
         self.saved = steps
 
     def _on_training_start(self) -> None:
-        self.saved = self._seen = self.model.num_timesteps
+        model: Any = self.model
+        self.saved, self._rollout_began = model.num_timesteps, time.perf_counter()
+        model.evaluated_at = getattr(model, "evaluated_at", model.num_timesteps)  # there, so that checkpoints have it
+        self._hook = model.policy.optimizer.register_step_pre_hook(self._stop_if_late)
+
+    def _on_training_end(self) -> None:
+        self._hook.remove()
 
     def _on_rollout_start(self) -> None:
-        steps = self.model.num_timesteps
-        if self._interrupted or steps - self.saved >= self.checkpoint_every:
+        model: Any = self.model
+        steps, is_slow = model.num_timesteps, time.perf_counter() - self._rollout_began > GRACE_SECONDS / 2
+        is_due = self.evaluate_every and steps // self.evaluate_every > model.evaluated_at // self.evaluate_every
+        if is_due or is_slow or seconds_since_signal() or steps - self.saved >= self.checkpoint_every:
             self.save()
-        if self._interrupted:
-            raise KeyboardInterrupt
-        if self.evaluate_every and steps // self.evaluate_every > self._seen // self.evaluate_every:
+        check_interrupted()
+        if is_due:
             self.evaluate(steps)
-        self._seen = steps
+            model.evaluated_at = steps
+        self._rollout_began = time.perf_counter()
 
     def _on_step(self) -> bool:
+        self._stop_if_late()
         return True
+
+    def _stop_if_late(self, *_: object) -> None:
+        if seconds_since_signal() > GRACE_SECONDS:
+            check_interrupted()
 
 
 def _buffer(model: BaseAlgorithm) -> FrameReplayBuffer | None:
     buffer = getattr(model, "replay_buffer", None)
     assert buffer is None or isinstance(buffer, FrameReplayBuffer)
     return buffer
-
-
-def _last_step(shard: str) -> int:
-    """Returns how many steps had been added when a shard was written."""
-    return int(shard.removeprefix("replay-").removesuffix(".npz"))

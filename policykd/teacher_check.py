@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from policykd.agents.files import BadFile
 from policykd.agents.policy import Policy
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
@@ -86,7 +87,7 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
         game: what the user called the game.
 
     Raises:
-        ValueError: they differ; the line says what was expected and found.
+        BadFile: they differ; the line says what was expected and found.
     """
     described = getattr(policy, "shape", policy)  # a student's shape says both
     obs_shape = tuple(getattr(described, "obs_shape", envs.obs_shape))
@@ -94,7 +95,7 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
     if num_actions is None:
         num_actions = _asked_num_actions(policy, envs, ref)
     if (num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
-        raise ValueError(
+        raise BadFile(
             f"{ref}: scores {num_actions} actions on {obs_shape}, {game} has {envs.num_actions} on {envs.obs_shape};"
             " it was made for another game"
         )
@@ -105,9 +106,9 @@ def _asked_num_actions(policy: Policy, envs: VectorEnv, ref: str) -> int:
     scores = policy(blank)
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != 1:
         found = f"a tensor {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(f"{ref}: returns {found} for one observation, expected a tensor (1, {envs.num_actions})")
+        raise BadFile(f"{ref}: returns {found} for one observation, expected a tensor (1, {envs.num_actions})")
     if not scores.isfinite().all():
-        raise ValueError(f"{ref}: scores a blank screen with NaN or infinity; mend it first")
+        raise BadFile(f"{ref}: scores a blank screen with NaN or infinity; mend it first")
     return scores.shape[1]
 
 
@@ -205,7 +206,7 @@ def check_teacher(
         device: where the teacher lives.
 
     Raises:
-        ValueError: it may be no better than random play.
+        BadFile: it may be no better than random play.
     """
     check = None if play else read_card(teacher, game)
     if check is None:
@@ -225,7 +226,7 @@ def check_teacher(
             device=device,
         )
     if check.is_weak and not allow_weak:
-        raise ValueError(
+        raise BadFile(
             f"{teacher.ref or teacher.path}: plays {canonical_name(game)} no better than chance: {check}; give another"
             " --teacher, or go on with --allow-weak-teacher"
         )

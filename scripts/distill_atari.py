@@ -131,16 +131,15 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     settings |= {"game": game, "teacher": about(teacher)}
     if isinstance(args.states, DatasetStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
-    machine = {"device": str(device), "threads": threads}
+    teacher = teacher.to(device).compiled(envs.reset().to(device))
+    machine = {"device": str(device), "threads": threads, "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():
         print((run / "results.md").read_text())
         return
     replay = open_replay(args.states, teacher, game, device) if isinstance(args.states, DatasetStates) else None
     if not is_old:
-        checked = check_teacher(
-            teacher.to(device), game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device
-        )
+        checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
         print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     student = make_student(args.student, envs.num_actions, seed=args.seed)
@@ -152,7 +151,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         device=device,
         replay=replay,
     )
-    label_given(learner.replay, teacher.to(device))
+    label_given(learner.replay, teacher)
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
     records = opened.enter_context(closing(Records(run, learner.round)))
@@ -161,11 +160,11 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     def evaluate_if_due() -> None:
         due = args.eval_every and learner.round and learner.round % args.eval_every == 0
         if due and not records.has_evaluation(learner.num_updates):
-            evaluate_on_the_way(student, records, game, teacher, args.seed, device)
+            evaluate_on_the_way(student, records, game, teacher, args.seed, device, threads)
 
     evaluate_if_due()  # where a run was stopped between a checkpoint and its evaluation
     rounds = distill(
-        teacher.to(device),
+        teacher,
         learner,
         loss=loss,
         states=args.states,
@@ -190,7 +189,9 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
             agree, share = f"{r.action_agreement:.1%}", f"{r.student_fraction:.0%}"
             bar.set_postfix(kl=f"{r.kl:.4f}", agree=agree, student=share, score=score)
     save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
-    results, seconds = judge(student, teacher, game, args.eval_episodes, args.seed, device, done=run / "judged.json")
+    results, seconds = judge(
+        student, teacher, game, args.eval_episodes, args.seed, device, done=run / "judged.json", threads=threads
+    )
     results |= {
         "num_states_labelled": learner.replay.num_states,
         "num_updates": learner.num_updates,
@@ -268,11 +269,11 @@ def about(teacher: Teacher) -> dict[str, str]:
 
 
 def evaluate_on_the_way(
-    student: Student, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device
+    student: Student, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device, threads: int
 ) -> None:
     """Plays 16 games with the student as it stands and writes them down."""
     student.eval()
-    evaluation = evaluate_on_atari(student, game, "noop_sampled", 16, seed=seed, device=device)
+    evaluation = evaluate_on_atari(student, game, "noop_sampled", 16, seed=seed, device=device, num_workers=threads)
     of_teacher = teacher.reported_return
     mean = sum(evaluation.returns) / len(evaluation.returns)
     against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}

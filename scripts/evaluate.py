@@ -51,6 +51,8 @@ class Args:
     """let SB3 itself load a teacher, which executes code in the file"""
     json: Path | None = None
     """also write every game and the statistics to this file."""
+    debug: bool = False
+    """show the traceback of an error"""
 
 
 def main(args: Args) -> None:

@@ -27,6 +27,8 @@ class Import:
     """stop after so many; all by default."""
     trust_pickle: bool = False
     """read a pickle, which EXECUTES whatever code is in it: only for a file that you made yourself."""
+    debug: bool = False
+    """show the traceback of an error"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Export:
     """folder of a dataset or of a run."""
     folder: tyro.conf.Positional[Path]
     """of the new Minari dataset; its name, such as pong-v0, is the dataset's id."""
+    debug: bool = False
+    """show the traceback of an error"""
 
 
 def main(args: Import | Export) -> None:

@@ -12,30 +12,35 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from stable_baselines3 import A2C, DQN, PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from stable_baselines3.common.utils import LinearSchedule
 from torch.utils.tensorboard import SummaryWriter
 
 from policykd.agents.files import write_atomically
+from policykd.agents.interrupts import check_interrupted, interruptible
 from policykd.agents.policy import Policy, sample
 from policykd.agents.rebuild import Algorithm
 from policykd.agents.teacher import load_teacher, policy_temperature
 from policykd.agents.trusted import Sb3Scores
-from policykd.checkpoints import MANIFEST
-from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
+from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation import PROTOCOLS, evaluate_on_atari
-from policykd.frame_buffer import FrameReplayBuffer
-from policykd.results import judgement
-from policykd.runs import again, check_at_least, check_name, goes_on, start_run
-from policykd.sb3_archive import centre_input, start_from, write_teacher
-from policykd.sb3_checkpoints import Progress, restore_training
+from policykd.results import FinishedGames, judgement
+from policykd.runs import again, check_at_least, check_name, goes_on, lock, start_run
+from policykd.store import has_generations
 from policykd.teacher_check import check_fits
+
+with needs_extra("sb3"):
+    from sb3_contrib import QRDQN
+    from stable_baselines3 import A2C, DQN, PPO
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+    from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+    from stable_baselines3.common.utils import LinearSchedule
+
+    from policykd.envs.sb3_vec_env import SB3VecEnv
+    from policykd.frame_buffer import FrameReplayBuffer
+    from policykd.sb3_archive import centre_input, start_from, write_teacher
+    from policykd.sb3_checkpoints import Progress, restore_training
 
 ALGORITHMS: dict[str, Algorithm] = {"ppo": "PPO", "a2c": "A2C", "dqn": "DQN", "qrdqn": "QRDQN"}
 OFF_POLICY = ("dqn", "qrdqn")
@@ -69,7 +74,18 @@ ZOO: dict[str, dict[str, Any]] = {
 """rl-baselines3-zoo's for Atari; QR-DQN's buffer and first random steps are DQN's, since the zoo's take ten times the
 memory"""
 NUM_ENVS = {"ppo": 8, "a2c": 16, "dqn": 8, "qrdqn": 8}
-FREE = {"steps", "device", "threads", "name", "folder", "resume", "eval_every", "eval_episodes", "checkpoint_every"}
+FREE = {
+    "steps",
+    "device",
+    "threads",
+    "name",
+    "folder",
+    "resume",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "debug",
+}
 """what may be changed when a run goes on"""
 
 
@@ -116,18 +132,26 @@ class Args:
     """where runs are kept"""
     resume: bool = False
     """go on with the run of this --name from its last checkpoint, or start it if there is none"""
+    debug: bool = False
+    """show the traceback of an error"""
 
 
 def main(args: Args) -> None:
-    """Trains, or goes on training, then writes the archive and its card."""
+    """Prepares the machine, and takes the run's folder for this process alone."""
     check_at_least(args, 1, "steps", "checkpoint_every", "eval_episodes")
     check_at_least(args, 0, "num_envs", "eval_every", "seed")
     check_name(args.name)
     args = dataclasses.replace(args, game=canonical_name(args.game), num_envs=args.num_envs or NUM_ENVS[args.algo])
     device = prepare_device(args.device, args.threads)
-    name = args.name or f"{args.algo}-seed{args.seed}"
-    run = args.folder / args.game / name
-    envs = make_atari(args.game, args.num_envs, args.seed, independent_games=True)
+    run = args.folder / args.game / (args.name or f"{args.algo}-seed{args.seed}")
+    with lock(run):
+        train(run, args, device)
+
+
+def train(run: Path, args: Args, device: torch.device) -> None:
+    """Trains, or goes on training, then writes the archive and its card."""
+    with interruptible():
+        envs = make_atari(args.game, args.num_envs, args.seed, independent_games=True)
     model = make_model(args, SB3VecEnv(envs, clip_rewards=True), device)
     start = load_teacher(args.start_from, game=args.game) if args.start_from else None
     if start:
@@ -143,11 +167,9 @@ def main(args: Args) -> None:
     if not goes_on(run, settings, resume=args.resume, machine=machine):
         start_run(run, settings, machine=machine, start_from=args.start_from)
 
-    wall_seconds = 0.0
-    if (run / "checkpoints" / MANIFEST).is_file():
-        wall_seconds = restore_training(model, envs, run / "checkpoints")
-    elif start and args.algo in OFF_POLICY:
-        explore(model, start.to(device), args.seed, start.temperature)
+    is_old = has_generations(run / "checkpoints")
+    with interruptible():  # games are played up to where they stood
+        wall_seconds = restore_training(model, envs, run / "checkpoints") if is_old else 0.0
     board = TensorBoardOutputFormat(str(run))
     board.writer = SummaryWriter(str(run), purge_step=model.num_timesteps + 1)
     model.set_logger(Logger(str(run), [board]))
@@ -165,9 +187,10 @@ def main(args: Args) -> None:
     progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
     print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
     try:
-        with progress.catching_signals():
-            model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
-            progress.save()
+        if start and args.algo in OFF_POLICY and not is_old:
+            explore(model, start.to(device), args.seed, start.temperature)
+        model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
+        progress.save()
         archive = run / f"{args.algo}-{args.game}.zip"
         write_teacher(model, archive, centre=centre, scale=scale)
         write_card(archive, model, args, settings, progress.wall_seconds)
@@ -177,11 +200,7 @@ def main(args: Args) -> None:
 
 def make_model(args: Args, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
     """Returns a new agent with the zoo's hyperparameters and those given."""
-    algorithms: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "dqn": DQN}
-    if args.algo == "qrdqn":
-        from sb3_contrib import QRDQN
-
-        algorithms["qrdqn"] = QRDQN
+    algorithms: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}
     settings = {**ZOO[args.algo], **overrides(args.hyperparams)}
     if args.algo in OFF_POLICY:
         # One learning step for every train_freq steps, as with the zoo's single environment.
@@ -214,6 +233,7 @@ def spread(game: str, seed: int) -> tuple[float, float]:
     envs, generator = make_atari(game, 8, seed), torch.Generator().manual_seed(seed)
     obs = envs.reset()
     for _ in range(100):
+        check_interrupted()
         obs = envs.step(torch.randint(envs.num_actions, (8,), generator=generator)).obs
     pixels = obs.float()
     return float(pixels.median()), float(pixels.std().clamp(min=1.0))
@@ -228,6 +248,7 @@ def explore(model: BaseAlgorithm, explorer: Policy, seed: int, temperature: floa
     obs: Any = envs.reset()
     dones = np.ones(envs.num_envs, np.bool_)
     while model.num_timesteps < model.learning_starts:  # type: ignore[attr-defined]
+        check_interrupted()
         scores_BA = explorer(torch.from_numpy(obs).to(model.device)).cpu() / temperature
         actions = sample(scores_BA, generator).numpy()
         new_obs, rewards, dones, infos = envs.step(actions)
@@ -243,11 +264,10 @@ def write_card(
     """Plays the archive's agent and writes what it is beside it."""
     teacher = load_teacher(archive)
     protocols = {}
+    finished = FinishedGames(archive.parent / "judged.json")
+    how: dict[str, Any] = {"seed": args.seed + 1000, "temperature": teacher.temperature}
     for protocol in PROTOCOLS:
-        print(f"playing {args.eval_episodes} games, {protocol} ...", flush=True)
-        games = evaluate_on_atari(
-            teacher, args.game, protocol, args.eval_episodes, seed=args.seed + 1000, temperature=teacher.temperature
-        )
+        games = finished.play(teacher, teacher.sha256, args.game, protocol, args.eval_episodes, **how)
         protocols[protocol] = judgement(games)
         print(f"mean {protocols[protocol]['mean']:.2f} {protocols[protocol]['interval']}", flush=True)
     card = {

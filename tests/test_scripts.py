@@ -1,5 +1,6 @@
 """The real commands on the real teacher, as a user types them."""
 
+import gzip
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,27 @@ SMALL = [
 def run(script: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=400)
+
+
+def start(script: str, *args: str) -> subprocess.Popen[str]:
+    """Starts a command and returns it once it notes signals."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status, noted = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGTERM - 1)
+    while process.poll() is None and not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & noted:
+        time.sleep(0.01)
+    return process
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def num_saved(run: Path) -> int:
+    """Returns the number of the newest checkpoint, 0 if there is none."""
+    return max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/checkpoint-*.json")), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +192,7 @@ def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "Pong/r/checkpoints/checkpoint.json").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: num_saved(tmp_path / "Pong/r"), cut)
     cut.kill()
     cut.communicate(timeout=60)
     resumed = run("distill_atari.py", *args, "--folder", str(tmp_path), "--name", "r", "--resume")
@@ -187,7 +208,7 @@ def test_a_teacher_that_plays_at_random_is_refused(tmp_path: Path) -> None:
     )
     args = ["--game", "Pong", *SMALL, "--teacher", str(tmp_path / "new.zip"), "--folder", str(tmp_path / "runs")]
     done = run("distill_atari.py", *args)
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1)
     assert "no better than chance" in done.stderr
     assert "--allow-weak-teacher" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -201,9 +222,9 @@ def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
     whole = run("train_teacher.py", *args, "--folder", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
 
-    checkpoints = tmp_path / "cut" / "Pong" / "r" / "checkpoints"
+    cut_run = tmp_path / "cut" / "Pong" / "r"
     for send, expected in ((subprocess.Popen.kill, -signal.SIGKILL), (subprocess.Popen.terminate, 75)):
-        before = checkpoints.stat().st_mtime_ns if checkpoints.exists() else 0
+        before = num_saved(cut_run)
         cut = subprocess.Popen(
             [
                 sys.executable,
@@ -216,11 +237,7 @@ def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (
-            (checkpoints / "checkpoint.json").is_file() and checkpoints.stat().st_mtime_ns > before
-        ):
-            time.sleep(0.02)
+        wait_for(lambda before=before: num_saved(cut_run) > before, cut)  # type: ignore[misc]
         send(cut)
         _, stderr = cut.communicate(timeout=60)
         assert cut.returncode == expected, stderr
@@ -282,10 +299,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    checkpoint = tmp_path / "cut" / "Pong" / "r" / "checkpoints" / "checkpoint.json"
-    deadline = time.monotonic() + 120
-    while not checkpoint.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: num_saved(tmp_path / "cut" / "Pong" / "r"), cut)
     cut.send_signal(signal.SIGTERM)
     _, stderr = cut.communicate(timeout=60)
     assert cut.returncode == 75, stderr
@@ -319,7 +333,7 @@ ERRORS = {
     "no teacher": (["--game", "Breakout", "--teacher", "bundled"], "no teacher is bundled for Breakout"),
     "missing archive": (["--game", "Pong", "--teacher", "nowhere.zip"], "nowhere.zip: no such file"),
     "an unknown algorithm": (["--game", "Pong", "--teacher", "hub:dqm"], "the algorithms are ppo, a2c, dqn, qrdqn"),
-    "states from nowhere": (["--game", "Pong", "--states", "dataset:nowhere"], "nowhere: no dataset"),
+    "states from nowhere": (["--game", "Pong", "--states", "dataset:nowhere"], "nowhere: no such folder"),
     "unknown states": (["--game", "Pong", "--states", "replay"], "give mixed, student, teacher or dataset:PATH"),
     "visits of stored states": (["--game", "Pong", "--states", "dataset:x", "--num-envs", "8"], "visits no states"),
     "truncated archive": (["--game", "Pong", "--teacher", "{cut}"], "truncated"),
@@ -339,6 +353,9 @@ ERRORS = {
 }
 
 
+BAD_FILES = {"truncated archive", "foreign archive", "another game"}
+
+
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> None:
     if case == "a device that is not there" and torch.cuda.is_available():
@@ -351,7 +368,7 @@ def test_an_error_is_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> N
     args, reason = ERRORS[case]
     runs = tmp_path / "runs"
     done = run("distill_atari.py", "--folder", str(runs), *[a.format(**files) for a in args])
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == (3 if case in BAD_FILES else 2), done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 or case == "negative temperature"  # tyro frames what it finds itself
     assert reason in " ".join(done.stderr.replace("│", " ").split())
@@ -360,10 +377,10 @@ def test_an_error_is_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> N
 
 def test_evaluate_refuses_what_is_not_a_policy(tmp_path: Path) -> None:
     done = run("evaluate.py", str(tmp_path), "--game", "Pong")
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1)
     save_student(make_student("1%", 4), tmp_path, {})
     done = run("evaluate.py", str(tmp_path), "--game", "Pong")
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "scores 4 actions on (4, 84, 84), Pong has 6" in done.stderr
 
 
@@ -403,8 +420,64 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
     assert done.returncode == 4, done.stderr
     assert "No space left on device" in done.stderr.splitlines()[-1]
     names = {p.name for p in (keep / "Pong" / "r" / "checkpoints").iterdir()}
-    assert "checkpoint.json" not in names
+    assert not any(name.startswith("checkpoint-") for name in names)
     assert not any(name.endswith(".tmp") for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when a command notes signals")
+def test_a_signal_is_an_exit_code_in_every_command(tmp_path: Path) -> None:
+    """C04: one signal ends each within 10 s, with nothing half-written; a second one at once, with a whole store."""
+    logs = tmp_path / "replay_logs"
+    logs.mkdir()
+    zeros: dict[str, np.ndarray] = {"observation": np.zeros((3000, 84, 84), np.uint8)}
+    zeros["action"] = np.zeros(3000, np.int32)
+    zeros |= {"reward": np.zeros(3000, np.float32), "terminal": np.zeros(3000, np.uint8)}
+    for name, values in zeros.items():
+        with gzip.open(logs / f"$store$_{name}_ckpt.0.gz", "wb", compresslevel=1) as file:
+            np.save(file, values)
+    long = ["--checkpoint-every", "1", "--eval-every", "0", "--hyperparams", "n_steps:3008", "--folder", str(tmp_path)]
+    commands = {
+        signal.SIGTERM: (
+            "evaluate.py",
+            "random",
+            "--game=Pong",
+            "--num-envs=2",
+            "--json",
+            str(tmp_path / "games.json"),
+        ),
+        signal.SIGINT: ("states.py", "import", str(logs), str(tmp_path / "states"), "--game", "Pong"),
+    }
+    for number, command in commands.items():
+        process = start(*command)
+        process.send_signal(number)
+        began = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, time.monotonic() - began < 10) == (75, True), stderr
+        assert [line for line in stderr.splitlines() if line][1:] == [
+            "error: interrupted: nothing is left half-written; run the same again"
+        ]
+    assert {path.name for path in tmp_path.iterdir()} == {"replay_logs"}
+
+    training = start("train_teacher.py", "--game", "Pong", "--threads", "1", *long, "--name", "r")
+    wait_for((tmp_path / "Pong" / "r" / "config.json").is_file, training)
+    training.send_signal(signal.SIGTERM)
+    assert training.stderr is not None
+    assert "stopping at the next safe point" in training.stderr.readline() + training.stderr.readline()
+    training.send_signal(signal.SIGTERM)
+    training.communicate(timeout=5)
+    assert training.returncode == 128 + signal.SIGTERM
+    names = {path.name for path in (tmp_path / "Pong" / "r").rglob("*")}
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+def test_training_without_sb3_is_one_line() -> None:
+    code = (
+        "import runpy, sys; sys.modules['stable_baselines3'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "scripts" / "train_teacher.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'policykd[sb3]'" in done.stderr
 
 
 def test_help_is_quick_documentation() -> None:

@@ -31,7 +31,7 @@ import pytest
 import torch
 
 from policykd.agents.teacher import load_teacher
-from policykd.command import USAGE, exit_with_one_line
+from policykd.command import BAD_FILE, exit_with_one_line
 
 MIB = 1 << 20
 BUNDLED = Path(__file__).parents[2] / "agents" / "pretrained" / "ppo-Pong.zip"
@@ -506,7 +506,7 @@ def test_a_malicious_archive(name: str, rows: dict[str, dict[str, Any]]) -> None
     assert row["MiB"] < 100
     assert row["line"].count("\n") == 1
     if case.reason:
-        assert os.waitstatus_to_exitcode(row["status"]) == USAGE
+        assert os.waitstatus_to_exitcode(row["status"]) == BAD_FILE
         assert re.search(case.reason, row["line"])
         assert "agent.zip" in row["line"]
     else:  # an ordinary archive holds pickles in these places too, so they are no reason to refuse it

@@ -78,9 +78,8 @@ def saved(folder: Path, content: onnx.ModelProto | bytes) -> Path:
 
 def export(net: nn.Module, obs: Tensor, path: Path, *, open_batch: bool = True) -> Path:
     axes = {"obs": {0: "batch"}, "scores": {0: "batch"}} if open_batch else None
-    with warnings.catch_warnings(
-        action="ignore", category=DeprecationWarning
-    ):  # the other exporter takes 30 times longer
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the other exporter: 30 times longer
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean")  # the shape that nets insist on
         torch.onnx.export(
             net, (obs,), path, dynamo=False, input_names=["obs"], output_names=["scores"], dynamic_axes=axes
         )
@@ -182,18 +181,38 @@ def test_a_quantised_policy_runs(tmp_path: Path) -> None:
     torch.testing.assert_close(policy(torch.eye(4)), torch.from_numpy(MATRIX) / 2.0)
 
 
-def test_other_observations_are_refused(tmp_path: Path, frames: Tensor) -> None:
-    policy = OnnxPolicy(saved(tmp_path, convolution(TensorProto.UINT8)))
-    with pytest.raises(ValueError, match=r"policy.onnx: observations are \(84, 84, 4\), expected \(4, 84, 84\)"):
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.FLOAT])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_other_observations_are_refused(kind: int, channels_last: bool, tmp_path: Path, frames: Tensor) -> None:
+    """X02: another layout, kind or range, whatever the graph itself would take."""
+    policy = OnnxPolicy(saved(tmp_path, convolution(kind, channels_last=channels_last)))
+    with pytest.raises(ValueError, match=r"observations are \(84, 84, 4\), expected a batch of \(4, 84, 84\)"):
         policy(frames.movedim(1, -1))
-    with pytest.raises(ValueError, match=r"observations are torch\.float32, expected uint8 frames from 0 to 255"):
-        policy(frames / 255.0)
+    with pytest.raises(ValueError, match=r"observations are \(84, 84\), expected a batch of \(4, 84, 84\)"):
+        policy(frames[0])
+    for other in (frames / 255.0, frames.float(), frames.long(), frames.bool()):
+        with pytest.raises(ValueError, match=rf"observations are {other.dtype}, expected uint8 frames from 0 to 255"):
+            policy(other)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_relu_does_not_hide_vectors_that_are_not_finite(number: float, tmp_path: Path) -> None:
+    """X02."""
+    relu = model([node("MatMul", "obs w", "x"), node("Relu", "x")], {"w": MATRIX})
+    obs = torch.eye(4)
+    obs[2, 1] = number
+    with pytest.raises(ValueError, match="observations are NaN or infinite, expected finite numbers"):
+        OnnxPolicy(saved(tmp_path, relu))(obs)
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    logarithm = model([node("MatMul", "obs w", "x"), node("Log", "x")], {"w": MATRIX})
-    with pytest.raises(ValueError, match="scores are NaN or infinite"):
-        OnnxPolicy(saved(tmp_path, logarithm))(-torch.ones(3, 4))
+    """N02."""
+    logarithm = OnnxPolicy(saved(tmp_path, model([node("MatMul", "obs w", "x"), node("Log", "x")], {"w": MATRIX})))
+    obs = torch.ones(3, 4)
+    assert logarithm(obs).isfinite().all()
+    obs[1] = -1.0
+    with pytest.raises(FloatingPointError, match=r"policy.onnx: scores of observation 1 of 3 are NaN or infinite"):
+        logarithm(obs)
 
 
 # Hostile and broken files. Each was first shown to get a session of ONNX Runtime, or to do its harm to a naive reader.

@@ -1,6 +1,8 @@
 """Our Atari against SB3's own wrappers, and what we promise beyond them."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import ale_py
 import gymnasium as gym
@@ -11,6 +13,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 from policykd.envs.atari import AtariEnvs, make_atari
+from policykd.envs.emulators import packed
 from policykd.envs.vector import Episode
 
 gym.register_envs(ale_py)
@@ -31,7 +34,7 @@ GAMES = [
 
 @pytest.mark.parametrize("game", GAMES)
 def test_every_pixel_reward_and_end_is_that_of_sb3(game: str) -> None:
-    """3,000 random steps over two games at once: stacks, lost lives, game ends, whole-game returns, bit for bit."""
+    """D05: 3,000 random steps over two games at once: first frames, lost lives, game ends, returns, bit for bit."""
     wrappers = {"noop_max": 0, "clip_reward": False}
     theirs = make_atari_env(f"{game}NoFrameskip-v4", n_envs=2, seed=0, wrapper_kwargs=wrappers)
     sb3 = VecTransposeImage(VecFrameStack(theirs, 4))
@@ -84,20 +87,72 @@ def test_noop_starts_make_games_differ(noop_max: int, num_different: int) -> Non
     assert noop_max or len({f.numpy().tobytes() for f in obs}) == 1
 
 
-@pytest.mark.parametrize("num_steps", [2, 40, 700])
-def test_a_position_is_restored_bit_for_bit(num_steps: int) -> None:
-    """Breakout loses lives and ends games within 700 random steps; the games go on as if nothing had happened."""
-    envs, again = (make_atari("Breakout", 2, seed=3, repeat_action_probability=0.25) for _ in range(2))
+@pytest.mark.parametrize(
+    ("game", "num_steps", "num_more"),
+    [
+        *(("Breakout", num_steps, 200) for num_steps in (0, 2, 40, 700)),
+        ("BeamRider", 900, 900),  # what is left in memory when a game ends decides how the next one goes
+        ("Qbert", 0, 100),  # the first frame after its start is half done
+        ("YarsRevenge", 101, 50),
+    ],
+)
+def test_a_position_is_restored_bit_for_bit(game: str, num_steps: int, num_more: int) -> None:
+    """Lives are lost and games end before and after; sticky games go on as if nothing had happened."""
+    envs, again = (make_atari(game, 2, seed=3, repeat_action_probability=0.25) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
-    obs = envs.reset()
+    obs, num_ended = envs.reset(), 0
     for _ in range(num_steps):
-        obs = envs.step(torch.randint(4, (2,), generator=generator)).obs
-    assert (again.restore(envs.state()) == obs).all()
-    for _ in range(200):
-        actions_B = torch.randint(4, (2,), generator=generator)
+        obs = envs.step(torch.randint(envs.num_actions, (2,), generator=generator)).obs
+    state = json.loads(json.dumps(envs.state()))
+    assert (again.restore(state) == obs).all()
+    assert (again.screens() == envs.screens()).all()
+    for _ in range(num_more):
+        actions_B = torch.randint(envs.num_actions, (2,), generator=generator)
         ours, theirs = envs.step(actions_B), again.step(actions_B)
         assert (ours.obs == theirs.obs).all()
+        assert (ours.rewards_B == theirs.rewards_B).all()
         assert ours.episodes == theirs.episodes
+        num_ended += len(ours.episodes)
+    assert envs.state() == again.state()
+    assert num_ended or game != "BeamRider"
+    assert (envs.reset() == again.reset()).all()
+
+
+def test_a_hundred_restores_change_nothing() -> None:
+    """X03: the same emulators, over and over, in the middle of sticky games; no file stays open."""
+    envs, again = (make_atari("Seaquest", 2, seed=0, repeat_action_probability=0.25) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    envs.reset()
+    for k in range(100):
+        state = envs.state()
+        again.restore(state)
+        for _ in range(4):
+            actions_B = torch.randint(18, (2,), generator=generator)
+            ours, theirs = envs.step(actions_B), again.step(actions_B)
+            assert (ours.obs == theirs.obs).all()
+        if k == 0 and Path("/proc/self/fd").exists():
+            num_files = len(list(Path("/proc/self/fd").iterdir()))
+    assert envs.state() == again.state()
+    assert not Path("/proc/self/fd").exists() or len(list(Path("/proc/self/fd").iterdir())) == num_files
+
+
+def test_a_position_of_another_number_or_game_is_refused_in_one_line() -> None:
+    """Neither does the emulator crash on it."""
+    envs, other = make_atari("Pong", 2, seed=0), make_atari("Breakout", 2, seed=0)
+    obs = envs.reset()
+    state = envs.state()
+    pong, *_ = state["games"]
+    for wrong, reason in {
+        "other game": (other.state(), "not one of Pong"),
+        "one game": (state | {"games": [pong]}, "has 1 environments, these are 2"),
+        "no state": (state | {"games": [pong | {"ale": ""}] * 2}, "damaged"),
+        "half a state": (state | {"games": [pong | {"ale": packed(np.zeros(100, np.uint8))}] * 2}, "not one of Pong"),
+        "half a stack": (state | {"stacks": packed(np.zeros(100, np.uint8))}, "reshape"),
+    }.values():
+        with pytest.raises(ValueError, match=reason) as error:
+            envs.restore(wrong)
+        assert "\n" not in str(error.value)
+    assert (envs.restore(state) == obs).all()
 
 
 def test_a_negative_action_stands_still_and_a_standing_game_is_restored() -> None:
@@ -143,7 +198,12 @@ def test_stacks_shift_by_one_frame() -> None:
         assert (after[0, :3] == before[0, 1:]).all()
 
 
-@pytest.mark.parametrize(("num_envs", "sticky"), [(0, 0.0), (1, -0.1), (1, 1.5)])
-def test_numbers_out_of_range_are_refused(num_envs: int, sticky: float) -> None:
+@pytest.mark.parametrize(("num_envs", "sticky", "num_workers"), [(0, 0.0, 0), (1, -0.1, 0), (1, 1.5, 0), (1, 0.0, -1)])
+def test_numbers_out_of_range_are_refused(num_envs: int, sticky: float, num_workers: int) -> None:
     with pytest.raises(ValueError, match="must"):
-        make_atari("Pong", num_envs, 0, repeat_action_probability=sticky)
+        make_atari("Pong", num_envs, 0, repeat_action_probability=sticky, num_workers=num_workers)
+
+
+def test_a_game_for_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="Combat needs two players"):
+        make_atari("Combat", 1, 0)

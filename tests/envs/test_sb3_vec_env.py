@@ -1,7 +1,7 @@
 """SB3 sees our environments as it sees its own."""
 
 import numpy as np
-import torch
+import pytest
 
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
@@ -25,26 +25,6 @@ def test_rewards_are_clipped_for_learning_and_whole_in_the_episode() -> None:
     assert all(e["r"] >= 60 and e["l"] > 100 for e in episodes)
 
 
-def test_games_of_long_runs_are_restored_without_playing_all_that_came_before() -> None:
-    envs, again = (make_atari("Breakout", 2, seed=3, independent_games=True) for _ in range(2))
-    obs = envs.reset()
-    generator = torch.Generator().manual_seed(0)
-    games = 0
-    while games < 4:
-        games += len(envs.step(torch.randint(4, (2,), generator=generator)).episodes)
-    for _ in range(30):
-        obs = envs.step(torch.randint(4, (2,), generator=generator)).obs
-    state = envs.state()
-    assert max(map(len, state["actions"])) < 1000
-    assert sum(state["num_games"]) >= 6
-    assert (again.restore(state) == obs).all()
-    for _ in range(400):
-        actions_B = torch.randint(4, (2,), generator=generator)
-        a, b = envs.step(actions_B), again.step(actions_B)
-        assert (a.obs == b.obs).all()
-        assert a.episodes == b.episodes
-
-
 def test_vectors_pass_through() -> None:
     envs = SB3VecEnv(GymnasiumEnvs("CartPole-v1", 3, seed=0), clip_rewards=False)
     obs = envs.reset()
@@ -53,3 +33,11 @@ def test_vectors_pass_through() -> None:
     assert rewards.tolist() == [1.0] * 3
     assert not dones.any()
     assert envs.get_attr("num_actions", [0, 2]) == [2, 2]
+
+
+def test_closing_ends_the_workers() -> None:
+    envs = SB3VecEnv(make_atari("Pong", 2, seed=0, num_workers=1), clip_rewards=False)
+    envs.reset()
+    envs.close()
+    with pytest.raises(OSError, match="make the environments anew"):
+        envs.reset()

@@ -4,8 +4,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from policykd.agents.files import BadFile
 from policykd.agents.student import make_student
 from policykd.agents.teacher import load_teacher
 from policykd.checkpoints import save_checkpoint
 from policykd.dataset import label, load_dataset, save_dataset, write_dataset
-from policykd.distill import distill, make_learner
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import VectorEnv
+from policykd.learner import make_learner
 from policykd.losses import ForwardKL
 from policykd.manifest import MANIFEST, About, open_dataset
 from policykd.replay import Replay
+from policykd.runs import lock
 from policykd.schedules import WarmupCosine
 from policykd.shards import Arrays
 from policykd.states import MixedStates
@@ -189,7 +195,7 @@ def test_an_offline_runs_states_are_elsewhere(tmp_path: Path) -> None:
     learner.replay, _ = visit(envs, 8)
     learner.replay.num_given = len(learner.replay)
     save_checkpoint(learner, tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint\.json: .*holds no states of its own, as an offline run"):
+    with pytest.raises(ValueError, match="holds no states of its own, as an offline run"):
         open_dataset(tmp_path)
 
 
@@ -305,6 +311,7 @@ def test_stacks_that_reach_into_another_stream_are_refused(tmp_path: Path) -> No
         ("game", "Pnog", "its game cannot be"),
         ("teacher", {"sha256": 3}, "its teacher cannot be"),
         ("num_envs", None, "its num_envs cannot be"),
+        ("complete", "no", "its complete cannot be"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(key: str, value: object, reason: str, small: Path) -> None:
@@ -322,25 +329,110 @@ def test_a_damaged_manifest_is_named(content: str, small: Path) -> None:
         load(small)
 
 
-def test_an_interrupted_import_is_no_dataset_and_starts_clean(tmp_path: Path) -> None:
-    def interrupted() -> Iterator[Arrays]:
-        for first in range(0, 300, 100):
-            yield points(100, first)
-        raise KeyboardInterrupt
+def cut(num_parts: int, error: type[BaseException]) -> Iterator[Arrays]:
+    """Yields parts of 25 points, then ends as a process does that is killed, or told to stop."""
+    for first in range(0, 25 * num_parts, 25):
+        yield points(25, first)
+    raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path, ABOUT, interrupted(), rows_per_shard=90)
-    assert len(list(tmp_path.glob("states-*.npz"))) == 3
-    (tmp_path / ".states-0003.npz.12345.tmp").write_bytes(b"cut by a kill")
-    with pytest.raises(ValueError, match="no dataset"):
-        load(tmp_path)
 
-    write_dataset(tmp_path, ABOUT, [points(70), points(60, 70)], rows_per_shard=50)
-    shards = [f"states-{k:04d}.npz" for k in range(3)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [MANIFEST, *shards]
-    assert (load(tmp_path).frames[1:, 0] == torch.arange(130)).all()
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("num_parts", range(6))
+def test_an_import_that_was_cut_goes_on_to_the_same_bytes(num_parts: int, tmp_path: Path) -> None:
+    """D02: no shard that was committed is lost, or written again."""
+    write_dataset(tmp_path / "whole", ABOUT, [points(130)], rows_per_shard=40)
+    folder = tmp_path / "d"
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        write_dataset(folder, ABOUT, cut(num_parts, KeyboardInterrupt), rows_per_shard=40)
+    num_shards = 25 * num_parts // 40
+    if num_shards:
+        assert str(interrupt.value) == f"{40 * num_shards} states are imported; run the same import again, it goes on"
+        dataset = open_dataset(folder)
+        assert (dataset.num_rows, len(dataset.shards), dataset.is_complete) == (40 * num_shards, num_shards, False)
+        assert np.concatenate([arrays["frames"] for _, arrays in dataset.read()])[-1, 0] == 40 * num_shards - 1
+        with pytest.raises(
+            BadFile, match=rf"d: an import of {40 * num_shards} states so far that was cut.* it goes on"
+        ):
+            load(folder)
+    else:
+        assert not folder.exists()
+
+    (tmp_path / "d").mkdir(exist_ok=True)
+    (folder / f"states-{num_shards:04d}.npz").write_bytes(b"written, and not yet in the manifest")
+    (folder / ".manifest.json.999999.tmp").write_bytes(b"cut by a kill")
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("states-*")}
+    write_dataset(folder, ABOUT, [points(70), points(60, 70)], rows_per_shard=40)
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert [p.stat().st_mtime_ns == before[p] for p in sorted(before)] == [True] * num_shards + [False]
     with pytest.raises(ValueError, match="holds a dataset already"):
-        write_dataset(tmp_path, ABOUT, [points(10)])
+        write_dataset(folder, ABOUT, [points(10)])
+
+
+def test_an_import_goes_on_with_the_same_rows_alone(tmp_path: Path) -> None:
+    """D06."""
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, ABOUT, cut(4, KeyboardInterrupt), rows_per_shard=40)
+    with pytest.raises(ValueError, match=r"holds part of another import \(a test\); give another folder"):
+        write_dataset(tmp_path, replace(ABOUT, source="another"), [points(130)], rows_per_shard=40)
+    with pytest.raises(BadFile, match=r"states-0001\.npz: not what a test gives now"):
+        write_dataset(tmp_path, ABOUT, [points(40), points(90, 41)], rows_per_shard=40)
+    assert len(open_dataset(tmp_path).shards) == 2
+
+
+def test_a_damaged_shard_of_an_import_that_was_cut_is_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D04."""
+    write_dataset(tmp_path / "whole", ABOUT, [points(130)], rows_per_shard=20)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "d", ABOUT, cut(4, KeyboardInterrupt), rows_per_shard=20)
+    (tmp_path / "d" / "states-0002.npz").write_bytes(b"damaged")
+    write_dataset(tmp_path / "d", ABOUT, [points(130)], rows_per_shard=20)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+    assert re.fullmatch(r"warning: \S+states-0002.npz: damaged .*are imported again\n", capsys.readouterr().err)
+
+
+def test_fewer_states_than_were_imported_are_all_that_stay(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, ABOUT, cut(6, KeyboardInterrupt), rows_per_shard=20)
+    write_dataset(tmp_path, ABOUT, [points(50)], rows_per_shard=20)
+    assert (load(tmp_path).frames[1:, 0] == torch.arange(50)).all()
+    assert sorted(contents(tmp_path)) == [MANIFEST, *(f"states-{k:04d}.npz" for k in range(3))]
+
+
+def test_one_process_imports_into_a_folder(tmp_path: Path) -> None:
+    """C08."""
+    with lock(tmp_path), pytest.raises(OSError, match=f"locked by process {os.getpid()}"):
+        write_dataset(tmp_path, ABOUT, [points(50)])
+
+
+def test_a_reader_sees_the_first_rows_whole(tmp_path: Path) -> None:
+    """D03."""
+    seen = set[int]()
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(
+            write_dataset, tmp_path, ABOUT, (points(5, first) for first in range(0, 200, 5)), rows_per_shard=10
+        )
+        while not writing.done():
+            if (tmp_path / MANIFEST).is_file():
+                dataset = open_dataset(tmp_path)
+                frames = np.concatenate([arrays["frames"] for _, arrays in dataset.read()])
+                assert (frames[:, 0] == np.arange(dataset.num_rows)).all()
+                assert not dataset.num_rows % 10
+                seen.add(dataset.num_rows)
+    assert len(seen) > 1
+    assert len(load(tmp_path)) == 200
+
+
+def test_a_manifest_of_before_is_complete(small: Path) -> None:
+    manifest = json.loads((small / MANIFEST).read_text())
+    assert manifest.pop("complete") is True
+    (small / MANIFEST).write_text(json.dumps(manifest))
+    assert open_dataset(small).is_complete
+    assert len(load(small)) == 40
 
 
 def test_shards_bound_the_memory_and_the_manifest_counts(tmp_path: Path) -> None:

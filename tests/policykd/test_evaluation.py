@@ -1,12 +1,21 @@
+import inspect
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from policykd.agents.interrupts import noting_signals, seconds_since_signal
 from policykd.agents.teacher import load_teacher
+from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Episode, Step
-from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate, evaluate_on_atari
+from policykd.evaluation import MAX_STEPS, PROTOCOLS, RandomPolicy, evaluate, evaluate_on_atari
+from policykd.results import judgement
 
 
 class TwoSpeeds:
@@ -27,6 +36,9 @@ class TwoSpeeds:
                 episodes.append(Episode(i, float(length), length))
                 self.steps[i] = 0
         return Step(torch.zeros(4, 1), torch.ones(4), torch.zeros(4, dtype=torch.bool), episodes)
+
+    def close(self) -> None:
+        raise NotImplementedError
 
     def state(self) -> dict[str, object]:
         raise NotImplementedError
@@ -89,3 +101,72 @@ def test_a_game_that_ends_in_time_is_whole() -> None:
     games = evaluate(RandomPolicy(2), TwoSpeeds(), 8, deterministic=False, generator=torch.Generator(), max_steps=10)
     assert sorted(games.returns) == [1.0] * 4 + [10.0] * 4
     assert not games.unfinished
+
+
+class Bad(gym.Env[np.ndarray, np.int64]):
+    """Ends after 5 steps, or goes wrong in its third."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Any]:
+        self.num_steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, Any]:
+        self.num_steps += 1
+        if self.num_steps == 3 and self.kind == "crashes":
+            raise ZeroDivisionError("its physics")
+        if self.num_steps == 3 and self.kind == "is interrupted" and not seconds_since_signal():
+            signal.raise_signal(signal.SIGTERM)
+        reward = np.nan if self.num_steps == 3 and self.kind == "rewards with NaN" else 1.0
+        return np.zeros(3, np.float32), reward, self.num_steps == 5 and self.kind != "never ends", False, {}
+
+
+@pytest.fixture
+def envs_of() -> Iterator[Callable[[str], GymnasiumEnvs]]:
+    gym.register("Bad-v0", lambda **kwargs: Bad(**kwargs), disable_env_checker=True, order_enforce=False)
+    yield lambda kind: GymnasiumEnvs("Bad-v0", 2, seed=0, kind=kind)
+    del gym.registry["Bad-v0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "reason"),
+    [
+        (
+            "crashes",
+            RuntimeError,
+            r"^Bad-v0: environment 0, step 2 of episode 0: crashed \(ZeroDivisionError: its",
+        ),
+        ("rewards with NaN", FloatingPointError, "reward in environment 0 at step 2 of its game: nan"),
+        ("is interrupted", KeyboardInterrupt, None),
+    ],
+)
+def test_what_goes_wrong_in_an_environment_is_no_result(
+    envs_of: Callable[[str], GymnasiumEnvs], kind: str, error: type[BaseException], reason: str | None
+) -> None:
+    """N05, C04: no mean over what was played by then."""
+    with noting_signals(), pytest.raises(error, match=reason):
+        evaluate(RandomPolicy(2), envs_of(kind), 4, deterministic=False, generator=torch.Generator())
+
+
+def test_a_game_without_an_end_is_cut_off(envs_of: Callable[[str], GymnasiumEnvs]) -> None:
+    """N05: without being told to, and marked as what it is."""
+    assert inspect.signature(evaluate).parameters["max_steps"].default == MAX_STEPS
+    games = evaluate(
+        RandomPolicy(2), envs_of("never ends"), 2, deterministic=False, generator=torch.Generator(), max_steps=100
+    )
+    assert (games.returns, games.unfinished) == ([], [100.0] * 2)
+    with pytest.raises(ValueError, match="no episodes"):
+        judgement(games)
+
+
+def test_scores_that_are_no_numbers_choose_no_action(envs_of: Callable[[str], GymnasiumEnvs]) -> None:
+    def policy(obs: Tensor) -> Tensor:
+        return torch.tensor([[0.0, 1.0], [torch.inf, 0.0]])
+
+    with pytest.raises(FloatingPointError, match="policy's scores in environment 1 at step 0 of its game: inf"):
+        evaluate(policy, envs_of("ends"), 4, deterministic=True, generator=torch.Generator())

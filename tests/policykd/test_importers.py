@@ -8,6 +8,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import VecFrameStack
 
-from policykd.dataset import load_dataset, save_dataset
+from policykd.agents.files import BadFile
+from policykd.agents.interrupts import noting_signals
+from policykd.dataset import load_dataset, save_dataset, write_dataset
 from policykd.envs.atari import make_atari
-from policykd.importers import import_states
+from policykd.importers import import_states, read_dqn_replay
 from policykd.manifest import MANIFEST, open_dataset
 from policykd.minari import MAIN_FILE, export_to_minari
 from policykd.replay import Replay
@@ -150,7 +154,7 @@ def test_a_pickle_is_not_executed_unless_it_is_trusted(tmp_path: Path) -> None:
     marker.unlink()
     command = [sys.executable, str(ROOT / "scripts" / "states.py"), "import", str(file), str(tmp_path / "d")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert "if you made it, pass --trust-pickle" in done.stderr
     assert not marker.exists()
@@ -393,6 +397,38 @@ def test_only_as_many_states_as_asked_for(logged: tuple[Path, np.ndarray, np.nda
     assert (states(replay).numpy() == logged[1][:50]).all()
 
 
+def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
+    logged: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C04, D02."""
+    monkeypatch.setattr("policykd.importers.write_dataset", partial(write_dataset, rows_per_shard=40))
+    import_states(logged[0], tmp_path / "whole", game="Breakout")
+
+    def read_then_stop(*args: Any, **settings: Any) -> tuple[Any, Iterator[Any]]:
+        about, parts = read_dqn_replay(*args, **settings)
+
+        def signalled() -> Iterator[Any]:
+            for number, part in enumerate(parts):
+                if number == 5:
+                    signal.raise_signal(signal.SIGTERM)
+                yield part
+
+        return about, signalled()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("policykd.importers.read_dqn_replay", read_then_stop)
+        with noting_signals(), pytest.raises(KeyboardInterrupt, match=r"^\d+ states are imported; run the same import"):
+            import_states(logged[0], tmp_path / "d", game="Breakout")
+    cut = open_dataset(tmp_path / "d")
+    assert not cut.is_complete
+    assert 0 < cut.num_rows < len(logged[1])
+    with pytest.raises(BadFile, match="that was cut"):
+        export_to_minari(tmp_path / "d", tmp_path / "m")
+    import_states(logged[0], tmp_path / "d", game="Breakout")
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "d"))
+    assert a == b
+
+
 def damaged(kind: str, folder: Path) -> str:
     """Returns the name of the file that was damaged."""
     frames = np.zeros((20, 84, 84), np.uint8)
@@ -454,5 +490,7 @@ def test_the_command_imports_and_exports(
 
 
 def test_what_is_no_recording_says_what_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: no such file or folder; give an SB3 replay buffer"):
+        import_states(tmp_path / "none", tmp_path / "d")
     with pytest.raises(ValueError, match="neither an SB3 replay buffer"):
         import_states(tmp_path, tmp_path / "d")

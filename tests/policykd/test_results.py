@@ -1,13 +1,20 @@
 import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from policykd.agents.files import BadFile
+from policykd.agents.interrupts import noting_signals
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import make_student
-from policykd.agents.teacher import load_teacher
+from policykd.agents.teacher import Teacher, load_teacher
 from policykd.costs import measure_costs
-from policykd.evaluation import Evaluation
-from policykd.results import comparison, entry, judgement, judgement_of_card, table
+from policykd.evaluation import PROTOCOLS, Evaluation, RandomPolicy
+from policykd.results import FinishedGames, comparison, entry, judge, judgement, judgement_of_card, table
 
 
 def test_the_table_and_the_comparison() -> None:
@@ -40,6 +47,59 @@ def test_the_table_and_the_comparison() -> None:
 def test_a_cards_statistics_are_those_of_its_returns() -> None:
     little = {"returns": [20.0, 18.0, 19.0], "mean": -3.0, "interval": [0, 0]}
     played = judgement(Evaluation([20.0, 18.0, 19.0], [], 0))
-    assert judgement_of_card(little) == {k: v for k, v in played.items() if k not in ("lengths", "num_truncated")}
+    unsaid = ("lengths", "num_truncated", "num_unfinished")
+    assert judgement_of_card(little) == {k: v for k, v in played.items() if k not in unsaid}
     for protocol in load_teacher("bundled", game="Pong").card["protocols"].values():
         assert json.loads(json.dumps(judgement_of_card(protocol))) == protocol
+
+
+def test_an_interrupted_judgement_goes_on(tmp_path: Path) -> None:
+    """C04: SIGTERM in the second of the student's two games; what was finished is not played again."""
+    card = {"protocols": {protocol: {"returns": [30.0, 31.0]} for protocol in PROTOCOLS}}
+    student, teacher = make_student("1%", 4), Teacher(make_student("4%", 4).net, "PPO", Path("a.zip"), "aa", card)
+    num_calls: list[int] = []
+
+    def play(done: Path, signal_at: int = 0) -> dict[str, Any]:
+        num_calls.append(0)
+
+        def count(*_: object) -> None:
+            num_calls[-1] += 1
+            if num_calls[-1] == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)  # to the process: this is no main thread
+
+        hook = student.register_forward_pre_hook(count)
+        try:
+            rows, seconds = judge(student, teacher, "Breakout", 1, 0, torch.device("cpu"), done=done)
+        finally:
+            hook.remove()
+        assert seconds > 0
+        games: dict[str, Any] = {who: rows[who]["protocols"] for who in ("teacher", "student", "random")}
+        games |= rows["comparison"]
+        return games
+
+    whole = play(tmp_path / "whole.json")
+    first = whole["student"]["noop_sampled"]["lengths"][0]
+    with noting_signals(), pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "cut.json", signal_at=first + 10)
+    assert len(json.loads((tmp_path / "cut.json").read_text())) == 1  # the student's first protocol
+    assert play(tmp_path / "cut.json") == whole
+    assert num_calls[0] - num_calls[2] == first
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"seconds": 1}}'])
+def test_a_damaged_file_of_games_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "judged.json").write_text(content)
+    with pytest.raises(BadFile, match=r"judged\.json: .*remove it"):
+        FinishedGames(tmp_path / "judged.json")
+
+
+def test_games_of_other_weights_are_not_taken_up(tmp_path: Path) -> None:
+    games = Evaluation([3.0], [5], 0)
+    kept = {f"{sha256} Pong noop_sampled 1 0 1.0": {"seconds": 1.0, **vars(games)} for sha256 in ("aa", "bb")}
+    (tmp_path / "judged.json").write_text(json.dumps(kept))
+    finished = FinishedGames(tmp_path / "judged.json")
+    assert finished.play(RandomPolicy(6), "aa", "Pong", "noop_sampled", 1, seed=0) == games
+    with noting_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):  # it begins to play
+            finished.play(RandomPolicy(6), "cc", "Pong", "noop_sampled", 1, seed=0)

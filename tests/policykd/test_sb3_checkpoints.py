@@ -11,9 +11,11 @@ import torch
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
-from policykd.checkpoints import MANIFEST
+from policykd import sb3_checkpoints
+from policykd.agents.interrupts import check_interrupted, noting_signals
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.sb3_vec_env import SB3VecEnv
@@ -82,8 +84,11 @@ def test_shards_that_left_the_ring_are_removed(tmp_path: Path) -> None:
     model, envs = make("DQN")
     model.learn(3000, Saving(envs, tmp_path, 200, lambda steps: None, 0))
     shards = [p.name for p in tmp_path.glob("replay-*.npz")]
-    assert 2 <= len(shards) <= 4
-    assert {p.name for p in tmp_path.iterdir()} == {*json.loads((tmp_path / MANIFEST).read_text())["files"], MANIFEST}
+    assert 2 <= len(shards) <= 5
+    manifests = list(tmp_path.glob("checkpoint-*.json"))
+    assert len(manifests) == 2
+    held = {name for path in manifests for name in json.loads(path.read_text())["files"]}
+    assert {p.name for p in tmp_path.iterdir()} == held | {p.name for p in manifests}
 
 
 def test_saving_twice_at_one_step_keeps_the_replay(tmp_path: Path) -> None:
@@ -109,22 +114,64 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file.name}: not what was saved"):
+    with pytest.raises(ValueError, match=f"{file.name}: damaged"):
         restore_training(*make("PPO"), tmp_path)
 
 
-def test_a_signal_waits_for_the_end_of_a_rollout_and_a_second_does_not(tmp_path: Path) -> None:
+def test_a_signal_waits_for_the_end_of_a_rollout(tmp_path: Path) -> None:
+    """C04: what was collected is learned from and saved."""
     model, envs = make("PPO")
-    before = signal.getsignal(signal.SIGTERM)
     progress = Progress(envs, tmp_path, 10**9, lambda steps: None, 0)
-    with progress.catching_signals():
+    progress.evaluate, progress.evaluate_every = lambda steps: signal.raise_signal(signal.SIGTERM), 128
+    with noting_signals(), pytest.raises(KeyboardInterrupt):
+        model.learn(1000, progress)
+    assert progress.saved == model.num_timesteps == 192
+    again, envs = make("PPO")
+    restore_training(again, envs, tmp_path)
+    assert again.num_timesteps == 192
+
+
+def test_a_rollout_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C04: on a machine that needs seconds for a rollout each begins with a checkpoint, and nothing but it is lost."""
+    monkeypatch.setattr(sb3_checkpoints, "GRACE_SECONDS", 0.0)  # every rollout is too long
+    for where in ("step", "learning"):
+        model, envs = make("PPO")
+        progress = Progress(envs, tmp_path / where, 10**9, lambda steps: None, 0)
+
+        class Signal(BaseCallback):
+            def _on_step(self, where: str = where) -> bool:
+                if where == "step" and self.num_timesteps == 150:
+                    signal.raise_signal(signal.SIGTERM)
+                return True
+
+            def _on_rollout_end(self, where: str = where) -> None:
+                if where == "learning" and self.num_timesteps == 192:
+                    signal.raise_signal(signal.SIGTERM)
+
+        with noting_signals(), pytest.raises(KeyboardInterrupt):
+            model.learn(1000, [Signal(), progress])
+        assert (progress.saved, model.num_timesteps) == (128, 150 if where == "step" else 192)
+        again, envs = make("PPO")
+        restore_training(again, envs, tmp_path / where)
+        assert again.num_timesteps == 128
+
+
+def test_an_evaluation_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
+    """C04: the training is saved before it."""
+    model, envs = make("A2C")
+
+    def interrupted(steps: int) -> None:
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            model.learn(1000, progress)
-        assert (progress.saved, (tmp_path / MANIFEST).is_file()) == (0, True)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+        check_interrupted()
+
+    progress = Progress(envs, tmp_path, 10**9, interrupted, 300)
+    with noting_signals(), pytest.raises(KeyboardInterrupt):
+        model.learn(700, progress)
+    again, envs = make("A2C")
+    restore_training(again, envs, tmp_path)
+    seen: list[int] = []
+    again.learn(700 - again.num_timesteps, Progress(envs, tmp_path, 10**9, seen.append, 300), reset_num_timesteps=False)
+    assert seen == [300, 600]
 
 
 def test_evaluations_come_between_rollouts(tmp_path: Path) -> None:

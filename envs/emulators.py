@@ -1,0 +1,251 @@
+"""Games on ALE's emulators under the rules of Stable-Baselines3's wrappers, without torch: whole games, raw rewards.
+
+Only the first game of an emulator starts on a memory that the seed fills: SB3's later ones start on what the one before
+left there, and BeamRider plays differently if it is cleared. A position is ALE's own copy of its state. That lacks the
+last action, so sticky actions are drawn here, and whether a frame is half done, as the first one after a start of
+Qbert is: so an emulator plays on for a few frames before it takes over a state.
+"""
+
+import base64
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import numpy as np
+from ale_py import roms
+
+from policykd.envs.games import canonical_name, rom_id
+from policykd.envs.screens import Screens
+
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+
+NOOP, FIRE, SECOND = 0, 1, 2
+FRAME_SKIP = 4
+MAX_FRAMES = 108_000
+"""half an hour, after which a game is cut off, as in Gymnasium"""
+NEVER = [False] * FRAME_SKIP
+
+OUTCOME = np.dtype(
+    [
+        ("reward", np.float32),
+        ("starts", np.bool_),
+        ("over", np.bool_),
+        ("truncated", np.bool_),
+        ("episodic_return", np.float64),
+        ("length", np.int64),
+    ]
+)
+"""what a step brought to one game; of `starts` a life or game, of `over` a whole game ended"""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How games are played; see `make_atari`."""
+
+    game: str
+    seed: int
+    noop_max: int
+    repeat_action_probability: float
+    life_loss_ends: bool
+
+
+def rom_path(game: str) -> Path:
+    """Returns where a game's ROM is.
+
+    Raises:
+        ValueError: ALE has no such game, or not for one player.
+    """
+    path = roms.get_rom_path(rom_id(game))
+    assert path is not None
+    if ale_py.ALEInterface.isSupportedROM(path) is None:
+        raise ValueError(f"{canonical_name(game)} needs two players: choose another game")
+    return path
+
+
+def packed(array: np.ndarray) -> str:
+    """Returns the bytes of a uint8 array as text for JSON."""
+    return base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
+
+
+def unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the uint8 array of a `shape` that was packed.
+
+    Raises:
+        ValueError: the text holds none such.
+    """
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8).reshape(shape)
+    except (TypeError, zlib.error) as error:
+        raise ValueError(f"the state is damaged: {error}") from error
+
+
+class Emulator:
+    """One game after another."""
+
+    def __init__(self, rules: Rules, env: int) -> None:
+        """Loads the game; `env` says which of the environments it is, wherever it is played."""
+        self.rules, self.env = rules, env
+        self._ale = ale_py.ALEInterface()
+        self._ale.setFloat("repeat_action_probability", 0.0)
+        self._ale.setInt("max_num_frames_per_episode", MAX_FRAMES)
+        self._loaded_for = 0
+        self._load(1)
+        self._actions = [int(a.value) for a in self._ale.getMinimalActionSet()]
+        self._presses_fire = ale_py.Action.FIRE.value in self._actions
+        self.num_actions = len(self._actions)
+        self.height = self._ale.getScreenDims()[0]
+        self._num_resets = self._num_games = 0
+        self._random = np.random.default_rng(0)
+        self._last_action = NOOP
+        self._return, self._length, self._lives = 0.0, 0, 0
+
+    def reset(self, num_resets: int, screens: np.ndarray) -> None:
+        """Starts the first game of the `num_resets`th series on a cleared memory."""
+        if self._loaded_for != num_resets:
+            self._load(num_resets)
+        self._loaded_for, self._num_resets, self._num_games = 0, num_resets, 0
+        self._start_game(screens)
+
+    def step(self, action: int, screens: np.ndarray) -> tuple[float, bool, bool, bool, float, int]:
+        """Returns the `OUTCOME` of an action (4 frames), and puts the last two screens into `screens`."""
+        self._length += 1
+        reward, life_lost, over = self._play_on(action, screens)
+        outcome = reward, over or life_lost, over, over and self._ale.game_truncated(), self._return, self._length
+        if over:
+            self._start_game(screens)
+        elif life_lost:
+            self._press_fire(screens)
+        return outcome
+
+    def state(self) -> dict[str, Any]:
+        """Returns the position, as JSON."""
+        return {
+            "ale": packed(np.frombuffer(self._ale.cloneState(include_rng=True).serialize(), np.uint8)),
+            "random": self._random.bit_generator.state,
+            "num_resets": self._num_resets,
+            "num_games": self._num_games,
+            "last_action": self._last_action,
+            "return": self._return,
+            "length": self._length,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a position.
+
+        Raises:
+            ValueError: it is not one of this game.
+        """
+        saved = unpacked(state["ale"], (-1,)).tobytes()
+        self._loaded_for = 0
+        for _ in range(4 * FRAME_SKIP):
+            self._ale.act(NOOP)
+        try:
+            self._ale.restoreState(ale_py.ALEState(saved))
+            self._random.bit_generator.state = state["random"]
+        except (SystemError, RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"the state is not one of {self.rules.game}: {error}") from error
+        self._num_resets, self._num_games = state["num_resets"], state["num_games"]
+        self._last_action, self._return, self._length = state["last_action"], state["return"], state["length"]
+        self._lives = self._ale.lives()
+
+    def _load(self, num_resets: int) -> None:
+        words = np.random.SeedSequence([self.rules.seed, self.env, num_resets]).generate_state(1)
+        self._ale.setInt("random_seed", int(words[0] >> 1))
+        self._ale.loadROM(rom_path(self.rules.game))
+        self._loaded_for = num_resets
+
+    def _start_game(self, screens: np.ndarray) -> None:
+        self._random = np.random.default_rng([self.rules.seed, self.env, self._num_resets, self._num_games])
+        self._num_games += 1
+        self._start_emulator(screens)
+        self._press_fire(screens)
+
+    def _start_emulator(self, screens: np.ndarray) -> None:
+        self._ale.reset_game()
+        for _ in range(self._random.integers(self.rules.noop_max) if self.rules.noop_max else 0):
+            self._ale.act(NOOP)
+            if self._ale.game_over():
+                self._ale.reset_game()
+        self._last_action, self._return, self._length, self._lives = NOOP, 0.0, 0, self._ale.lives()
+        self._ale.getScreen(screens[0])
+        screens[1] = screens[0]
+
+    def _press_fire(self, screens: np.ndarray) -> None:
+        for action in (FIRE, SECOND) if self._presses_fire else ():
+            if self._play_on(action, screens)[2]:
+                self._start_emulator(screens)
+
+    def _play_on(self, action: int, screens: np.ndarray) -> tuple[float, bool, bool]:
+        """Returns the reward of an action, whether a life was lost that ends the stack, and whether the game ended."""
+        lives_before = self._lives
+        reward, over = self._play(action, screens)
+        life_lost = self.rules.life_loss_ends and 0 < self._lives < lives_before
+        if life_lost and not over:
+            _, over = self._play(NOOP, screens)  # SB3 steps out of a lost life without action, which may end the game
+        return reward, life_lost, over
+
+    def _play(self, action: int, screens: np.ndarray) -> tuple[float, bool]:
+        """Returns the reward of an action over 4 frames, and whether the game ended."""
+        ale, probability, wanted = self._ale, self.rules.repeat_action_probability, self._actions[action]
+        repeats = (self._random.random(FRAME_SKIP) < probability).tolist() if probability else NEVER
+        reward, over = 0, False
+        for frame in range(FRAME_SKIP):
+            if not repeats[frame]:
+                self._last_action = wanted
+            reward += ale.act(self._last_action)
+            if over := ale.game_over():
+                break
+            if frame >= FRAME_SKIP - 2:
+                ale.getScreen(screens[frame - FRAME_SKIP])
+        self._lives = ale.lives()
+        self._return += reward
+        return float(reward), over
+
+
+class Emulators:
+    """Several games stepped one after another in this process, answering what `AtariEnvs` asks."""
+
+    def __init__(self, rules: Rules, envs: Sequence[int], outcomes: np.ndarray, frames: np.ndarray) -> None:
+        """Plays environments `envs`; a step's results go into `outcomes` and `frames`, a row each."""
+        self._emulators = [Emulator(rules, env) for env in envs]
+        self._outcomes, self._frames = outcomes, frames
+        self._screens = Screens(frames, self._emulators[0].height)
+
+    def num_actions(self) -> int:
+        """Returns how many actions the game has."""
+        return self._emulators[0].num_actions
+
+    def reset(self, num_resets: int) -> None:
+        """Starts a new game everywhere."""
+        for emulator, screens in zip(self._emulators, self._screens.next, strict=True):
+            emulator.reset(num_resets, screens)
+        self._screens.draw()
+
+    def step(self, actions: list[int]) -> None:
+        """Takes one action in every game; where it is negative, nothing happens."""
+        for i, (emulator, action) in enumerate(zip(self._emulators, actions, strict=True)):
+            if action < 0:
+                self._screens.keep(i)
+                self._outcomes[i] = 0
+            else:
+                self._outcomes[i] = emulator.step(action, self._screens.next[i])
+        self._screens.draw()
+
+    def state(self) -> list[dict[str, Any]]:
+        """Returns every game's position."""
+        screens = map(packed, self._screens.drawn)
+        return [e.state() | {"screens": s} for e, s in zip(self._emulators, screens, strict=True)]
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Goes back to a position everywhere."""
+        for emulator, state, screens in zip(self._emulators, states, self._screens.next, strict=True):
+            emulator.restore(state)
+            screens[:] = unpacked(state["screens"], screens.shape)
+        self._screens.draw()
+
+    def rgb(self) -> str:
+        """Returns what a person would see, packed."""
+        return packed(self._screens.rgb())

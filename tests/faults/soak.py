@@ -1,0 +1,91 @@
+"""Starts, stops and goes on with small runs in one process for a while: what grows, leaks.
+
+Every run is stopped by SIGTERM at random times until it is finished; every other one plays Pong and has no final
+evaluation. A line of JSON a cycle says what the process holds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+import warm
+
+from policykd.agents.interrupts import check_interrupted
+from policykd.envs.atari import make_atari
+
+ARGS = (
+    "--game Pong --threads 1 --student 1% --rounds 6 --states-per-round 64 --updates-per-round 4 --batch-size 32"
+    " --num-envs 4 --eval-every 3 --eval-episodes 2 --name r --resume"
+)
+
+
+def held(folder: Path) -> dict[str, int]:
+    """Returns what the process holds: kB of memory, files, threads, children, and temporary files on the disk."""
+    status = Path("/proc/self/status").read_text()
+    return {
+        "rss": int(status.partition("VmRSS:")[2].split()[0]),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
+        "temporary": sum(path.name.endswith((".tmp", ".lock")) for path in folder.rglob(".*")),
+    }
+
+
+def cycle(script: ModuleType, folder: Path, seconds: float, plays_pong: bool) -> int:
+    """Goes on with a run for so long and returns the command's exit code."""
+    more = ["--eval-every", "0"] if plays_pong else []
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warm.run(script, [*ARGS.split(), "--folder", str(folder), *more], {})
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+    raise AssertionError("the command returned")
+
+
+def stop(*args: object, **how: object) -> NoReturn:
+    """Stands in for `judge`, whose games of Pong would take minutes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        check_interrupted()
+
+
+def main() -> None:
+    """Loops until the time is up."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    script, chance, began, num_finished = warm.command(), random.Random(0), time.monotonic(), 0
+    flickers, judge = script.make_atari, script.judge
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    while time.monotonic() - began < args.seconds:
+        pong = num_finished % 2 == 1
+        vars(script).update(
+            {"make_atari": make_atari, "judge": stop} if pong else {"make_atari": flickers, "judge": judge}
+        )
+        code = cycle(script, args.folder, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
+        if code not in (0, 75):
+            sys.exit(f"exit {code}; look at {args.folder}")
+        line = {"seconds": round(time.monotonic() - began, 1), "code": code, "pong": pong, **held(args.folder)}
+        if code == 0 or (pong and (args.folder / "Pong/r/student.json").exists()):
+            shutil.rmtree(args.folder)
+            num_finished += 1
+        print(json.dumps({**line, "finished": num_finished}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A process that starts, stops and goes on for half an hour holds at the end what it held after its first minutes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SECONDS = float(os.environ.get("POLICYKD_SOAK_SECONDS", 1800))
+"""of the long form"""
+MOST_KB_A_CYCLE = 20.0
+"""of memory that may be gained from one cycle to the next, in the second half; a leaked frame stack has 28 kB"""
+
+
+@pytest.mark.parametrize("seconds", [20.0, pytest.param(SECONDS, marks=pytest.mark.faults)])
+def test_a_soak_leaks_nothing(seconds: float, tmp_path: Path) -> None:
+    """X03: no memory, file, thread, process or temporary file is left behind by runs that are stopped and resumed."""
+    script = Path(__file__).with_name("soak.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "runs", "--seconds", str(seconds)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds + 300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    cycles = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cycles) >= min(100, seconds / 10)
+    for what, most in (("files", 1), ("threads", 1), ("children", 0), ("temporary", 0)):  # one may be ending just then
+        counts = [cycle[what] for cycle in cycles]
+        assert max(counts) - min(counts) <= most, (what, counts)
+    half = [cycle["rss"] for cycle in cycles[len(cycles) // 2 :]]
+    if seconds >= 600:
+        slope = np.polyfit(range(len(half)), half, 1)[0]
+        assert abs(slope) < MOST_KB_A_CYCLE, (slope, half)
+    else:
+        assert half[-1] - half[0] < 40_000, half  # still warming up
