@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ def exit_with_one_line(main: Callable[[], None]) -> NoReturn:
 
     SIGINT and SIGTERM are noted for `check_interrupted` meanwhile.
     """
+    if "--debug" not in sys.argv:
+        threading.excepthook = lambda _: None  # a thread's error is ours once we ask for its result, TensorBoard's too
     try:
         with noting_signals():
             main()

@@ -437,14 +437,7 @@ def test_a_signal_is_an_exit_code_in_every_command(tmp_path: Path) -> None:
             np.save(file, values)
     long = ["--checkpoint-every", "1", "--eval-every", "0", "--hyperparams", "n_steps:3008", "--folder", str(tmp_path)]
     commands = {
-        signal.SIGTERM: (
-            "evaluate.py",
-            "random",
-            "--game=Pong",
-            "--num-envs=2",
-            "--json",
-            str(tmp_path / "games.json"),
-        ),
+        signal.SIGTERM: ("evaluate.py", "random", "--game=Pong", "--num-envs=2", f"--json={tmp_path}/games.json"),
         signal.SIGINT: ("states.py", "import", str(logs), str(tmp_path / "states"), "--game", "Pong"),
     }
     for number, command in commands.items():
@@ -471,9 +464,7 @@ def test_a_signal_is_an_exit_code_in_every_command(tmp_path: Path) -> None:
 
 
 def test_training_without_sb3_is_one_line() -> None:
-    code = (
-        "import runpy, sys; sys.modules['stable_baselines3'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    )
+    code = "import runpy, sys; sys.modules['stable_baselines3'] = None; runpy.run_path(sys.argv[1], {}, '__main__')"
     command = [sys.executable, "-c", code, str(ROOT / "scripts" / "train_teacher.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
