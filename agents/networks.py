@@ -1,6 +1,7 @@
 """The two network shapes of this field: convolutions on stacked frames (Mnih et al., 2015) and an MLP on vectors."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,13 @@ class ConvNet(nn.Module):
         x = F.relu(F.conv2d(x, *self.first_layer(), stride=4))
         x = F.relu(self.conv2(x))
         x = F.relu(self.conv3(x)).contiguous().flatten(1)  # SB3 flattens channel by channel
-        for layer in self.dense[:-1]:
-            x = F.relu(layer(x))
-        scores_BA: Tensor = self.dense[-1](x)
-        return scores_BA.float()
+        halved = x.dtype == torch.bfloat16  # under autocast, which is for convolutions alone
+        with torch.autocast(x.device.type, enabled=False) if halved else nullcontext():
+            x = x.float()
+            for layer in self.dense[:-1]:
+                x = F.relu(layer(x))
+            scores_BA: Tensor = self.dense[-1](x)
+        return scores_BA
 
     def first_layer(self) -> tuple[Tensor, Tensor]:
         """Returns the first convolution's weights and bias for pixels from 0 to 255, the input scaling in them."""

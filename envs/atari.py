@@ -121,6 +121,14 @@ class AtariEnvs:
         for player in self._players:
             player.close()
 
+    def __enter__(self) -> "AtariEnvs":
+        """Returns itself, to be closed at the end of a `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the workers."""
+        self.close()
+
     def _ask_all(self, question: str, *arguments: Any) -> list[Any]:
         for player in self._players:
             player.ask(question, *arguments)
@@ -136,7 +144,6 @@ def make_atari(
     repeat_action_probability: float = 0.0,
     life_loss_ends: bool = True,
     num_workers: int = 0,
-    independent_games: bool = False,
 ) -> AtariEnvs:
     """Returns `num_envs` games with the pixels, FIRE presses and lost lives of SB3's `make_atari_env`, bit for bit.
 
@@ -149,12 +156,10 @@ def make_atari(
         life_loss_ends: after a lost life start a new stack and press FIRE, as SB3 does in training; a game's return and
             length always count the whole game.
         num_workers: how many processes share the games; 0 plays them in this one. The results are the same.
-        independent_games: has no effect any more.
 
     Raises:
         ValueError: an unknown game, one for two players, or a number out of range.
     """
-    del independent_games
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
     if num_workers < 0 or noop_max < 0:

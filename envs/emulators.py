@@ -140,7 +140,7 @@ class Emulator:
         """
         saved = unpacked(state["ale"], (-1,)).tobytes()
         self._loaded_for = 0
-        for _ in range(4 * FRAME_SKIP):
+        for _ in range(2 * FRAME_SKIP):
             self._ale.act(NOOP)
         try:
             self._ale.restoreState(ale_py.ALEState(saved))
@@ -211,7 +211,7 @@ class Emulators:
     def __init__(self, rules: Rules, envs: Sequence[int], outcomes: np.ndarray, frames: np.ndarray) -> None:
         """Plays environments `envs`; a step's results go into `outcomes` and `frames`, a row each."""
         self._emulators = [Emulator(rules, env) for env in envs]
-        self._outcomes, self._frames = outcomes, frames
+        self._outcomes = outcomes
         self._screens = Screens(frames, self._emulators[0].height)
 
     def num_actions(self) -> int:

@@ -30,7 +30,7 @@ COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining", "evaluated_at"),
 )
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 5.0
 """after a signal, until a rollout is given up whose end is still far away; the process is to be gone after 10"""
 
 

@@ -154,6 +154,8 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     label_given(learner.replay, teacher)
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
+    elif is_old:
+        print(f"warning: {run} holds no checkpoint yet: it begins anew", file=sys.stderr)
     records = opened.enter_context(closing(Records(run, learner.round)))
     print(f"{run}: {game} from {teacher.algorithm} {teacher.ref}; watch it with: tensorboard --logdir {args.folder}")
 

@@ -14,7 +14,7 @@ from policykd.minari import export_to_minari
 class Import:
     """Writes recorded states as a dataset: every frame once, to distil from with --states dataset:FOLDER.
 
-    An import that was interrupted leaves no dataset; run it again.
+    An import that was interrupted goes on behind its last shard: run the same command again.
     """
 
     source: tyro.conf.Positional[Path]

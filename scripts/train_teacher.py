@@ -151,7 +151,7 @@ def main(args: Args) -> None:
 def train(run: Path, args: Args, device: torch.device) -> None:
     """Trains, or goes on training, then writes the archive and its card."""
     with interruptible():
-        envs = make_atari(args.game, args.num_envs, args.seed, independent_games=True)
+        envs = make_atari(args.game, args.num_envs, args.seed)
     model = make_model(args, SB3VecEnv(envs, clip_rewards=True), device)
     start = load_teacher(args.start_from, game=args.game) if args.start_from else None
     if start:

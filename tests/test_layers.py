@@ -30,7 +30,7 @@ def test_no_file_is_longer_than_a_person_reads_at_once(path: Path) -> None:
 
 
 def test_one_hop_from_the_command_to_the_gradient() -> None:
-    """scripts/distill_atari.py calls distill(), and distill() itself calls loss.backward()."""
+    """scripts/distill_atari.py calls distill(), and distill() itself asks autograd for the gradient."""
     assert "distill(" in (ROOT / "scripts" / "distill_atari.py").read_text()
     loop = next(
         node
@@ -40,7 +40,7 @@ def test_one_hop_from_the_command_to_the_gradient() -> None:
     calls = {
         node.func.attr for node in ast.walk(loop) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     }
-    assert "backward" in calls
+    assert {"grad", "step"} <= calls
 
 
 def test_importing_policykd_is_light() -> None:

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 from policykd.envs.atari import AtariEnvs, make_atari
 from policykd.envs.emulators import packed
+from policykd.envs.games import RANDOM_AND_HUMAN_SCORES
 from policykd.envs.vector import Episode
 
 gym.register_envs(ale_py)
@@ -116,6 +117,24 @@ def test_a_position_is_restored_bit_for_bit(game: str, num_steps: int, num_more:
     assert envs.state() == again.state()
     assert num_ended or game != "BeamRider"
     assert (envs.reset() == again.reset()).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", RANDOM_AND_HUMAN_SCORES)
+def test_every_game_is_restored_bit_for_bit(game: str) -> None:
+    """At its very start, and three times later."""
+    envs, again = (make_atari(game, 2, seed=1, noop_max=2, repeat_action_probability=0.25) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    obs = envs.reset()
+    for _ in range(4):
+        assert (again.restore(envs.state()) == obs).all()
+        for _ in range(60):
+            actions_B = torch.randint(envs.num_actions, (2,), generator=generator)
+            ours, theirs = envs.step(actions_B), again.step(actions_B)
+            obs = ours.obs
+            assert (theirs.obs == obs).all()
+            assert (theirs.rewards_B == ours.rewards_B).all()
+    assert envs.state() == again.state()
 
 
 def test_a_hundred_restores_change_nothing() -> None:

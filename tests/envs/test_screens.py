@@ -50,7 +50,7 @@ def test_changes_anywhere_give_the_frame_that_is_drawn_whole(height: int) -> Non
 
 
 def test_all_128_colours_are_those_of_the_emulator(tmp_path: Path) -> None:
-    rom = tmp_path / "pong.bin"
+    rom = tmp_path / "seaquest.bin"  # ALE knows games by their names
     content = COLOURS.ljust(4096, b"\0")
     rom.write_bytes(content[:-4] + b"\x00\xf0\x00\xf0")
     ale = ale_py.ALEInterface()

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import warm
 
-from policykd.agents.interrupts import check_interrupted
+from policykd.agents.interrupts import check_interrupted, seconds_since_signal
 from policykd.envs.atari import make_atari
 
 ARGS = (
@@ -55,9 +55,17 @@ def cycle(script: ModuleType, folder: Path, seconds: float, plays_pong: bool) ->
     raise AssertionError("the command returned")
 
 
+def stop_in_time(*args: object) -> None:
+    """Sends SIGTERM when the alarm rings, unless the command has ended meanwhile."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def stop(*args: object, **how: object) -> NoReturn:
     """Stands in for `judge`, whose games of Pong would take minutes."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    if not seconds_since_signal():  # a second one would end the process at once
+        os.kill(os.getpid(), signal.SIGTERM)
     while True:
         check_interrupted()
 
@@ -71,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     script, chance, began, num_finished = warm.command(), random.Random(0), time.monotonic(), 0
     flickers, judge = script.make_atari, script.judge
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGALRM, stop_in_time)
     while time.monotonic() - began < args.seconds:
         pong = num_finished % 2 == 1
         vars(script).update(

@@ -186,7 +186,7 @@ def test_evaluations_come_between_rollouts(tmp_path: Path) -> None:
 
 def test_an_atari_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def make_dqn() -> tuple[BaseAlgorithm, VectorEnv]:
-        envs = make_atari("Breakout", 2, seed=0, independent_games=True)
+        envs = make_atari("Breakout", 2, seed=0)
         settings: dict[str, Any] = {**OFF_POLICY, "batch_size": 4, "gradient_steps": 1}
         model = DQN("CnnPolicy", SB3VecEnv(envs, clip_rewards=True), seed=0, device="cpu", **settings)
         model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -16,13 +16,14 @@ from torch import Tensor
 from policykd.agents.policy import Policy
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.distill import distill, make_learner
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Step
 from policykd.evaluation import evaluate
+from policykd.learner import make_learner
 from policykd.losses import ForwardKL
 from policykd.schedules import WarmupCosine
 from policykd.states import MixedStates
@@ -49,6 +50,9 @@ class Endless:
 
     def step(self, actions_B: Tensor) -> Step:
         return Step(torch.zeros(8, 1), (actions_B == 1).float(), torch.zeros(8, dtype=torch.bool))
+
+    def close(self) -> None:
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         raise NotImplementedError
