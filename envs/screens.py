@@ -88,7 +88,7 @@ class Screens:
     def rgb(self) -> np.ndarray:
         """Returns what a person would see, the maximum of both screens, uint8 `(num_games, height, 160, 3)`."""
         pairs = palette(self.drawn.shape[2])[self.drawn]
-        return np.maximum(pairs[:, 0], pairs[:, 1])
+        return np.asarray(np.maximum(pairs[:, 0], pairs[:, 1]))
 
     def _reduce(self, grey: np.ndarray) -> np.ndarray:
         size, pictures = ((84, 84), grey) if self._num_bands == 1 else ((84, 2 * len(grey)), [grey.reshape(-1, 160)])

@@ -131,7 +131,8 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     settings |= {"game": game, "teacher": about(teacher)}
     if isinstance(args.states, DatasetStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
-    teacher = teacher.to(device).compiled(envs.reset().to(device))
+    with closing(make_atari(game, 1, args.seed)) as one:
+        teacher = teacher.to(device).compiled(one.reset().to(device))
     machine = {"device": str(device), "threads": threads, "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():

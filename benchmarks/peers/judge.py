@@ -70,7 +70,7 @@ def student_of(path: Path) -> Student:
         for parameter, value in zip(student.net.parameters(), tensors, strict=True):
             parameter.copy_(value)
         for buffer, number in zip(student.net.buffers(), scaling, strict=True):
-            buffer.fill_(value)
+            buffer.fill_(number)
     return student.eval()
 
 

@@ -140,7 +140,7 @@ def test_every_game_is_restored_bit_for_bit(game: str) -> None:
 def test_a_hundred_restores_change_nothing() -> None:
     """X03: the same emulators, over and over, in the middle of sticky games; no file stays open."""
     envs, again = (make_atari("Seaquest", 2, seed=0, repeat_action_probability=0.25) for _ in range(2))
-    generator = torch.Generator().manual_seed(0)
+    generator, num_files = torch.Generator().manual_seed(0), 0
     envs.reset()
     for k in range(100):
         state = envs.state()

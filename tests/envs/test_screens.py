@@ -21,7 +21,7 @@ COLOURS = bytes.fromhex(
 
 def whole(pair: np.ndarray, height: int) -> np.ndarray:
     rgb = palette(height)[pair].max(axis=0)
-    return cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA))
 
 
 @pytest.mark.parametrize("height", [210, 220, 250])

@@ -51,9 +51,10 @@ def test_the_number_of_workers_changes_nothing() -> None:
     assert some[0].state() == some[1].state()
     assert (some[0].screens() == some[1].screens()).all()
     state = some[0].state()
+    stood = some[1].step(torch.full((5,), -1)).obs
     some[0].step(torch.zeros(5, dtype=torch.long))
     for envs in some:
-        assert (envs.restore(state) == here.obs).all()
+        assert (envs.restore(state) == stood).all()
         envs.close()
 
 

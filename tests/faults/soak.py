@@ -1,11 +1,12 @@
 """Starts, stops and goes on with small runs in one process for a while: what grows, leaks.
 
-Every run is stopped by SIGTERM at random times until it is finished; every other one plays Pong and has no final
-evaluation. A line of JSON a cycle says what the process holds.
+Two runs take turns, each stopped by SIGTERM at random times until it is finished and begun anew; one of them plays Pong
+and has no final evaluation. A line of JSON a cycle says what the process holds.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -80,19 +81,21 @@ def main() -> None:
     script, chance, began, num_finished = warm.command(), random.Random(0), time.monotonic(), 0
     flickers, judge = script.make_atari, script.judge
     signal.signal(signal.SIGALRM, stop_in_time)
-    while time.monotonic() - began < args.seconds:
-        pong = num_finished % 2 == 1
+    for pong in itertools.cycle([True, False]):
+        runs = args.folder / str(pong)
         vars(script).update(
             {"make_atari": make_atari, "judge": stop} if pong else {"make_atari": flickers, "judge": judge}
         )
-        code = cycle(script, args.folder, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
+        code = cycle(script, runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
         if code not in (0, 75):
-            sys.exit(f"exit {code}; look at {args.folder}")
-        line = {"seconds": round(time.monotonic() - began, 1), "code": code, "pong": pong, **held(args.folder)}
-        if code == 0 or (pong and (args.folder / "Pong/r/student.json").exists()):
-            shutil.rmtree(args.folder)
+            sys.exit(f"exit {code}; look at {runs}")
+        line = {"seconds": round(time.monotonic() - began, 1), "code": code, "pong": pong, **held(runs)}
+        if code == 0 or (pong and (runs / "Pong/r/student.json").exists()):
+            shutil.rmtree(runs)
             num_finished += 1
         print(json.dumps({**line, "finished": num_finished}), flush=True)
+        if time.monotonic() - began > args.seconds:
+            break
 
 
 if __name__ == "__main__":
