@@ -7,7 +7,8 @@ first bit for bit as it would have been without, and the second as it was.
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Records:
         self._timings = _json_lines(folder / TIMINGS)[:num_rounds_kept]
         last = self._rounds[-1]["num_updates"] if self._rounds else -1
         self._evaluations = _evaluations(folder / "evaluations.npz", last)
-        self._board = SummaryWriter(str(folder), purge_step=last + 1)
+        with self._named_errors():
+            self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
     def add_round(self, r: Round, temperature: float) -> None:
         """Writes what a round measured and how long it took, and the loss's temperature."""
@@ -107,12 +109,23 @@ class Records:
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
-        self._board.close()
+        with self._named_errors():
+            self._board.close()
 
     def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
-        self._board.flush()
+        with self._named_errors():
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, step)
+            self._board.flush()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """TensorBoard does not say which file it could not write."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"{error.strerror}; nothing else was lost, make room and go on with --resume"
+            raise OSError(error.errno, reason, str(self.folder / "events.out.tfevents")) from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
