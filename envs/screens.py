@@ -92,4 +92,5 @@ class Screens:
 
     def _reduce(self, grey: np.ndarray) -> np.ndarray:
         size, pictures = ((84, 84), grey) if self._num_bands == 1 else ((84, 2 * len(grey)), [grey.reshape(-1, 160)])
-        return np.stack([np.asarray(cv2.resize(p, size, interpolation=cv2.INTER_AREA)) for p in pictures])
+        small: np.ndarray = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in pictures])
+        return small

@@ -35,8 +35,8 @@ class Args:
     out: Path
     teacher: Path
     """an archive of SB3's DQN"""
-    teacher_steps: int = 100_000
-    """CleanRL takes 500,000, 14 GB of frames and five times the wait before the first update"""
+    teacher_steps: int = 20_000
+    """CleanRL takes 500,000: 14 GB of frames, and 25 times the wait before the first update"""
     temperature: float = Defaults.temperature
     seconds: float = 1500.0
     """of CPU, after which it ends"""
