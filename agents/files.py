@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-_TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.policykd\.tmp")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _being_written: set[Path] = set()
 
@@ -33,10 +33,12 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: no room or no permission; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.policykd.tmp")
     _being_written.add(temporary)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+            sync_folder(path.parent.parent)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -78,6 +80,8 @@ def read_verified(path: Path, sha256: str, next_step: str) -> bytes:
     """
     try:
         content = path.read_bytes()
+    except PermissionError:
+        raise
     except OSError as error:
         raise BadFile(f"{path}: damaged ({error.strerror}){next_step}") from error
     if hashlib.sha256(content).hexdigest() != sha256:

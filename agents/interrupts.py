@@ -47,10 +47,10 @@ def interruptible() -> Iterator[None]:
     not stopped in the middle.
     """
     global _num_interruptible
-    check_interrupted()
     is_main = threading.current_thread() is threading.main_thread()
     _num_interruptible += is_main
     try:
+        check_interrupted()
         yield
     finally:
         _num_interruptible -= is_main

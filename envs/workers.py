@@ -57,9 +57,12 @@ class Worker:
     def __init__(self, rules: Rules, envs: range, outcomes: np.ndarray, frames: np.ndarray) -> None:
         """Starts a process that plays environments `envs`; what it sends goes into `outcomes` and `frames`."""
         self._game, self._outcomes, self._frames = rules.game, outcomes, frames
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", START.format(path=sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        command = [sys.executable, "-c", START.format(path=sys.path)]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # which a child inherits
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert isinstance(self._process.stdout, io.BufferedReader)
         self._answers = self._process.stdout
         self.pid = self._process.pid

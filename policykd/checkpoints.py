@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from policykd.agents.interrupts import check_interrupted
 from policykd.envs.vector import Episode
 from policykd.learner import Learner, Visit
 from policykd.shards import compressed
@@ -66,6 +67,7 @@ def restore_checkpoint(learner: Learner, folder: Path) -> None:
     generation = recover(folder, KEYS)
     about = generation.about
     for name in generation.named("replay"):
+        check_interrupted()
         learner.replay.extend(read_arrays(generation, name))
     (name,) = generation.named("learner")
     tensors = load_tensors(read_file(generation, name))

@@ -111,6 +111,7 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
     )
     before_first = torch.full((about.num_envs,), -1, dtype=torch.int16)
     for name, arrays in dataset.read():
+        check_interrupted()
         first = len(replay)
         if not keep_scores:
             arrays.pop("scores", None)
@@ -146,6 +147,7 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
     waits_N[replay.history] = False
     rows = waits_N.nonzero().squeeze(1)
     for rows_B in rows.split(batch_size):
+        check_interrupted()
         scores_BA = teacher(replay.gather(rows_B)).to(replay.scores_NA.device)
         if not scores_BA.isfinite().all():
             raise FloatingPointError("the teacher's scores of replayed states are not finite; give another teacher")

@@ -41,7 +41,7 @@ class Round:
     num_updates: int
     """gradient steps so far"""
     loss: float
-    """mean over the round's updates; nan if one of them was not finite"""
+    """mean over the round's updates, those that were skipped too"""
     kl: float
     """KL(teacher || student), mean over the round's batches, nats"""
     action_agreement: float
@@ -148,7 +148,7 @@ def distill(
         optimizer.step()
         sums.add_(torch.cat([measured, norm[None], skipped[None]]))
 
-    num_parts = max(1, min(threads, batch_size // 32))
+    num_parts = max(1, min(threads, batch_size // 32)) if device.type == "cpu" else 1
     step = CapturedUpdate(update) if cuda_graph else update
     with ThreadPoolExecutor(num_parts + 1) as pool:
         if learner.visit is None and learner.round == 0:
@@ -159,6 +159,7 @@ def distill(
             began = time.perf_counter()
             visited, num_states, end = learner.visit, replay.num_states, len(replay) - replay.num_held_out
             assert visited is not None
+            check_scores(learner.round, visited)
 
             # 1. Measure the student on this round's states, which it has not been fitted to.
             student.eval()
@@ -186,11 +187,7 @@ def distill(
 
             # 3. Report.
             num_skipped = round(skipped * updates_per_round)
-            if max(num_skipped, visited.num_nonfinite) > MAX_NONFINITE:
-                raise FloatingPointError(
-                    f"round {learner.round}: {visited.num_nonfinite} states with scores and {num_skipped} updates with"
-                    f" loss {mean_loss} or gradient norm {grad_norm} that are not finite; lower the learning rate"
-                )
+            check_updates(learner.round, num_skipped, updates_per_round, mean_loss, grad_norm)
             learner.round += 1
             learner.num_updates += updates_per_round
             yield Round(
@@ -279,6 +276,23 @@ def check(learner: Learner, states_per_round: int) -> None:
         raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {num_envs}")
     if not states_per_round and not 0 < replay.num_held_out < len(replay):
         raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
+
+
+def check_scores(index: int, visited: Visit) -> None:
+    """Raises FloatingPointError for too many states that the teacher cannot score."""
+    if visited.num_nonfinite > MAX_NONFINITE:
+        raise FloatingPointError(
+            f"round {index}: the teacher's scores of {visited.num_nonfinite} states are not finite; give another one"
+        )
+
+
+def check_updates(index: int, num_skipped: int, num_updates: int, loss: float, grad_norm: float) -> None:
+    """Raises FloatingPointError for too many updates that were skipped, or a round of nothing else."""
+    if num_skipped > MAX_NONFINITE or 0 < num_skipped == num_updates:
+        raise FloatingPointError(
+            f"round {index}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are not finite;"
+            " lower the learning rate"
+        )
 
 
 def done(work: Callable[..., Visit], *args: object) -> Future[Visit]:

@@ -124,7 +124,7 @@ class Records:
         try:
             yield
         except OSError as error:
-            reason = f"{error.strerror}; nothing else was lost, make room and go on with --resume"
+            reason = f"{error.strerror}; what was finished is saved, mend that and go on with --resume"
             raise OSError(error.errno, reason, str(self.folder / "events.out.tfevents")) from error
 
 

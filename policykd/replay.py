@@ -99,7 +99,9 @@ class Replay:
             rows_UB = torch.randint(end - len(history), shape, generator=generator)
             if len(history):  # the k-th state lies behind the rows of history before it
                 rows_UB += torch.searchsorted(history - torch.arange(len(history)), rows_UB, right=True)
-            yield from rows_UB.to(self.frames.device)
+            if self.frames.is_cuda:  # only then is the copy one that nobody waits for
+                rows_UB = rows_UB.pin_memory()
+            yield from rows_UB.to(self.frames.device, non_blocking=True)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Returns one of the `batches` of all states but those held out.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from policykd.agents.files import BadFile, write_atomically
+from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student, packed_weights
 from policykd.agents.teacher import Teacher
@@ -54,6 +55,7 @@ class FinishedGames:
         device: torch.device | str = "cpu",
     ) -> Evaluation:
         """Returns whole games of a policy with weights of `sha256`: those kept, or new ones, which are kept."""
+        check_interrupted()
         key = " ".join(map(str, (sha256, game, protocol, num_episodes, seed, temperature)))
         if key not in self._rows:
             print(f"playing {num_episodes} games, {protocol} ...", flush=True)
@@ -65,7 +67,8 @@ class FinishedGames:
                 rows = {key: {"seconds": seconds, **asdict(games)} for key, (seconds, games) in self._rows.items()}
                 write_atomically(self.path, (json.dumps(rows) + "\n").encode())
         seconds, games = self._rows[key]
-        self.seconds += seconds
+        with self._writing:
+            self.seconds += seconds
         return games
 
 
@@ -80,7 +83,7 @@ def judge(
     done: Path,
     threads: int = 1,
 ) -> tuple[dict[str, Any], float]:
-    """Returns the results of student, teacher and random play under every protocol, and the seconds it took to play.
+    """Returns the results of student, teacher and random play under every protocol, and the seconds of play.
 
     The teacher's games come from its card where that has them: it says that they were played on this very archive. What
     is finished goes to the file `done`; called with it again, the same games are not played twice. So many `threads`
@@ -106,14 +109,18 @@ def judge(
         for protocol in PROTOCOLS:
             what = game, protocol, min(num_episodes, 32)
             playing["random", protocol] = pool.submit(finished.play, random, "random", *what, seed=seed)
-        for (who, protocol), games in playing.items():
-            results[who][protocol] = judgement(games.result())
+        try:
+            for (who, protocol), games in playing.items():
+                results[who][protocol] = judgement(games.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is not begun need not be
+            raise
     costs = {
         "teacher": measure_costs(teacher.net, teacher.obs_shape),
         "student": measure_costs(student, teacher.obs_shape),
     }
     rows: dict[str, Any] = {who: entry(costs.get(who), protocols) for who, protocols in results.items()}
-    return rows | {"comparison": comparison(rows, game)}, finished.seconds / threads
+    return rows | {"comparison": comparison(rows, game)}, finished.seconds
 
 
 def judgement(evaluation: Evaluation) -> dict[str, Any]:

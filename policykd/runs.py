@@ -31,7 +31,7 @@ def lock(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = _locked(run / LOCK)
     except OSError as error:
-        step = "" if error.errno == errno.EAGAIN else "; a run writes there, give another --folder or --name"
+        step = "" if error.errno == errno.EAGAIN else "; it is written to, give another folder"
         raise OSError(error.errno, f"{error.strerror}{step}", error.filename or str(run / LOCK)) from error
     with file:
         try:
@@ -111,6 +111,14 @@ def start_run(run: Path, settings: Mapping[str, Any], *, machine: Mapping[str, A
     """Makes a run's folder with its config.json: settings, command, versions, machine and notes."""
     content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
     write_atomically(run / CONFIG, (json.dumps(content | notes, indent=1) + "\n").encode())
+
+
+def check_there(run: Path) -> None:
+    """Raises OSError if a run's folder has been moved away from under the process."""
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(
+            errno.ENOENT, "moved or removed; go on with --resume where it is now", str(run / CONFIG)
+        )
 
 
 def again(args: Any, run: Path) -> str:

@@ -224,7 +224,7 @@ def _read(folder: Path, number: int) -> Generation:
             raise ValueError("it is none, or that of another number")
         if not all(_NAME.fullmatch(name) for name in generation.files):
             raise ValueError("it names other files than a generation has")
-    except BadFile:
+    except (BadFile, PermissionError):
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: damaged ({getattr(error, 'strerror', None) or error})") from error

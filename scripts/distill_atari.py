@@ -30,7 +30,7 @@ from policykd.manifest import open_dataset
 from policykd.records import Records
 from policykd.replay import Replay
 from policykd.results import judge, table
-from policykd.runs import again, check_at_least, check_name, goes_on, lock, pinned, start_run
+from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run
 from policykd.schedules import WarmupCosine
 from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates, spelt_out
 from policykd.store import has_generations
@@ -191,6 +191,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
             score = f"{sum(live) / len(live):.1f}" if live else "-"
             agree, share = f"{r.action_agreement:.1%}", f"{r.student_fraction:.0%}"
             bar.set_postfix(kl=f"{r.kl:.4f}", agree=agree, student=share, score=score)
+    check_there(run)
     save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
     results, seconds = judge(
         student, teacher, game, args.eval_episodes, args.seed, device, done=run / "judged.json", threads=threads
@@ -207,6 +208,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
     )
     play_to_gif(student, game, run / "student.gif", seed=args.seed)
+    check_there(run)
     write_atomically(run / "results.md", text.encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")

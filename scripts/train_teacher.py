@@ -168,7 +168,7 @@ def train(run: Path, args: Args, device: torch.device) -> None:
         start_run(run, settings, machine=machine, start_from=args.start_from)
 
     is_old = has_generations(run / "checkpoints")
-    with interruptible():  # games are played up to where they stood
+    with interruptible():  # a replay buffer may be gigabytes
         wall_seconds = restore_training(model, envs, run / "checkpoints") if is_old else 0.0
     board = TensorBoardOutputFormat(str(run))
     board.writer = SummaryWriter(str(run), purge_step=model.num_timesteps + 1)

@@ -91,10 +91,10 @@ def test_what_a_killed_process_left_is_swept_and_what_another_writes_is_not(tmp_
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for pid in (gone.pid, os.getpid(), os.getppid()):
-        (tmp_path / f".file.{pid}.tmp").write_bytes(b"cut")
+        (tmp_path / f".file.{pid}.policykd.tmp").write_bytes(b"cut")
     (tmp_path / ".hidden.tmp").write_bytes(b"not ours")
     write_atomically(tmp_path / "new", b"content")
-    assert {p.name for p in tmp_path.iterdir()} == {f".file.{os.getppid()}.tmp", ".hidden.tmp", "new"}
+    assert {p.name for p in tmp_path.iterdir()} == {f".file.{os.getppid()}.policykd.tmp", ".hidden.tmp", "new"}
     sweep(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 

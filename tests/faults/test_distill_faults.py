@@ -594,7 +594,32 @@ def test_a_full_disk_at_any_time_is_one_line(warm: Warm, whole: Whole, disk: Pat
         assert learned(disk / "runs/Pong/r") == whole.learned
         shutil.rmtree(disk / "runs")
         kilobytes += 4 + kilobytes // 32 * 4  # whole pages
-    assert {"config.json", "learner.safetensors", "replay.npz", "student.safetensors", "student.gif"} <= stopped_at
+    assert {"config.json", "learner.safetensors", "replay.npz"} <= stopped_at
+
+
+@pytest.mark.faults
+@needs_root
+@pytest.mark.parametrize(("name", "room"), [("student.safetensors", 40_000), ("student.gif", 180_000)])
+def test_no_room_for_the_export_is_one_line(
+    name: str, room: int, warm: Warm, whole: Whole, stopped: Path, disk: Path
+) -> None:
+    """D01: of the student and of its animation, which need less than a checkpoint."""
+    runs = shutil.copytree(stopped, disk / "runs")
+    for path in (runs / "Pong/r").glob("student.*"):
+        path.unlink()
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - room))
+    code, said = warm(runs)
+    assert code == ENVIRONMENT, said
+    last = said.strip().splitlines()[-1]
+    assert f"/{name}: No space left on device" in last
+    assert "bytes were needed, nothing was overwritten" in last
+    assert not list(disk.rglob("*.tmp"))
+    assert num_rounds_kept(runs / "Pong/r") == 3
+    filler.unlink()
+    code, said = warm(runs)
+    assert code == 0, said
+    assert learned(runs / "Pong/r") == whole.learned
 
 
 def test_a_reader_beside_the_writer_sees_a_prefix(warm: Warm, whole: Whole, tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_an_import_that_was_cut_goes_on_to_the_same_bytes(num_parts: int, tmp_pa
 
     (tmp_path / "d").mkdir(exist_ok=True)
     (folder / f"states-{num_shards:04d}.npz").write_bytes(b"written, and not yet in the manifest")
-    (folder / ".manifest.json.999999.tmp").write_bytes(b"cut by a kill")
+    (folder / ".manifest.json.999999.policykd.tmp").write_bytes(b"cut by a kill")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("states-*")}
     write_dataset(folder, ABOUT, [points(70), points(60, 70)], rows_per_shard=40)
     assert contents(folder) == contents(tmp_path / "whole")

@@ -154,15 +154,15 @@ def test_weights_are_those_of_a_run_without_the_broken_updates() -> None:
     """N03: an update that is not finite leaves weights and moments bit for bit as they were."""
     learner = identity_learner()
     before = [w.clone() for w in learner.student.parameters()]
-    rounds = run(learner, loss=BrokenNow(1, 11), rounds=1, updates_per_round=10)
-    assert rounds[0].num_nonfinite_updates == 10
+    with pytest.raises(FloatingPointError, match="round 0: 10 updates"):  # a round of nothing else
+        run(learner, loss=BrokenNow(1, 11), rounds=1, updates_per_round=10)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.student.parameters(), strict=True))
 
 
 def test_too_many_updates_that_are_not_finite_end_the_run() -> None:
     """N03: after the bound the run ends, its weights untouched."""
     learner = identity_learner()
-    with pytest.raises(FloatingPointError, match=r"round 1: 0 states .* 11 updates .* loss nan"):
+    with pytest.raises(FloatingPointError, match=r"round 1: 11 updates with loss nan"):
         run(learner, loss=BrokenNow(41, 52))
     assert all(w.isfinite().all() for w in learner.student.parameters())
     assert learner.round == 1
@@ -197,7 +197,7 @@ def test_a_teacher_that_scores_too_much_nonsense_ends_the_run() -> None:
         scores_BA[0, 0] = float("nan")
         return scores_BA
 
-    with pytest.raises(FloatingPointError, match=r"round 0: 20 states"):
+    with pytest.raises(FloatingPointError, match=r"round 0: the teacher's scores of 20 states"):
         run(identity_learner(), teacher=poisoned, rounds=2)
 
 
@@ -355,7 +355,8 @@ def test_updates_stay_on_the_device_and_scores_are_float32(monkeypatch: pytest.M
         rounds=1,
         states_per_round=0,
         updates_per_round=5,
-        batch_size=8,
+        batch_size=64,
+        threads=4,  # of the CPU: no other device's batch is cut
     )
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # the round's numbers, after its updates
         next(rounds)

@@ -144,7 +144,7 @@ def test_a_lock_leaves_nothing_and_can_be_taken_again(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """C09."""
     (tmp_path / "file").write_text("")
-    reason = "Not a directory; a run writes there, give another --folder or --name"
+    reason = "Not a directory; it is written to, give another folder"
     with pytest.raises(OSError, match=reason) as error, lock(tmp_path / "file" / "run"):
         pass
     assert str(tmp_path / "file") in error.value.filename
