@@ -21,7 +21,7 @@ from policykd.agents.policy import Policy
 from policykd.agents.student import Student
 from policykd.cuda_graph import CapturedUpdate
 from policykd.envs.vector import Episode
-from policykd.learner import Learner, Visit
+from policykd.learner import Learner, Visit, check_states
 from policykd.losses import Loss, kl_divergence_B, log_policy
 from policykd.replay import Replay
 from policykd.schedules import Schedule
@@ -122,7 +122,7 @@ def distill(
     device = replay.frames.device
     weights = [p for p in student.parameters() if p.requires_grad]
     sums = torch.zeros(5, device=device)
-    check(learner, states_per_round)
+    check_states(learner, states_per_round)
 
     def gradients(rows_B: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Returns one thread's share of the gradient of a batch's mean loss, and of what is measured on it."""
@@ -267,15 +267,6 @@ def compare(student: nn.Module, replay: Replay, first: int, end: int, temperatur
         sums += torch.stack([kl_divergence_B(log_p_BA, log_policy(student_BA)), agree_B.float(), entropy_B]).sum(dim=1)
     kl, agreement, entropy = (sums / len(rows)).tolist()
     return kl, agreement, entropy
-
-
-def check(learner: Learner, states_per_round: int) -> None:
-    """Raises ValueError for a number of states that does not fit the environments or an offline replay."""
-    replay, num_envs = learner.replay, learner.envs.num_envs
-    if states_per_round % num_envs:
-        raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {num_envs}")
-    if not states_per_round and not 0 < replay.num_held_out < len(replay):
-        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
 
 
 def check_scores(index: int, visited: Visit) -> None:

@@ -83,3 +83,12 @@ def make_learner(
         obs=obs,
         starts_B=torch.ones(envs.num_envs, dtype=torch.bool),
     )
+
+
+def check_states(learner: Learner, states_per_round: int) -> None:
+    """Raises ValueError for a number of states that does not fit the environments or an offline replay."""
+    replay, num_envs = learner.replay, learner.envs.num_envs
+    if states_per_round % num_envs:
+        raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {num_envs}")
+    if not states_per_round and not 0 < replay.num_held_out < len(replay):
+        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
