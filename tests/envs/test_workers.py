@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from policykd.envs.atari import AtariEnvs, make_atari
+from policykd.envs.emulators import OUTCOME, Rules
 from policykd.envs.workers import Worker
 
 
@@ -139,3 +141,14 @@ def test_workers_die_with_their_parent(how: str) -> None:
 def test_a_worker_imports_no_torch() -> None:
     code = "import sys, policykd.envs.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_signal_to_the_group_cannot_meet_a_worker_that_is_just_starting() -> None:
+    """C04: Ctrl-C reaches children too, before Python has started in them: they inherit that it waits."""
+    worker = Worker(Rules("Pong", 0, 30, 0.0, True), range(1), np.zeros(1, OUTCOME), np.zeros((1, 84, 84), np.uint8))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    worker.ask("num_actions")
+    assert worker.answer() == 6
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    worker.close()
