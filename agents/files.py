@@ -37,7 +37,7 @@ def replace_file(path: Path, content: bytes) -> None:
     _being_written.add(temporary)
     try:
         if not path.parent.is_dir():
-            path.parent.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             sync_folder(path.parent.parent)
         with temporary.open("wb") as file:
             file.write(content)

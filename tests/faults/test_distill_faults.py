@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -193,8 +194,7 @@ def test_kills_at_random_times_lose_no_more_than_a_round(
         else:
             assert learned(runs / "Pong/r") == whole.learned, runs
             check_curves(runs / "Pong/r")
-            runs, kept = tmp_path / str(kills), 0
-            runs.mkdir()
+            runs, kept = Path(tempfile.mkdtemp(dir=tmp_path)), 0
 
 
 def check_curves(run: Path) -> None:
