@@ -1,4 +1,4 @@
-"""The acting network of an SB3 agent, rebuilt from the names and shapes of its tensors.
+"""The acting network of an SB3 agent, and its critic, rebuilt from the names and shapes of its tensors.
 
 What the archive's readable JSON says beside them (spaces, scaling, activation, classes) must agree, or be what SB3
 takes when nothing is said; what cannot be reproduced faithfully is refused.
@@ -43,10 +43,7 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
     algorithm, extractors, sequential = _family(archive)
     on_policy = algorithm in ("PPO", "A2C")
     dense = [*_layers(archive, sequential), *(["action_net."] if on_policy else [])]
-    convolutions: list[str] = []
-    extractor = next((p for p in extractors if f"{p}cnn.0.weight" in archive.tensors), None)
-    if extractor:
-        convolutions, dense = [f"{extractor}cnn.{i}." for i in (0, 2, 4)], [f"{extractor}linear.0.", *dense]
+    convolutions, dense = _with_extractor(archive, extractors, dense)
     _check_all_are_read(archive, [*convolutions, *dense])
     weights, biases = _dense_tensors(archive, dense)
     if algorithm == "QRDQN":
@@ -54,10 +51,21 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
     expected = described_num_actions(archive.data)
     if expected not in (None, len(biases[-1])):
         raise BadFile(f"{archive.path}: expected {expected} actions as its `data` says, found {len(biases[-1])}")
-    activation = _activation(archive, kwargs, nn.Tanh if on_policy else nn.ReLU)
-    if convolutions:
-        return _conv_net(archive, kwargs, convolutions, weights, biases, activation), algorithm
-    return _mlp(archive, weights, biases, activation), algorithm
+    return _network(archive, kwargs, convolutions, weights, biases, nn.Tanh if on_policy else nn.ReLU), algorithm
+
+
+def rebuild_critic(archive: Archive) -> ConvNet | MLP:
+    """Returns the value network of a PPO or A2C archive: the acting network's kind, with one score, the value.
+
+    Raises:
+        BadFile: none is there, or it is not one of SB3's own; one line, expected and found.
+    """
+    kwargs, dense = _checked_kwargs(archive), [*_layers(archive, "mlp_extractor.value_net."), "value_net."]
+    convolutions, dense = _with_extractor(archive, ("vf_features_extractor.", "features_extractor."), dense)
+    weights, biases = _dense_tensors(archive, dense)
+    if len(biases[-1]) != 1:
+        raise BadFile(f"{archive.path}: value_net expected one output, found {len(biases[-1])}; {_TRUST}")
+    return _network(archive, kwargs, convolutions, weights, biases, nn.Tanh)
 
 
 def described_shape(data: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -124,6 +132,14 @@ def _family(archive: Archive) -> tuple[Algorithm, tuple[str, ...], str]:
         f"{archive.path}: expected a PPO, A2C, DQN or QR-DQN policy, found tensors such as {next(iter(names))!r:.80}; "
         f"{_TRUST}"
     )
+
+
+def _with_extractor(archive: Archive, extractors: Sequence[str], dense: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the convolutions of the first features extractor that is there, if any, and all dense layers."""
+    extractor = next((p for p in extractors if f"{p}cnn.0.weight" in archive.tensors), None)
+    if extractor is None:
+        return [], dense
+    return [f"{extractor}cnn.{i}." for i in (0, 2, 4)], [f"{extractor}linear.0.", *dense]
 
 
 def _layers(archive: Archive, prefix: str) -> list[str]:
@@ -199,6 +215,20 @@ def _activation(archive: Archive, kwargs: Mapping[str, Any], default: type[nn.Mo
             f"{archive.path}: expected an activation of {', '.join(_ACTIVATIONS)}, found {found!r:.80}; {_TRUST}"
         )
     return _ACTIVATIONS[named[1]]
+
+
+def _network(
+    archive: Archive,
+    kwargs: Mapping[str, Any],
+    convolutions: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    default: type[nn.Module],
+) -> ConvNet | MLP:
+    activation = _activation(archive, kwargs, default)
+    if convolutions:
+        return _conv_net(archive, kwargs, convolutions, weights, biases, activation)
+    return _mlp(archive, weights, biases, activation)
 
 
 def _conv_net(

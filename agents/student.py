@@ -1,10 +1,11 @@
 """Students: compact networks by name, saved as safetensors + JSON, that play with SB3's `predict` signature."""
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from policykd.agents.files import BadFile, write_atomically
-from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
+from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, Activations, ConvNet
 from policykd.agents.policy import greedy, sample
 
 Size = Literal["25%", "7%", "4%", "1%"]
@@ -30,7 +31,9 @@ SIZES: dict[Size, tuple[tuple[int, int, int], int]] = {
 """share of the NatureCNN's parameters -> (convolution widths, dense units); the first three are Rusu et al.'s (2015)
 nets"""
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""of student.json; the second is one that a reader of the first would play wrongly: with a temperature, or a value
+head"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Shape:
     """units of the dense layers"""
     num_actions: int
     obs_shape: tuple[int, ...]
+    value: bool = False
+    """whether it has a value head beside the scores"""
+    temperature: float = 1.0
+    """what the network's scores are divided by to get logits; 0.01 for a student that was regressed on Q-values"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, not {self.temperature}; 1 for logits, 0.01 for Q-values")
 
 
 class Student(nn.Module):
@@ -56,11 +67,66 @@ class Student(nn.Module):
             self.net = ConvNet(shape.widths, shape.hidden, shape.num_actions)
         else:
             self.net = MLP(shape.obs_shape[0], shape.hidden, shape.num_actions, activation=nn.ReLU)
+        self.value_head: nn.Linear | None = nn.Linear(self.net.num_features, 1) if shape.value else None
+
+    @property
+    def temperature(self) -> float:
+        """What the network's scores are divided by to get logits."""
+        return self.shape.temperature
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns logits, float32 `(batch, num_actions)`."""
-        scores_BA: Tensor = self.net(obs_BCHW)
-        return scores_BA
+        """Returns logits, float32 `(batch, num_actions)`: the network's scores divided by the temperature."""
+        return self._logits(self.net(obs_BCHW))
+
+    def activations(self, obs_BCHW: Tensor) -> Activations:
+        """Returns the same logits as a call, with the hidden layer and the convolutions' maps on the way to them."""
+        found = self.net.activations(obs_BCHW)
+        return found._replace(scores_BA=self._logits(found.scores_BA))
+
+    def values(self, obs_BCHW: Tensor) -> Tensor:
+        """Returns the states' values, float32 `(batch,)`, in the unit of what the head was fitted to.
+
+        Raises:
+            ValueError: it has no value head.
+        """
+        return self.value_of(self.net.activations(obs_BCHW).hidden_BF)
+
+    def value_of(self, hidden_BF: Tensor) -> Tensor:
+        """Returns the values of states whose last hidden activations are known, float32 `(batch,)`.
+
+        Raises:
+            ValueError: it has no value head.
+        """
+        if self.value_head is None:
+            raise ValueError("this student has no value head; make it with make_student(..., value=True)")
+        with torch.autocast(hidden_BF.device.type, enabled=False):
+            values_B: Tensor = self.value_head(hidden_BF.float()).squeeze(-1)
+        return values_B
+
+    def folded_net(self) -> ConvNet | MLP:
+        """Returns a network that gives the student's logits: its own, or a copy with the temperature folded in."""
+        if self.temperature == 1.0:
+            return self.net
+        net = copy.deepcopy(self.net)
+        with torch.no_grad():
+            for weight in net.dense[-1].parameters():
+                weight.div_(self.temperature)
+        return net
+
+    def to_sb3(self, env: Any, algorithm: Any = "PPO", **kwargs: Any) -> Any:
+        """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
+        from policykd.agents.sb3_student import to_sb3
+
+        return to_sb3(self, env, algorithm, **kwargs)
+
+    def from_sb3(self, model: Any) -> "Student":
+        """Returns a student of this shape with the weights of an agent that `to_sb3` made."""
+        from policykd.agents.sb3_student import from_sb3
+
+        return from_sb3(model, self)
+
+    def _logits(self, scores_BA: Tensor) -> Tensor:
+        return scores_BA if self.temperature == 1.0 else scores_BA / self.temperature
 
     @torch.no_grad()
     def centre_on(self, frames: Tensor) -> None:
@@ -110,15 +176,23 @@ class Student(nn.Module):
 
 
 def make_student(
-    size: Size | Sequence[int], num_actions: int, obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE, *, seed: int = 0
+    size: Size | Sequence[int],
+    num_actions: int,
+    obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE,
+    *,
+    seed: int = 0,
+    value: bool = False,
+    temperature: float = 1.0,
 ) -> Student:
-    """Returns an untrained student.
+    """Returns an untrained student; a seed gives the same policy with and without a value head.
 
     Args:
         size: a name from `SIZES` for frames; the dense layers' units, such as `(32, 32)`, for vectors.
         num_actions: how many actions it scores.
         obs_shape: of one observation; `(4, 84, 84)` on Atari.
         seed: of the initial weights.
+        value: whether it has a value head, a linear layer on the last hidden layer.
+        temperature: what the network's scores are divided by to get logits.
     """
     if isinstance(size, str):
         if size not in SIZES:
@@ -128,15 +202,15 @@ def make_student(
                 f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units"
             )
         widths, units = SIZES[size]
-        shape = Shape(widths, (units,), num_actions, obs_shape)
+        shape = Shape(widths, (units,), num_actions, obs_shape, value, temperature)
     else:
-        shape = Shape((), tuple(size), num_actions, obs_shape)
+        shape = Shape((), tuple(size), num_actions, obs_shape, value, temperature)
     student = Student(shape)
     generator = torch.Generator().manual_seed(seed)
     for layer in student.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):  # He et al. (2015); a small head, so that it starts near uniform
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # He et al. (2015); small heads, so that it starts near uniform
             fan_in = layer.weight[0].numel()
-            gain = 0.1 if layer is student.net.dense[-1] else math.sqrt(2.0)
+            gain = 0.1 if layer in (student.net.dense[-1], student.value_head) else math.sqrt(2.0)
             layer.weight.data.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
             layer.bias.data.zero_()  # type: ignore[union-attr]
     return student
@@ -152,7 +226,10 @@ def save_student(student: Student, path: Path, about: Mapping[str, Any]) -> None
     """
     weights = packed_weights(student)
     write_atomically(path / "student.safetensors", weights)
-    card = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), "shape": asdict(student.shape), **about}
+    shape = student.shape
+    said = {f.name: getattr(shape, f.name) for f in fields(shape) if getattr(shape, f.name) != f.default}
+    version = FORMATS[1] if {"value", "temperature"} & said.keys() else FORMATS[0]
+    card = {"format": version, "sha256": hashlib.sha256(weights).hexdigest(), "shape": said, **about}
     write_atomically(path / "student.json", (json.dumps(card, indent=1) + "\n").encode())
 
 
@@ -172,14 +249,11 @@ def load_student(path: str | Path) -> Student:
     try:
         card = json.loads((folder / "student.json").read_text())
         weights = (folder / "student.safetensors").read_bytes()
-        if card["format"] != FORMAT:
-            raise BadFile(f"{folder}: student of format {card['format']}, this policykd reads {FORMAT}; update it")
+        if card["format"] not in FORMATS:
+            raise BadFile(f"{folder}: student of format {card['format']}, this policykd reads {FORMATS}; update it")
         if hashlib.sha256(weights).hexdigest() != card["sha256"]:
             raise BadFile(f"{folder}/student.safetensors is not the file that student.json describes; copy both again")
-        shape = card["shape"]
-        student = Student(
-            Shape(tuple(shape["widths"]), tuple(shape["hidden"]), int(shape["num_actions"]), tuple(shape["obs_shape"]))
-        )
+        student = Student(_shape(card["shape"]))
         student.load_state_dict(load_tensors(weights))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadFile(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
@@ -188,3 +262,12 @@ def load_student(path: str | Path) -> Student:
             f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again"
         ) from error
     return student.eval()
+
+
+def _shape(said: Mapping[str, Any]) -> Shape:
+    """Returns the shape that a card says; what it leaves out is as it was before there was a choice."""
+    widths, hidden, obs_shape = (tuple(said[name]) for name in ("widths", "hidden", "obs_shape"))
+    value, temperature = said.get("value", False), said.get("temperature", 1.0)
+    if not isinstance(value, bool) or type(temperature) not in (int, float) or not 0.0 < temperature < math.inf:
+        raise TypeError(f"value {value!r:.20} or temperature {temperature!r:.20}")
+    return Shape(widths, hidden, int(said["num_actions"]), obs_shape, value, float(temperature))

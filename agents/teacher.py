@@ -3,22 +3,24 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policykd.agents.archive import read_archive, read_members
 from policykd.agents.files import BadFile
-from policykd.agents.networks import MLP, ConvNet
-from policykd.agents.rebuild import rebuild
+from policykd.agents.networks import MLP, Activations, ConvNet
+from policykd.agents.rebuild import rebuild, rebuild_critic
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
 
 __all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher"]
 
-Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX"]
+Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX", "ENSEMBLE"]
+_OF_A_FILE = get_args(Algorithm)[:-1]
 
 
 class Net(Protocol):
@@ -107,6 +109,8 @@ class Teacher:
         Raises:
             FloatingPointError: they do not agree.
         """
+        if members := getattr(self.net, "compiled", None):  # of an ensemble
+            return replace(self, session=members(obs_BCHW, num_threads=num_threads))
         installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
         if not installed or obs_BCHW.device.type != "cpu" or not isinstance(self.net, ConvNet | MLP):
             return self
@@ -117,7 +121,50 @@ class Teacher:
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves its weights to a device and returns it."""
         self.net.to(device)
+        if "critic" in self.__dict__:
+            self.critic.to(device)
         return self
+
+    @cached_property
+    def critic(self) -> nn.Linear | ConvNet | MLP:
+        """PPO's and A2C's value network, read from the archive when first asked for; it does not act.
+
+        A linear layer on the last hidden activations of `net`, where actor and critic share them (SB3's CnnPolicy).
+
+        Raises:
+            ValueError: it has none; the archive is not what it was when the teacher was loaded.
+        """
+        if self.algorithm not in ("PPO", "A2C") or not isinstance(self.net, ConvNet | MLP):
+            raise ValueError(
+                f"{self.ref or self.path}: no critic, only SB3 archives of PPO and A2C that are read without"
+                " --trust-pickle have one here; give another teacher"
+            )
+        archive = read_archive(self.path)
+        if archive.sha256 != self.sha256:
+            raise BadFile(f"{self.path}: changed since it was loaded; start again")
+        critic = rebuild_critic(archive).eval().requires_grad_(False).to(next(self.net.parameters()).device)
+        return critic.dense[-1] if _same_but_last(critic, self.net) else critic  # type: ignore[return-value]
+
+    @torch.inference_mode()
+    def values(self, obs_BCHW: Tensor, seen: Activations | None = None) -> Tensor:
+        """Returns the states' values, float32 `(batch,)`: of PPO's or A2C's critic, or max_a Q of DQN and QR-DQN.
+
+        Their unit is what the agent was trained on: discounted sums of rewards, clipped to [-1, 1] on Atari.
+
+        Args:
+            obs_BCHW: observations.
+            seen: `net.activations` of them, if at hand: spares a pass of the network.
+
+        Raises:
+            ValueError: no critic and no Q-values.
+        """
+        if self.algorithm in ("DQN", "QRDQN"):
+            return (self(obs_BCHW) if seen is None else seen.scores_BA).amax(dim=-1)
+        critic, net = self.critic, self.net
+        if not isinstance(critic, nn.Linear):
+            return critic(obs_BCHW).squeeze(-1)  # type: ignore[no-any-return]
+        assert isinstance(net, ConvNet | MLP)
+        return critic((seen or net.activations(obs_BCHW)).hidden_BF).squeeze(-1)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def __call__(self, obs_BCHW: Tensor) -> Tensor:
@@ -170,8 +217,8 @@ def _read_onnx(source: Source) -> tuple[Net, Algorithm, str]:
     policy = OnnxPolicy(source.path)
     _check_hash(source, policy.sha256)
     algorithm = str(source.card.get("algorithm", "ONNX")).upper()
-    if algorithm not in get_args(Algorithm):
-        raise BadFile(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(get_args(Algorithm))}")
+    if algorithm not in _OF_A_FILE:
+        raise BadFile(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(_OF_A_FILE)}")
     return policy, cast(Algorithm, algorithm), policy.sha256
 
 
@@ -180,3 +227,14 @@ def _check_hash(source: Source, sha256: str) -> None:
         raise BadFile(
             f"{source.path}: sha256 {sha256[:12]}... is not its card's {source.card['sha256'][:12]}...; get it again"
         )
+
+
+def _same_but_last(one: ConvNet | MLP, other: ConvNet | MLP) -> bool:
+    """Whether two networks have the same weights up to their last hidden activations."""
+    last = f"dense.{len(one.dense) - 1}."
+    states = [{n: t for n, t in net.state_dict().items() if not n.startswith(last)} for net in (one, other)]
+    return (
+        type(one) is type(other)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    )

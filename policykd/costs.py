@@ -30,9 +30,10 @@ def measure_costs(net: nn.Module | Net, obs_shape: Sequence[int], *, num_calls: 
     device = torch.device("cpu")
     if isinstance(net, nn.Module):
         parameters, device = num_parameters(net), next(net.parameters()).device
-        net.to("cpu").eval()
+        net.eval()
     else:
         parameters = getattr(net, "num_parameters", 0)
+    net.to("cpu")
     obs = torch.zeros((1, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
     threads, seconds = torch.get_num_threads(), []
     torch.set_num_threads(1)
@@ -46,5 +47,5 @@ def measure_costs(net: nn.Module | Net, obs_shape: Sequence[int], *, num_calls: 
         torch.set_num_threads(threads)
         net.to(device)
     median = sorted(seconds)[num_calls // 2]
-    macs = num_macs(net, obs_shape) if isinstance(net, nn.Module) else None
+    macs = num_macs(net, obs_shape) if isinstance(net, nn.Module) else getattr(net, "num_macs", None)
     return Costs(parameters, macs, 4 * parameters, 1e6 * median)

@@ -27,6 +27,40 @@ def test_scores_are_those_of_the_plain_layers_on_scaled_pixels() -> None:
     torch.testing.assert_close(net(frames.movedim(1, -1).contiguous().movedim(-1, 1)), net(frames), atol=0.0, rtol=0.0)
 
 
+def test_activations_are_those_of_the_layers() -> None:
+    net, frames = make_student("7%", 6).net, noise(3)
+    assert isinstance(net, ConvNet)
+    seen: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        seen[layer] = output
+
+    for layer in (net.conv2, net.conv3, *net.dense):
+        layer.register_forward_hook(keep)
+    scores_BA, hidden_BF, maps = net.activations(frames)
+    assert torch.equal(scores_BA, seen[net.dense[1]])
+    assert torch.equal(hidden_BF, F.relu(seen[net.dense[0]]))
+    assert torch.equal(maps[0], F.relu(F.conv2d(frames.float(), *net.first_layer(), stride=4)))
+    assert torch.equal(maps[1], F.relu(seen[net.conv2]))
+    assert torch.equal(maps[2], F.relu(seen[net.conv3]))
+    assert [tuple(m.shape) for m in maps] == [(3, 16, 20, 20), (3, 16, 9, 9), (3, 16, 7, 7)]
+    assert torch.equal(net(frames), scores_BA)
+    (scores_BA.sum() + sum(m.sum() for m in maps)).backward()
+    assert net.conv1.weight.grad is not None
+    with pytest.raises(ValueError, match="expected uint8 frames"):
+        net.activations(frames / 255.0)
+
+
+def test_activations_of_an_mlp_have_no_maps() -> None:
+    net, obs = MLP(4, (8, 5), 2, activation=nn.Tanh), torch.randn(3, 4)
+    scores_BA, hidden_BF, maps = net.activations(obs)
+    hidden = torch.tanh(net.dense[1](torch.tanh(net.dense[0](obs))))
+    torch.testing.assert_close(hidden_BF, hidden)
+    torch.testing.assert_close(scores_BA, net.dense[2](hidden))
+    assert torch.equal(net(obs), scores_BA)
+    assert maps == ()
+
+
 def test_the_convolutions_run_channels_last() -> None:
     """Forward and backward are twice as fast so (docs/log.md)."""
     net, layouts = make_student("7%", 6).net, list[bool]()

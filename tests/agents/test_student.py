@@ -65,6 +65,55 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "student.json").read_text())["game"] == "Pong"
 
 
+def test_a_value_head_leaves_the_policy_as_it_is(tmp_path: Path) -> None:
+    plain, valued = make_student("1%", 6, seed=3), make_student("1%", 6, seed=3, value=True)
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(plain(obs), valued(obs))
+    assert num_parameters(valued) == num_parameters(plain) == 16_446
+    assert sum(p.numel() for p in valued.parameters()) == 16_446 + 33
+    values_B, seen = valued.values(obs), valued.activations(obs)
+    assert valued.value_head is not None
+    expected_B = seen.hidden_BF @ valued.value_head.weight[0] + valued.value_head.bias
+    torch.testing.assert_close(values_B, expected_B)
+    assert values_B.std() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert valued.values(obs).dtype == torch.float32
+    save_student(valued, tmp_path, {})
+    assert torch.equal(load_student(tmp_path).values(obs), values_B)
+    with pytest.raises(ValueError, match="no value head"):
+        plain.values(obs)
+
+
+@pytest.mark.parametrize(("size", "obs_shape"), [("1%", (4, 84, 84)), ((8,), (4,))])
+def test_a_temperature_divides_the_networks_scores(size: Size, obs_shape: tuple[int, ...], tmp_path: Path) -> None:
+    plain, sharp = (make_student(size, 6, obs_shape, seed=3, temperature=t) for t in (1.0, 0.01))
+    obs = torch.randint(0, 256, (5, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
+    torch.testing.assert_close(sharp(obs), 100.0 * plain(obs), atol=1e-3, rtol=1e-4)
+    assert torch.equal(sharp.activations(obs).scores_BA, sharp(obs))
+    torch.testing.assert_close(sharp.folded_net()(obs), sharp(obs), atol=1e-3, rtol=1e-4)
+    assert torch.equal(sharp.net(obs), plain(obs))  # folding is done on a copy
+    assert plain.folded_net() is plain.net
+    save_student(sharp, tmp_path, {})
+    assert torch.equal(load_student(tmp_path)(obs), sharp(obs))
+    for unplayable in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            make_student(size, 6, obs_shape, temperature=unplayable)
+
+
+def test_what_an_older_reader_would_play_wrongly_says_so(tmp_path: Path) -> None:
+    """A plain student's card is what it always was; another is of format 2, which the first readers refuse."""
+    card = tmp_path / "student.json"
+    save_student(make_student("1%", 6), tmp_path, {})
+    plain = json.loads(card.read_text())
+    assert (plain["format"], set(plain["shape"])) == (1, {"widths", "hidden", "num_actions", "obs_shape"})
+    for student in (make_student("1%", 6, value=True), make_student("1%", 6, temperature=0.01)):
+        save_student(student, tmp_path, {})
+        assert json.loads(card.read_text())["format"] == 2
+    card.write_text(card.read_text().replace('"temperature": 0.01', '"temperature": -1'))
+    with pytest.raises(ValueError, match="not a student of policykd"):
+        load_student(tmp_path)
+
+
 def test_predict_has_sb3s_signature() -> None:
     student = make_student("1%", 6)
     obs = np.random.default_rng(0).integers(0, 256, (7, 4, 84, 84), dtype=np.uint8)
@@ -119,8 +168,8 @@ def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not the file that student\.json describes"):
         load_student(tmp_path)
     weights.write_bytes(good)
-    card.write_text(says.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="student of format 2"):
+    card.write_text(says.replace('"format": 1', '"format": 3'))
+    with pytest.raises(ValueError, match="student of format 3"):
         load_student(tmp_path)
     card.write_text("{")
     with pytest.raises(ValueError, match="not a student"):
