@@ -33,6 +33,7 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
     if num_saved > len(replay):
         raise ValueError(f"{folder}: holds the checkpoints of another run; give another folder")
     tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in learner.student.state_dict().items()}
+    tensors |= {f"beyond.{k}": v for k, v in learner.beyond.state_dict().items()} if learner.beyond else {}
     tensors |= optimizer_tensors(learner.optimizer)
     tensors["action_generator"] = learner.action_generator.get_state()
     tensors["batch_generator"] = learner.batch_generator.get_state()
@@ -54,6 +55,7 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
             "envs": learner.envs.state(),
             "starts": learner.starts_B.tolist(),
             "visit": asdict(learner.visit) if learner.visit else None,
+            "student_returns": learner.student_returns,
         },
     )
 
@@ -71,13 +73,15 @@ def restore_checkpoint(learner: Learner, folder: Path) -> None:
         learner.replay.extend(read_arrays(generation, name))
     (name,) = generation.named("learner")
     tensors = load_tensors(read_file(generation, name))
-    learner.student.load_state_dict(
-        {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
-    )
+    for prefix, module in (("student.", learner.student), ("beyond.", learner.beyond)):
+        if module:
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            module.load_state_dict(state)
     restore_optimizer(learner.optimizer, tensors)
     learner.obs = learner.envs.restore(about["envs"])
     learner.starts_B = torch.tensor(about["starts"])
     learner.round, learner.num_updates = about["round"], about["num_updates"]
+    learner.student_returns = about.get("student_returns", [])
     learner.visit = None
     if about["visit"]:
         episodes = [Episode(**episode) for episode in about["visit"]["episodes"]]

@@ -36,6 +36,7 @@ def load_dataset(
     game: str | None = None,
     teacher_sha256: str | None = None,
     num_held_out: int = 0,
+    room: int = 0,
     device: torch.device | str = "cpu",
 ) -> Replay:
     """Returns a replay full of a dataset's states, its scores kept if they are this teacher's, to be labelled else.
@@ -47,6 +48,7 @@ def load_dataset(
         game: that the student will play; states of another are refused.
         teacher_sha256: of the teacher's archive.
         num_held_out: the last rows, which are never sampled.
+        room: for so many more states, which are visited.
         device: where the replay lives.
 
     Raises:
@@ -67,7 +69,7 @@ def load_dataset(
     if not 0 <= num_held_out < dataset.num_rows:
         raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} rows; hold out fewer")
     keep_scores = about.teacher is not None and about.teacher["sha256"] == teacher_sha256
-    replay = fill(dataset, num_actions, keep_scores=keep_scores, device=device)
+    replay = fill(dataset, num_actions, keep_scores=keep_scores, room=room, device=device)
     replay.num_held_out = num_held_out
     num_fitted = len(replay) - num_held_out
     num_fitted -= int((replay.history < num_fitted).sum())
@@ -79,8 +81,10 @@ def load_dataset(
     return replay
 
 
-def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch.device | str = "cpu") -> Replay:
-    """Returns a replay of all rows of a dataset.
+def fill(
+    dataset: Dataset, num_actions: int, *, keep_scores: bool, room: int = 0, device: torch.device | str = "cpu"
+) -> Replay:
+    """Returns a replay of all rows of a dataset, with room for more.
 
     Raises:
         BadFile: damaged, or an import that was cut.
@@ -92,7 +96,7 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
             f"{dataset.folder}: an import of {dataset.num_states:,} states so far that was cut, or still goes on; run"
             " the same import again, it goes on"
         )
-    num_bytes = dataset.num_rows * (row_bytes(about.layout) + 1 + 4 * num_actions)
+    num_bytes = (dataset.num_rows + room) * (row_bytes(about.layout) + 1 + 4 * num_actions)
     if torch.device(device).type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if num_bytes > memory:
@@ -101,7 +105,7 @@ def fill(dataset: Dataset, num_actions: int, *, keep_scores: bool, device: torch
                 f" has {memory / 1e9:,.1f}; import fewer with --num-states"
             )
     replay = Replay(
-        dataset.num_rows,
+        dataset.num_rows + room,
         about.num_envs,
         num_actions,
         about.obs_shape,

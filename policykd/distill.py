@@ -1,7 +1,8 @@
 """The distillation loop, top to bottom.
 
-A round fits the student to all states so far while the next round's are visited by the student as it stood before the
-fit: emulators, teacher and student work at the same time, and one after the other gives the same bits.
+A round fits the student to the states so far while the next round's are visited by the student as it stood before the
+fit: emulators, teacher and student work at the same time, and one after the other gives the same bits. What follows a
+schedule, but for the learning rate, changes from round to round.
 
 Suffixes name dimensions: B environments or a batch, A actions.
 """
@@ -11,67 +12,26 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.ensemble import Ensemble
 from policykd.agents.interrupts import check_interrupted
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student
+from policykd.beyond_logits import Beyond, BeyondLogits
 from policykd.cuda_graph import CapturedUpdate
+from policykd.divergences import kl_divergence_B, log_policy
 from policykd.envs.vector import Episode
-from policykd.learner import Learner, Visit, check_states
-from policykd.losses import Loss, kl_divergence_B, log_policy
+from policykd.learner import Learner, Visit, check_fits
+from policykd.losses import Loss
 from policykd.replay import Replay
-from policykd.schedules import Schedule
+from policykd.rounds import Round, check_scores, check_updates
+from policykd.schedules import Schedule, at, values
 from policykd.states import StateSource
 
-MAX_NONFINITE = 10
-"""how many states or updates of one round may have numbers that are not finite before the run ends"""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round measured."""
-
-    index: int
-    num_states: int
-    """labelled so far and fitted to; the next round's are visited already"""
-    num_updates: int
-    """gradient steps so far"""
-    loss: float
-    """mean over the round's updates, those that were skipped too"""
-    kl: float
-    """KL(teacher || student), mean over the round's batches, nats"""
-    action_agreement: float
-    """share of those states where both have the same best action"""
-    new_kl: float
-    """KL(teacher || student) on states that the student was not fitted to, nats: this round's before the fit; offline,
-    those that are held out"""
-    new_action_agreement: float
-    """agreement there"""
-    teacher_entropy: float
-    """of the teacher's policy on this round's states, nats"""
-    grad_norm: float
-    """2-norm of the gradient, mean over the updates"""
-    learning_rate: float
-    """of the last update"""
-    student_fraction: float
-    """the chance of a step on the way to this round's states to be the student's"""
-    num_nonfinite_states: int
-    """of this round's, left out because the teacher's scores were not finite"""
-    num_nonfinite_updates: int
-    """skipped because loss or gradient were not finite: the weights never saw them"""
-    episodes: list[Episode]
-    """games that ended while this round's states were visited, whoever played them"""
-    collect_seconds: float
-    label_seconds: float
-    """inside the collection: the teacher's forward passes, which also choose its actions"""
-    fit_seconds: float
-    """with measuring the student on the new states; the next round's collection goes on meanwhile"""
-    seconds: float
-    """of the whole round, wall"""
+SCORES_ALONE = BeyondLogits()
 
 
 def distill(
@@ -86,6 +46,11 @@ def distill(
     updates_per_round: int,
     batch_size: int = 256,
     temperature: float = 1.0,
+    beyond: BeyondLogits = SCORES_ALONE,
+    rounds_kept: int = 0,
+    stored: float = 0.0,
+    teacher_return: float | None = None,
+    random_return: float = 0.0,
     threads: int = 1,
     overlap: bool = True,
     bf16: bool = False,
@@ -108,6 +73,11 @@ def distill(
         updates_per_round: gradient steps.
         batch_size: states a gradient step.
         temperature: divides the teacher's scores where it acts, and in the measured KL.
+        beyond: weights of what else than the teacher's scores is learned, for a learner with such a part.
+        rounds_kept: fit to the states of so many of the newest rounds: 1 is on-policy, 0 fits to all (aggregated).
+        stored: share of each batch that is drawn from the states which the replay was given before the run.
+        teacher_return: mean episodic return of the teacher, for schedules that follow the student's.
+        random_return: of play at random, likewise.
         threads: of the CPU, that share each batch; bits depend on it. Torch's own threads are best left at one.
         overlap: visit and fit at the same time; the bits are the same without. It pays where the environments step in
             processes of their own.
@@ -118,27 +88,34 @@ def distill(
         FloatingPointError: more than `MAX_NONFINITE` states or updates of a round were not finite.
         KeyboardInterrupt: a signal came, see `check_interrupted`; the learner is then between two rounds no more.
     """
-    student, replay, optimizer = learner.student, learner.replay, learner.optimizer
+    student, replay, optimizer, extra = learner.student, learner.replay, learner.optimizer, learner.beyond
     device = replay.frames.device
-    weights = [p for p in student.parameters() if p.requires_grad]
-    sums = torch.zeros(5, device=device)
-    check_states(learner, states_per_round)
+    weights, names, goal = learner.weights(), beyond.active, (teacher_return, random_return)
+    sums = torch.zeros(5 + len(names), device=device)
+    now = loss, beyond
+    check_fits(learner, names, states_per_round, rounds_kept, stored)
 
-    def gradients(rows_B: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def gradients(rows_B: Tensor, shifts_B2: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Returns one thread's share of the gradient of a batch's mean loss, and of what is measured on it."""
-        teacher_BA = replay.scores_NA.index_select(0, rows_B)
+        loss_now, beyond_now = now
+        teacher_BA, obs = replay.scores_NA.index_select(0, rows_B), replay.gather(rows_B)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            student_BA = student(replay.gather(rows_B)).float()
-        share_of_loss = loss(student_BA, teacher_BA).sum() / batch_size
+            student_BA, terms_NB = forward(student, extra, obs, rows_B, shifts_B2, beyond_now)
+        loss_B = loss_now(student_BA, teacher_BA)
+        for name, term_B in zip(names, terms_NB, strict=True):
+            loss_B = loss_B + getattr(beyond_now, name) * term_B
+        share_of_loss = loss_B.sum() / batch_size
         grads = torch.autograd.grad(share_of_loss, weights, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             kl_B = kl_divergence_B(log_policy(teacher_BA, temperature), log_policy(student_BA))
             agree_B = teacher_BA.argmax(dim=-1) == student_BA.argmax(dim=-1)
-            return grads, torch.stack([share_of_loss, kl_B.sum() / batch_size, agree_B.sum() / batch_size])
+            parts = torch.stack([kl_B, agree_B.float(), *terms_NB])
+            return grads, torch.cat([share_of_loss[None], parts.sum(dim=1) / batch_size])
 
-    def update(rows_B: Tensor) -> None:
+    def update(rows_B: Tensor, shifts_B2: Tensor) -> None:
         """Takes one gradient step, unless it is not finite; nothing here waits for the device."""
-        parts = list(pool.map(gradients, rows_B.chunk(num_parts))) if num_parts > 1 else [gradients(rows_B)]
+        batch = rows_B, shifts_B2
+        parts = [*pool.map(gradients, *(t.chunk(num_parts) for t in batch))] if num_parts > 1 else [gradients(*batch)]
         for weight, *grads in zip(weights, *(g for g, _ in parts), strict=True):
             weight.grad = sum(grads[1:], start=grads[0])
         measured = sum((m for _, m in parts[1:]), start=parts[0][1])
@@ -146,13 +123,14 @@ def distill(
         skipped = (~(norm.isfinite() & measured[0].isfinite())).float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]  # fused Adam then leaves weights and moments alone
         optimizer.step()
-        sums.add_(torch.cat([measured, norm[None], skipped[None]]))
+        sums.add_(torch.cat([norm[None], skipped[None], measured]))
 
     num_parts = max(1, min(threads, batch_size // 32)) if device.type == "cpu" else 1
-    step = CapturedUpdate(update) if cuda_graph else update
+    label_beyond(learner)
     with ThreadPoolExecutor(num_parts + 1) as pool:
         if learner.visit is None and learner.round == 0:
-            learner.visit = visit(teacher, learner, student, states, 0.0, states_per_round, temperature)
+            first_states = at(states, 0.0, learner.measured(*goal))
+            learner.visit = visit(teacher, learner, student, first_states, 0.0, states_per_round, temperature)
             if isinstance(student, Student):
                 student.centre_on(replay.frames[1 : 1 + len(replay)][:: max(1, len(replay) // 256)])
         while learner.round < rounds:
@@ -160,6 +138,11 @@ def distill(
             visited, num_states, end = learner.visit, replay.num_states, len(replay) - replay.num_held_out
             assert visited is not None
             check_scores(learner.round, visited)
+            learner.note_games(visited)
+            measured, progress = learner.measured(*goal), learner.round / max(1, rounds - 1)
+            now = at((loss, beyond), progress, measured)
+            step = CapturedUpdate(update) if cuda_graph else update  # a graph holds the loss's numbers
+            scheduled = values(loss, progress, measured, "loss.") | values(beyond, progress, measured, "beyond.")
 
             # 1. Measure the student on this round's states, which it has not been fitted to.
             student.eval()
@@ -167,21 +150,25 @@ def distill(
 
             # 2. Visit the next round's states with the student as it stands, while it is fitted to those so far.
             acting = copy.deepcopy(student)
-            progress = learner.round / max(1, rounds - 2)
+            next_progress = learner.round / max(1, rounds - 2)
+            next_states = at(states, next_progress, measured)
+            scheduled |= values(states, next_progress, measured, "states.")
             num_steps = states_per_round if learner.round + 1 < rounds else 0
             visiting = (pool.submit if overlap else done)(
-                visit, teacher, learner, acting, states, progress, num_steps, temperature
+                visit, teacher, learner, acting, next_states, next_progress, num_steps, temperature
             )
             student.train()
             sums.zero_()
             began_fit, rate = time.perf_counter(), 0.0
-            for u, rows_B in enumerate(replay.batches(updates_per_round, batch_size, end, learner.batch_generator)):
+            newest = rounds_kept * states_per_round or end
+            draws = learner.draws(updates_per_round, batch_size, end - newest, end, stored)
+            for u, (rows_B, shifts_B2) in enumerate(draws):
                 check_interrupted()
                 rate = learning_rate((learner.round + (u + 1) / updates_per_round) / rounds)
                 for group in optimizer.param_groups:
                     group["lr"].fill_(rate)
-                step(rows_B)
-            mean_loss, kl, agreement, grad_norm, skipped = (sums / updates_per_round).tolist()
+                step(rows_B, shifts_B2)
+            grad_norm, skipped, mean_loss, kl, agreement, *terms = (sums / updates_per_round).tolist()
             fit_seconds = time.perf_counter() - began_fit
             learner.visit = visiting.result()
 
@@ -206,6 +193,10 @@ def distill(
                 num_nonfinite_states=visited.num_nonfinite,
                 num_nonfinite_updates=num_skipped,
                 episodes=visited.episodes,
+                student_return=measured.student_return,
+                scheduled=scheduled,
+                terms=dict(zip(names, terms, strict=True)),
+                teacher_disagreement=visited.disagreement,
                 collect_seconds=visited.collect_seconds,
                 label_seconds=visited.label_seconds,
                 fit_seconds=fit_seconds,
@@ -227,6 +218,10 @@ def visit(
     replay, device = learner.replay, learner.replay.frames.device
     first, num_nonfinite = len(replay) - replay.num_held_out, 0
     began, label_seconds, episodes = time.perf_counter(), 0.0, list[Episode]()
+    net = getattr(teacher, "net", teacher)
+    ensemble = net if isinstance(net, Ensemble) else None
+    if ensemble:
+        ensemble.take_disagreement()  # of whatever it was asked before
     acting.eval()
     for _ in range(num_states // learner.envs.num_envs):
         check_interrupted()
@@ -242,6 +237,7 @@ def visit(
         step = learner.envs.step(states(obs, teacher_BA, acting, progress, learner.action_generator))
         learner.obs, learner.starts_B = step.obs, step.starts_B
         episodes += step.episodes
+    label_beyond(learner)
     return Visit(
         first=first,
         student_fraction=states.student_fraction(progress),
@@ -249,7 +245,29 @@ def visit(
         num_nonfinite=num_nonfinite,
         collect_seconds=time.perf_counter() - began - label_seconds,
         label_seconds=label_seconds,
+        disagreement=ensemble.take_disagreement() if ensemble else None,
     )
+
+
+def forward(
+    student: nn.Module, extra: Beyond | None, obs: Tensor, rows_B: Tensor, shifts_B2: Tensor, now: BeyondLogits
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the student's scores, float32, and what is learned beyond them, each `(batch,)`; 0 at weight 0."""
+    if extra is None:
+        return student(obs).float(), []
+    assert isinstance(student, Student)
+    student_BA, terms = extra.terms(obs, rows_B, shifts_B2, student, now)
+    nothing_B = torch.zeros(len(obs), device=obs.device)
+    return student_BA.float(), [terms.get(name, nothing_B) for name in extra.active]
+
+
+def label_beyond(learner: Learner) -> None:
+    """Asks the teacher what is learned beyond its scores, of states in the replay that it was not asked about yet."""
+    if learner.beyond:
+        for rows_B in torch.arange(learner.num_labelled_beyond, len(learner.replay)).split(256):
+            check_interrupted()
+            learner.beyond.label(learner.replay.gather(rows_B.to(learner.replay.frames.device)), rows_B)
+        learner.num_labelled_beyond = len(learner.replay)
 
 
 @torch.inference_mode()
@@ -267,23 +285,6 @@ def compare(student: nn.Module, replay: Replay, first: int, end: int, temperatur
         sums += torch.stack([kl_divergence_B(log_p_BA, log_policy(student_BA)), agree_B.float(), entropy_B]).sum(dim=1)
     kl, agreement, entropy = (sums / len(rows)).tolist()
     return kl, agreement, entropy
-
-
-def check_scores(index: int, visited: Visit) -> None:
-    """Raises FloatingPointError for too many states that the teacher cannot score."""
-    if visited.num_nonfinite > MAX_NONFINITE:
-        raise FloatingPointError(
-            f"round {index}: the teacher's scores of {visited.num_nonfinite} states are not finite; give another one"
-        )
-
-
-def check_updates(index: int, num_skipped: int, num_updates: int, loss: float, grad_norm: float) -> None:
-    """Raises FloatingPointError for too many updates that were skipped, or a round of nothing else."""
-    if num_skipped > MAX_NONFINITE or 0 < num_skipped == num_updates:
-        raise FloatingPointError(
-            f"round {index}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are not finite;"
-            " lower the learning rate"
-        )
 
 
 def done(work: Callable[..., Visit], *args: object) -> Future[Visit]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from policykd.agents.files import BadFile, write_atomically
-from policykd.distill import Round
+from policykd.rounds import Round
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 EVALUATIONS = ("timesteps", "results", "ep_lengths", "num_updates")
@@ -45,7 +45,10 @@ class Records:
             self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
     def add_round(self, r: Round, temperature: float) -> None:
-        """Writes what a round measured and how long it took, and the loss's temperature."""
+        """Writes what a round measured and how long it took, and the temperature of the teacher's policy.
+
+        A loss's own temperature, where it changes, is among what the round says of its schedules.
+        """
         returns = [e.episodic_return for e in r.episodes]
         scalars = {
             "train/loss": r.loss,
@@ -66,6 +69,10 @@ class Records:
             "time/total_timesteps": r.num_states,
             "time/time_elapsed": r.seconds + sum(row["seconds"] for row in self._timings),
         }
+        scalars |= {f"schedule/{name}": number for name, number in r.scheduled.items()}
+        scalars |= {f"train/{name}_loss": number for name, number in r.terms.items()}
+        maybe = {"data/teacher_disagreement": r.teacher_disagreement, "rollout/student_return": r.student_return}
+        scalars |= {tag: number for tag, number in maybe.items() if number is not None}
         if returns:
             scalars["rollout/ep_rew_mean"] = float(np.mean(returns))
             scalars["rollout/ep_len_mean"] = float(np.mean([e.length for e in r.episodes]))
@@ -79,6 +86,11 @@ class Records:
     def has_evaluation(self, num_updates: int) -> bool:
         """Returns whether the student as it was after so many gradient steps has been evaluated."""
         return num_updates in self._evaluations["num_updates"]
+
+    def returns_of(self, num_updates: int) -> list[float]:
+        """Returns the episodic returns of the evaluation after so many gradient steps."""
+        row = [int(n) for n in self._evaluations["num_updates"]].index(num_updates)
+        return [float(r) for r in self._evaluations["results"][row]]
 
     def add_evaluation(
         self, returns: Sequence[float], lengths: Sequence[int], against: Mapping[str, float | None]

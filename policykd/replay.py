@@ -88,20 +88,38 @@ class Replay:
         flat = self.frames.view(len(self.frames), -1).index_select(0, frames_BS.view(-1))
         return flat.view(len(rows_B), *self.obs_shape)
 
-    def batches(self, num: int, batch_size: int, end: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yields `num` uniform batches of the states before row `end`, with replacement: rows for `gather`, `(batch,)`.
+    def batches(
+        self, num: int, batch_size: int, end: int, generator: torch.Generator, *, first: int = 0, stored: float = 0.0
+    ) -> Iterator[Tensor]:
+        """Yields `num` uniform batches of states, with replacement: rows for `gather`, `(batch,)`.
 
         Many batches are drawn and moved to the device at once, so that no update waits for a copy.
+
+        Args:
+            num: of batches.
+            batch_size: states in each.
+            end: the row behind the last that is drawn.
+            generator: draws.
+            first: the first row that is drawn.
+            stored: share of each batch that is drawn from the rows that a dataset gave, whatever `first` says.
         """
-        history = self.history[self.history < end]
-        for first in range(0, num, BATCHES_A_DRAW):
-            shape = (min(BATCHES_A_DRAW, num - first), batch_size)
-            rows_UB = torch.randint(end - len(history), shape, generator=generator)
-            if len(history):  # the k-th state lies behind the rows of history before it
-                rows_UB += torch.searchsorted(history - torch.arange(len(history)), rows_UB, right=True)
+        num_stored = round(stored * batch_size)
+        for begun in range(0, num, BATCHES_A_DRAW):
+            u = min(BATCHES_A_DRAW, num - begun)
+            rows_UB = self._draw((u, batch_size - num_stored), first, end, generator)
+            if num_stored:
+                rows_UB = torch.cat([self._draw((u, num_stored), 0, self.num_given, generator), rows_UB], dim=1)
             if self.frames.is_cuda:  # only then is the copy one that nobody waits for
                 rows_UB = rows_UB.pin_memory()
             yield from rows_UB.to(self.frames.device, non_blocking=True)
+
+    def _draw(self, shape: tuple[int, int], first: int, end: int, generator: torch.Generator) -> Tensor:
+        """Returns states between two rows, drawn uniformly."""
+        history = self.history[(self.history >= first) & (self.history < end)] - first
+        rows_UB = torch.randint(end - first - len(history), shape, generator=generator)
+        if len(history):  # the k-th state lies behind the rows of history before it
+            rows_UB += torch.searchsorted(history - torch.arange(len(history)), rows_UB, right=True)
+        return rows_UB + first if first else rows_UB
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Returns one of the `batches` of all states but those held out.

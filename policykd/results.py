@@ -20,6 +20,7 @@ from policykd.agents.teacher import Teacher
 from policykd.costs import Costs, measure_costs
 from policykd.envs.games import human_normalised_score
 from policykd.evaluation import PROTOCOLS, Evaluation, ProtocolName, RandomPolicy, evaluate_on_atari
+from policykd.records import Records
 from policykd.statistics import difference_interval, summarise, teacher_normalised_score
 
 
@@ -193,3 +194,21 @@ def _score(protocol: Mapping[str, Any]) -> str:
     low, high = protocol["interval"]
     distinct = f"{protocol['num_distinct']} distinct of {protocol['num_episodes']}"
     return f"{protocol['mean']:.2f} [{low:.2f}, {high:.2f}] ({distinct})"
+
+
+def about(teacher: Teacher) -> dict[str, str]:
+    """Returns which teacher it was."""
+    where = {"ref": teacher.ref, "revision": teacher.revision}
+    return {"algorithm": teacher.algorithm, "file": teacher.path.name, **where, "sha256": teacher.sha256}
+
+
+def evaluate_on_the_way(
+    student: Student, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device, threads: int
+) -> None:
+    """Plays 16 games with the student as it stands and writes them down."""
+    student.eval()
+    evaluation = evaluate_on_atari(student, game, "noop_sampled", 16, seed=seed, device=device, num_workers=threads)
+    of_teacher = teacher.reported_return
+    mean = sum(evaluation.returns) / len(evaluation.returns)
+    against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}
+    records.add_evaluation(evaluation.returns, evaluation.lengths, against)

@@ -113,6 +113,19 @@ def start_run(run: Path, settings: Mapping[str, Any], *, machine: Mapping[str, A
     write_atomically(run / CONFIG, (json.dumps(content | notes, indent=1) + "\n").encode())
 
 
+def started_with(run: Path) -> dict[str, Any]:
+    """Returns what `start_run` wrote: settings, command, versions, machine and notes.
+
+    Raises:
+        BadFile: damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads((run / CONFIG).read_text())
+        return content
+    except ValueError as error:
+        raise BadFile(f"{run / CONFIG}: damaged ({error}); give another --name") from error
+
+
 def check_there(run: Path) -> None:
     """Raises OSError if a run's folder has been moved away from under the process."""
     if not (run / CONFIG).is_file():

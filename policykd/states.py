@@ -1,4 +1,7 @@
-"""State sources: whose actions choose the states that the student learns on."""
+"""State sources: whose actions choose the states that the student learns on.
+
+Every share and chance is a `Quantity`: a number, or a schedule over the run.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from policykd.agents.policy import Policy, sample
+from policykd.schedules import Linear, Quantity, value
 
 
 class StateSource(Protocol):
@@ -33,7 +37,21 @@ class StateSource(Protocol):
 
 
 @dataclass(frozen=True)
-class TeacherStates:
+class _Noisy:
+    epsilon: Quantity = 0.0
+    """chance of a step to be drawn from all actions alike, whoever plays (Rusu et al., 2015, take 0.05)"""
+
+    def noisy(self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Returns the actions with some of them replaced by any; without noise no number is drawn."""
+        epsilon = value(self.epsilon, progress)
+        if epsilon <= 0.0:
+            return actions_B
+        any_B = torch.randint(num_actions, actions_B.shape, generator=generator)
+        return torch.where(torch.rand(len(actions_B), generator=generator) < epsilon, any_B, actions_B)
+
+
+@dataclass(frozen=True)
+class TeacherStates(_Noisy):
     """The teacher plays: behavioural cloning on its own states (Rusu et al., 2015)."""
 
     def student_fraction(self, progress: float, /) -> float:
@@ -44,11 +62,11 @@ class TeacherStates:
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
         """Returns actions drawn from the teacher's policy."""
-        return sample(teacher_BA, generator)
+        return self.noisy(sample(teacher_BA, generator), teacher_BA.shape[1], progress, generator)
 
 
 @dataclass(frozen=True)
-class StudentStates:
+class StudentStates(_Noisy):
     """The student plays from the first step: on-policy distillation (Czarnecki et al., 2019)."""
 
     def student_fraction(self, progress: float, /) -> float:
@@ -59,34 +77,52 @@ class StudentStates:
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
         """Returns actions drawn from the student's policy."""
-        return sample(student(obs).to(teacher_BA.device), generator)
+        actions_B = sample(student(obs).to(teacher_BA.device), generator)
+        return self.noisy(actions_B, teacher_BA.shape[1], progress, generator)
 
 
 @dataclass(frozen=True)
-class MixedStates:
-    """Each step is the teacher's with a chance that falls from 1 to 0: DAgger (Ross et al., 2011)."""
+class MixedStates(_Noisy):
+    """Each step is the teacher's or, with a chance that rises to 1, the student's: DAgger (Ross et al., 2011)."""
 
-    handover: float = 0.3
-    """share of the run after which only the student plays"""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.handover <= 1.0:
-            raise ValueError(f"handover must lie in [0, 1], not {self.handover}")
+    student: Quantity = Linear(0.0, 1.0, 0.3)  # noqa: RUF009
+    """the student's share of the steps; linear:0:1:0.3 leaves all of them to it after 0.3 of the run"""
 
     def student_fraction(self, progress: float, /) -> float:
-        """Returns the share of the student's steps, rising linearly to 1 at `handover`."""
-        return min(1.0, progress / self.handover) if self.handover else 1.0
+        """Returns the share of the student's steps.
+
+        Raises:
+            ValueError: not in [0, 1].
+        """
+        fraction = value(self.student, progress)
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"the student's share of the steps must lie in [0, 1], not {fraction}")
+        return fraction
 
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
         """Returns actions drawn from the student's policy in its share of the rows, from the teacher's in the rest."""
         student_plays_B = torch.rand(len(teacher_BA), generator=generator) < self.student_fraction(progress)
-        teacher_actions_B = sample(teacher_BA, generator)
-        if not student_plays_B.any():
-            return teacher_actions_B
-        student_actions_B = sample(student(obs).to(teacher_BA.device), generator)
-        return torch.where(student_plays_B, student_actions_B, teacher_actions_B)
+        actions_B = sample(teacher_BA, generator)
+        if student_plays_B.any():
+            student_actions_B = sample(student(obs).to(teacher_BA.device), generator)
+            actions_B = torch.where(student_plays_B, student_actions_B, actions_B)
+        return self.noisy(actions_B, teacher_BA.shape[1], progress, generator)
+
+
+@dataclass(frozen=True)
+class BlendedStates(MixedStates):
+    """Stored states beside live ones, which are visited as in a mixture."""
+
+    path: Path = Path()
+    """of a dataset (docs/states.md), or of a run whose states are used again"""
+    stored: float = 0.5
+    """share of every batch that is drawn from the stored states"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.stored < 1.0:
+            raise ValueError(f"stored must lie in (0, 1), not {self.stored}; else use dataset or mixed states")
 
 
 @dataclass(frozen=True)
@@ -111,21 +147,3 @@ class DatasetStates:
     ) -> Tensor:
         """Is never asked."""
         raise AssertionError("states were visited in an offline distillation")
-
-
-def spelt_out(arguments: list[str]) -> list[str]:
-    """Returns a command line with `--states dataset:PATH` (or teacher, student, mixed) as tyro's subcommand."""
-    kept, chosen, options, words = list[str](), list[str](), list[str](), iter(arguments)
-    for word in words:
-        flag, joined, value = word.partition("=")
-        if flag.startswith("--states."):  # belongs behind the subcommand
-            options += [word] if joined else [word, next(words, "")]
-            continue
-        if flag != "--states":
-            kept.append(word)
-            continue
-        kind, _, path = (value if joined else next(words, "")).partition(":")
-        if kind not in ("mixed", "student", "teacher", "dataset") or (kind == "dataset") != bool(path):
-            raise ValueError(f"--states {kind}: give mixed, student, teacher or dataset:PATH")
-        chosen = [f"states:{kind}-states", *(["--states.path", path] if path else [])]
-    return [*kept, *chosen, *options]

@@ -7,34 +7,36 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
+from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
 from policykd.agents.files import write_atomically
-from policykd.agents.student import Size, Student, make_student, save_student
-from policykd.agents.teacher import TEACHER_HELP, Teacher, load_teacher
+from policykd.agents.student import Size, make_student, save_student
+from policykd.agents.teacher import TEACHER_HELP
 from policykd.animation import play_to_gif
+from policykd.arguments import parse_args
+from policykd.beyond_logits import Beyond, BeyondLogits
 from policykd.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
-from policykd.dataset import label, load_dataset
 from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation import evaluate_on_atari
 from policykd.learner import make_learner
-from policykd.losses import ActionNLL, ForwardKL, ReverseKL, ScoreMSE, at_temperature
+from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
 from policykd.manifest import open_dataset
+from policykd.offline import label_given, open_replay
 from policykd.records import Records
-from policykd.replay import Replay
-from policykd.results import judge, table
-from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run
+from policykd.results import about, evaluate_on_the_way, judge, table
+from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
 from policykd.schedules import WarmupCosine
-from policykd.states import DatasetStates, MixedStates, StudentStates, TeacherStates, spelt_out
+from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
 from policykd.store import has_generations
 from policykd.teacher_check import check_fits, check_teacher
+from policykd.weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted
 
 FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}
 """what may be changed when a run goes on: it does not decide what is learned"""
@@ -51,17 +53,26 @@ class Args:
     game: str
     """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game"""
     teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = "auto"
+    teacher_weights: Annotated[str, tyro.conf.arg(help=WEIGHTS_HELP)] = "equal"
     trust_pickle: bool = False
     """let SB3 itself load the teacher, which executes code in the file: for your own archives with custom policies"""
     allow_weak_teacher: bool = False
     """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
     """size, in per cent of the teacher's NatureCNN: 16-32-32-256, 16-16-16-128, 16-16-16-64 or 8-8-8-32"""
-    loss: ForwardKL | ReverseKL | ScoreMSE | ActionNLL = ForwardKL()  # noqa: RUF009
-    """what the student minimises; a KL is taken at the teacher's temperature unless it has its own"""
-    states: MixedStates | StudentStates | TeacherStates | DatasetStates = MixedStates()  # noqa: RUF009
-    """whose actions choose the states: handed over from teacher to student (DAgger), the student's, the teacher's; or
-    stored states, without playing: --states dataset:PATH"""
+    loss: AnyLoss = ForwardKL()  # noqa: RUF009
+    """what the student minimises: --loss reverse-kl and the like (docs/losses.md); a KL is taken at the teacher's
+    temperature unless it has its own"""
+    count_states_by: Literal["nothing", "entropy", "gap", "disagreement"] = "nothing"
+    """let states count more where the teacher is sure (entropy, gap between its two best actions) or the student far
+    from it (disagreement)"""
+    beyond: BeyondLogits = BeyondLogits()  # noqa: RUF009
+    """weights of what is learned beside the teacher's scores (docs/beyond_logits.md)"""
+    states: MixedStates | StudentStates | TeacherStates | DatasetStates | BlendedStates = MixedStates()  # noqa: RUF009
+    """whose actions choose the states: --states mixed (handed over from teacher to student: DAgger), student, teacher;
+    dataset:PATH is stored states without playing, blended:PATH stored beside live ones"""
+    rounds_kept: int = 0
+    """fit to the states of so many of the newest rounds: 1 is on-policy, 0 fits to all (aggregated)"""
     rounds: int = 10
     """times to visit states, then fit the student to all so far"""
     states_per_round: int = 8000
@@ -121,15 +132,16 @@ def main(args: Args) -> None:
 def make(run: Path, args: Args, device: torch.device, threads: int, opened: ExitStack) -> None:
     """Loads, distils, judges, in that order; goes on where the run's folder says that it stopped."""
     game, offline = canonical_name(args.game), isinstance(args.states, DatasetStates)
-    teacher = load_teacher(pinned(args.teacher, run), game=game, trust_pickle=args.trust_pickle)
-    loss = at_temperature(args.loss, teacher.temperature)
+    teacher_ref = pinned(args.teacher, run)
+    teacher = load_teachers(teacher_ref, args.teacher_weights, game=game, trust_pickle=args.trust_pickle)
+    loss = at_temperature(weighted(args), teacher.temperature)
     envs = make_atari(game, 1 if offline else args.num_envs, args.seed, num_workers=0 if offline else threads)
     opened.callback(envs.close)
     check_fits(teacher, envs, args.teacher, game)
     given = {k: v for k, v in vars(args).items() if k not in FREE}
     settings: dict[str, Any] = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in given.items()}
     settings |= {"game": game, "teacher": about(teacher)}
-    if isinstance(args.states, DatasetStates):
+    if isinstance(args.states, DatasetStates | BlendedStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
     with closing(make_atari(game, 1, args.seed)) as one:
         teacher = teacher.to(device).compiled(one.reset().to(device))
@@ -138,20 +150,23 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     if is_old and (run / "results.json").is_file():
         print((run / "results.md").read_text())
         return
-    replay = open_replay(args.states, teacher, game, device) if isinstance(args.states, DatasetStates) else None
+    room = 0 if offline else args.rounds * args.states_per_round
+    replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
     if not is_old:
         checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
         print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
-    student = make_student(args.student, envs.num_actions, seed=args.seed)
-    learner = make_learner(
-        student,
-        envs,
-        capacity=args.rounds * args.states_per_round,
+    random_return = started_with(run)["teacher_check"]["random_mean"]
+    teacher_return = teacher.reported_return or started_with(run)["teacher_check"]["mean"]
+    student = make_student(
+        args.student,
+        envs.num_actions,
         seed=args.seed,
-        device=device,
-        replay=replay,
+        value="value" in args.beyond.active,
+        temperature=units(at_temperature(args.loss, teacher.temperature)),
     )
+    beyond = Beyond(args.beyond, student, teacher, seed=args.seed) if args.beyond.active else None
+    learner = make_learner(student, envs, capacity=room, seed=args.seed, device=device, replay=replay, beyond=beyond)
     label_given(learner.replay, teacher)
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
@@ -164,6 +179,8 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         due = args.eval_every and learner.round and learner.round % args.eval_every == 0
         if due and not records.has_evaluation(learner.num_updates):
             evaluate_on_the_way(student, records, game, teacher, args.seed, device, threads)
+        if due:
+            learner.student_returns = records.returns_of(learner.num_updates)
 
     evaluate_if_due()  # where a run was stopped between a checkpoint and its evaluation
     rounds = distill(
@@ -177,6 +194,11 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         updates_per_round=args.updates_per_round,
         batch_size=args.batch_size,
         temperature=teacher.temperature,
+        beyond=args.beyond,
+        rounds_kept=args.rounds_kept,
+        stored=args.states.stored if isinstance(args.states, BlendedStates) else 0.0,
+        teacher_return=teacher_return,
+        random_return=random_return,
         threads=threads,
         overlap=args.overlap,
         bf16=args.bf16,
@@ -184,7 +206,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     )
     with tqdm(rounds, total=args.rounds, initial=learner.round, unit="round", desc=game) as bar:
         for r in bar:
-            records.add_round(r, getattr(loss, "temperature", 1.0))
+            records.add_round(r, teacher.temperature)
             save_checkpoint(learner, run / "checkpoints")
             evaluate_if_due()
             live = [e.episodic_return for e in r.episodes]
@@ -214,6 +236,22 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
 
 
+def weighted(args: Args) -> Loss:
+    """Returns the loss with the weights of states that were asked for."""
+    weights: dict[str, Weight] = {"entropy": ByEntropy(), "gap": ByGap(), "disagreement": ByDisagreement()}
+    weight = weights.get(args.count_states_by)
+    return Weighted(args.loss, weight) if weight else args.loss
+
+
+def units(loss: Loss) -> float:
+    """Returns what the student's scores are divided by to be logits: a student of Q-values plays them tempered."""
+    if not isinstance(loss, ScoreMSE | ScoreHuber):
+        return 1.0
+    if not isinstance(loss.temperature, int | float):
+        raise ValueError("--loss.temperature of a loss on scores is the student's own; give a number, no schedule")
+    return loss.temperature
+
+
 def check_device(args: Args, device: torch.device) -> None:
     """Raises ValueError for what this device cannot do, or does ten times slower."""
     if args.cuda_graph and device.type != "cuda":
@@ -227,7 +265,7 @@ def check(args: Args) -> None:
     check_at_least(
         args, 1, "rounds", "states_per_round", "updates_per_round", "batch_size", "num_envs", "eval_episodes"
     )
-    check_at_least(args, 0, "eval_every", "seed")
+    check_at_least(args, 0, "eval_every", "seed", "rounds_kept")
     check_name(args.name)
     if (gigabytes := args.rounds * args.states_per_round * 7.2e-6) > 1000:
         raise ValueError(
@@ -242,49 +280,5 @@ def check(args: Args) -> None:
         raise ValueError("--states dataset:PATH visits no states; leave out --states-per-round and --num-envs")
 
 
-def open_replay(states: DatasetStates, teacher: Teacher, game: str, device: torch.device) -> Replay:
-    """Returns the replay of a dataset."""
-    replay = load_dataset(
-        states.path,
-        num_actions=teacher.num_actions,
-        obs_shape=teacher.obs_shape,
-        game=game,
-        teacher_sha256=teacher.sha256,
-        num_held_out=max(1, round(states.held_out * open_dataset(states.path).num_rows)),
-        device=device,
-    )
-    replay.num_given = len(replay)
-    return replay
-
-
-def label_given(replay: Replay, teacher: Teacher) -> None:
-    """Scores the states of a dataset that this teacher has not scored yet, and says how many they were."""
-    if not replay.num_given:
-        return
-    began = time.perf_counter()
-    num_labelled = label(replay, teacher)
-    seconds = time.perf_counter() - began
-    print(f"a dataset of {replay.num_states:,} states, {num_labelled:,} labelled in {seconds:.0f} s", flush=True)
-
-
-def about(teacher: Teacher) -> dict[str, str]:
-    """Returns which teacher it was."""
-    where = {"ref": teacher.ref, "revision": teacher.revision}
-    return {"algorithm": teacher.algorithm, "file": teacher.path.name, **where, "sha256": teacher.sha256}
-
-
-def evaluate_on_the_way(
-    student: Student, records: Records, game: str, teacher: Teacher, seed: int, device: torch.device, threads: int
-) -> None:
-    """Plays 16 games with the student as it stands and writes them down."""
-    student.eval()
-    evaluation = evaluate_on_atari(student, game, "noop_sampled", 16, seed=seed, device=device, num_workers=threads)
-    of_teacher = teacher.reported_return
-    mean = sum(evaluation.returns) / len(evaluation.returns)
-    against = {"teacher_mean_reward": of_teacher, "score_vs_teacher": None if of_teacher is None else mean - of_teacher}
-    records.add_evaluation(evaluation.returns, evaluation.lengths, against)
-
-
 if __name__ == "__main__":
-    with_subcommands = (tyro.conf.CascadeSubcommandArgs,)
-    exit_with_one_line(lambda: main(tyro.cli(Args, args=spelt_out(sys.argv[1:]), config=with_subcommands)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

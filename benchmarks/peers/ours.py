@@ -11,7 +11,7 @@ import policykd
 from policykd import load_teacher, make_atari, make_learner, make_student
 from policykd.distill import distill
 from policykd.losses import ForwardKL
-from policykd.schedules import WarmupCosine
+from policykd.schedules import Linear, WarmupCosine
 from policykd.states import MixedStates
 
 
@@ -43,7 +43,7 @@ def main(args: Args) -> None:
         teacher,
         learner,
         loss=ForwardKL(teacher.temperature),
-        states=MixedStates(args.handover),
+        states=MixedStates(student=Linear(0.0, 1.0, args.handover)),
         learning_rate=WarmupCosine(args.learning_rate),
         rounds=args.rounds,
         states_per_round=args.states_per_round,

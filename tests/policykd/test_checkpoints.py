@@ -11,11 +11,12 @@ from torch import Tensor
 from policykd.agents.files import BadFile
 from policykd.agents.student import make_student
 from policykd.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.distill import Round, distill
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.identity import IdentityEnv
 from policykd.learner import Learner, make_learner
 from policykd.losses import ForwardKL
+from policykd.rounds import Round
 from policykd.schedules import WarmupCosine
 from policykd.states import MixedStates
 

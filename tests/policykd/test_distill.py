@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from policykd.agents.networks import MLP
 from policykd.agents.policy import Policy
 from policykd.agents.student import make_student
-from policykd.distill import Round, distill
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
@@ -20,7 +20,8 @@ from policykd.evaluation import evaluate
 from policykd.learner import Learner, Visit, make_learner
 from policykd.losses import ActionNLL, ForwardKL, Loss, ReverseKL, ScoreMSE
 from policykd.replay import Replay
-from policykd.schedules import WarmupCosine
+from policykd.rounds import Round
+from policykd.schedules import Linear, WarmupCosine
 from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
 
 
@@ -61,7 +62,9 @@ def run(
     )
 
 
-@pytest.mark.parametrize("states", [TeacherStates(), StudentStates(), MixedStates(), MixedStates(1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "states", [TeacherStates(), StudentStates(), MixedStates(), MixedStates(student=Linear(0.0, 1.0))], ids=repr
+)
 @pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), ScoreMSE(), ActionNLL()], ids=repr)
 def test_a_student_learns_its_teacher(loss: Loss, states: StateSource) -> None:
     learner = identity_learner()
@@ -94,7 +97,7 @@ def test_other_seeds_give_other_runs() -> None:
 
 
 def test_what_a_round_says() -> None:
-    rounds = run(identity_learner(), states=MixedStates(0.5), rounds=5)
+    rounds = run(identity_learner(), states=MixedStates(student=Linear(0.0, 1.0, 0.5)), rounds=5)
     assert [r.index for r in rounds] == [0, 1, 2, 3, 4]
     assert [r.num_states for r in rounds] == [160, 320, 480, 640, 800]
     assert [r.num_updates for r in rounds] == [40, 80, 120, 160, 200]

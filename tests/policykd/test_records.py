@@ -1,17 +1,19 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from policykd.agents.files import BadFile
-from policykd.distill import Round
 from policykd.envs.vector import Episode
 from policykd.records import Records
+from policykd.rounds import Round
 
 
 def a_round(index: int) -> Round:
-    numbers = dict.fromkeys(
+    numbers: dict[str, Any] = dict.fromkeys(
         ("loss", "kl", "action_agreement", "new_kl", "new_action_agreement", "teacher_entropy"), 0.5
     )
     return Round(
@@ -28,6 +30,10 @@ def a_round(index: int) -> Round:
         label_seconds=1.0,
         fit_seconds=4.0,
         seconds=5.0,
+        student_return=-20.5 if index else None,
+        scheduled={"loss.hard": 0.5 - 0.1 * index},
+        terms={"value": 0.25},
+        teacher_disagreement=None,
         **numbers,
     )
 
@@ -41,6 +47,7 @@ def test_a_line_a_round_and_seconds_by_phase(tmp_path: Path) -> None:
     assert [r["index"] for r in rows] == [0, 1, 2]
     assert [r["episodes"] for r in rows] == [[], [-21.0], [-21.0]]
     assert {r["num_nonfinite_updates"] for r in rows} == {2}
+    assert [r["scheduled"]["loss.hard"] for r in rows] == pytest.approx([0.5, 0.4, 0.3])
     assert not any("seconds" in key for row in rows for key in row)  # the next run's metrics are the same bytes
     assert records.seconds() == {"collect": 6.0, "label": 3.0, "fit": 12.0, "rounds": 15.0}
 
@@ -71,3 +78,16 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path: Path) -> N
     records.close()
     with pytest.raises(BadFile, match=r"metrics.jsonl: holds 1 rounds, the checkpoint 2"):
         Records(tmp_path, 2)
+
+
+def test_everything_that_changes_is_a_curve(tmp_path: Path) -> None:
+    records = Records(tmp_path, 0)
+    for k in range(3):
+        records.add_round(a_round(k), temperature=1.0)
+    records.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("schedule/loss.hard")] == pytest.approx([0.5, 0.4, 0.3])
+    assert [e.value for e in events.Scalars("train/value_loss")] == pytest.approx([0.25] * 3)
+    assert [e.step for e in events.Scalars("rollout/student_return")] == [20, 30]  # before, it had not played
+    assert "data/teacher_disagreement" not in events.Tags()["scalars"]

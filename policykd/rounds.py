@@ -1,0 +1,77 @@
+"""What a round of distillation measured, and when its numbers end a run."""
+
+from dataclasses import dataclass
+
+from policykd.envs.vector import Episode
+from policykd.learner import Visit
+
+MAX_NONFINITE = 10
+"""how many states or updates of one round may have numbers that are not finite before the run ends"""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round measured."""
+
+    index: int
+    num_states: int
+    """labelled so far and fitted to; the next round's are visited already"""
+    num_updates: int
+    """gradient steps so far"""
+    loss: float
+    """mean over the round's updates, those that were skipped too"""
+    kl: float
+    """KL(teacher || student), mean over the round's batches, nats"""
+    action_agreement: float
+    """share of those states where both have the same best action"""
+    new_kl: float
+    """KL(teacher || student) on states that the student was not fitted to, nats: this round's before the fit; offline,
+    those that are held out"""
+    new_action_agreement: float
+    """agreement there"""
+    teacher_entropy: float
+    """of the teacher's policy on this round's states, nats"""
+    grad_norm: float
+    """2-norm of the gradient, mean over the updates"""
+    learning_rate: float
+    """of the last update"""
+    student_fraction: float
+    """the chance of a step on the way to this round's states to be the student's"""
+    num_nonfinite_states: int
+    """of this round's, left out because the teacher's scores were not finite"""
+    num_nonfinite_updates: int
+    """skipped because loss or gradient were not finite: the weights never saw them"""
+    episodes: list[Episode]
+    """games that ended while this round's states were visited, whoever played them"""
+    student_return: float | None
+    """mean episodic return of the student's latest games of its own, on which schedules may depend"""
+    scheduled: dict[str, float]
+    """what every scheduled quantity but the learning rate was in this round, by name"""
+    terms: dict[str, float]
+    """what is learned beyond the scores, each mean over the updates before its weight"""
+    teacher_disagreement: float | None
+    """between the teachers of an ensemble on this round's states: generalised Jensen-Shannon divergence, nats"""
+    collect_seconds: float
+    label_seconds: float
+    """inside the collection: the teacher's forward passes, which also choose its actions"""
+    fit_seconds: float
+    """with measuring the student on the new states; the next round's collection goes on meanwhile"""
+    seconds: float
+    """of the whole round, wall"""
+
+
+def check_scores(index: int, visited: Visit) -> None:
+    """Raises FloatingPointError for too many states that the teacher cannot score."""
+    if visited.num_nonfinite > MAX_NONFINITE:
+        raise FloatingPointError(
+            f"round {index}: the teacher's scores of {visited.num_nonfinite} states are not finite; give another one"
+        )
+
+
+def check_updates(index: int, num_skipped: int, num_updates: int, loss: float, grad_norm: float) -> None:
+    """Raises FloatingPointError for too many updates that were skipped, or a round of nothing else."""
+    if num_skipped > MAX_NONFINITE or 0 < num_skipped == num_updates:
+        raise FloatingPointError(
+            f"round {index}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are not finite;"
+            " lower the learning rate"
+        )

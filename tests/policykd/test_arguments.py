@@ -1,0 +1,60 @@
+"""Short forms and schedules on a command line."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from policykd.arguments import parse_args, spelt_out
+from policykd.beyond_logits import BeyondLogits
+from policykd.losses import AnyLoss, ForwardKL, SoftAndHard
+from policykd.schedules import Cosine, Linear, Quantity, ReturnGap
+
+
+@dataclass(frozen=True)
+class Args:
+    weight: Quantity = 1.0
+    loss: AnyLoss = ForwardKL()  # noqa: RUF009
+    beyond: BeyondLogits = BeyondLogits()  # noqa: RUF009
+
+
+def test_numbers_and_schedules() -> None:
+    words = ["--weight", "linear:1:0", "--loss", "soft-and-hard", "--loss.hard", "cosine:1:0.1:0.5"]
+    args = parse_args(Args, [*words, "--loss.temperature", "2", "--beyond.value", "gap:3"])
+    assert args.weight == Linear(1.0, 0.0)
+    assert args.loss == SoftAndHard(temperature=2.0, hard=Cosine(1.0, 0.1, 0.5))
+    assert args.beyond == BeyondLogits(value=ReturnGap(3.0))
+    assert parse_args(Args, []) == Args()
+
+
+def test_what_is_no_number_is_refused_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(Args, ["--weight", "linear:1"])
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--weight" in said
+    assert "neither a number nor a schedule" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--states", "teacher", "--states.epsilon", "0.05"], ["states:teacher-states", "--states.epsilon", "0.05"]),
+        (["--states=blended:a/b"], ["states:blended-states", "--states.path", "a/b"]),
+        (["--seed", "1"], ["--seed", "1"]),
+        (
+            ["--states", "student", "--loss=reverse-kl", "--seed", "1"],
+            ["--seed", "1", "loss:reverse-kl", "states:student-states"],
+        ),
+        (
+            ["states:mixed-states", "--states.epsilon=0.1", "loss:action-nll"],
+            ["loss:action-nll", "states:mixed-states", "--states.epsilon=0.1"],
+        ),
+    ],
+)
+def test_short_forms_on_the_command_line(words: list[str], expected: list[str]) -> None:
+    assert spelt_out(words) == expected
+
+
+@pytest.mark.parametrize("words", [["--states", "mixed:x"], ["--states", "dataset"], ["--states", "other"]])
+def test_states_that_are_none_are_refused(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="give mixed, student"):
+        spelt_out(words)
