@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The tables of docs/methods.md: every method of benchmarks/methods.py on Pong, three seeds each at one budget, 100 games a protocol.
+# Finished cells are skipped, and one that was cut goes on: run it again. `benchmarks/methods.sh --jobs 2 --only forward-kl --seeds 1`
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+$python benchmarks/methods.py held-out "$@"
+$python benchmarks/methods.py run "$@"
+$python benchmarks/methods.py table "$@"
