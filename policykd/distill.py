@@ -161,7 +161,7 @@ def distill(
             sums.zero_()
             began_fit, rate = time.perf_counter(), 0.0
             newest = rounds_kept * states_per_round or end
-            draws = learner.draws(updates_per_round, batch_size, end - newest, end, stored)
+            draws = learner.draws(updates_per_round, batch_size, max(0, end - newest), end, stored)
             for u, (rows_B, shifts_B2) in enumerate(draws):
                 check_interrupted()
                 rate = learning_rate((learner.round + (u + 1) / updates_per_round) / rounds)

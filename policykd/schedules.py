@@ -185,7 +185,8 @@ def value(quantity: Quantity, progress: float, measured: Measured = NOTHING) -> 
 def at(thing: T, progress: float, measured: Measured = NOTHING) -> T:
     """Returns a frozen dataclass with every schedule in its fields, and in theirs, replaced by its number."""
     if isinstance(thing, tuple):
-        return tuple(_now(part, progress, measured) for part in thing)  # type: ignore[return-value]
+        parts = tuple(_now(part, progress, measured) for part in thing)
+        return thing if all(a is b for a, b in zip(parts, thing, strict=True)) else parts  # type: ignore[return-value]
     if not is_dataclass(thing) or isinstance(thing, type):
         return thing
     now = {f.name: _now(getattr(thing, f.name), progress, measured) for f in fields(thing) if f.init}
