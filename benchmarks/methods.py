@@ -44,7 +44,7 @@ DISTIL, REINFORCE = "scripts/distill_atari.py", "scripts/distill_rl.py"
 BUDGET = ["--rounds", "8", "--states-per-round", "1600", "--updates-per-round", "150", "--learning-rate", "4e-3"]
 BUDGET += ["--eval-every", "0"]
 STEPS = ["--steps", "12800"]
-JUDGED = ["--eval-episodes", "20", "--threads", "1"]
+JUDGED = ["--eval-episodes", "10", "--threads", "1"]
 
 
 @dataclass(frozen=True)
