@@ -1,0 +1,293 @@
+"""Distils an Atari agent into a compact student inside reinforcement learning, and says what was lost and gained."""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
+from policykd.agents.files import write_atomically
+from policykd.agents.interrupts import check_interrupted, interruptible
+from policykd.agents.policy import sample
+from policykd.agents.student import Size, Student, make_student, save_student
+from policykd.agents.teacher import TEACHER_HELP, Teacher
+from policykd.animation import play_to_gif
+from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
+from policykd.envs.atari import make_atari
+from policykd.envs.games import canonical_name
+from policykd.evaluation import evaluate_on_atari
+from policykd.results import about, judge, table
+from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
+from policykd.schedules import parse
+from policykd.store import has_generations
+from policykd.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
+from policykd.teacher_check import check_fits, check_teacher
+
+with needs_extra("sb3"):
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+    from stable_baselines3.common.utils import LinearSchedule
+
+    from policykd.agents.sb3_student import from_sb3, to_sb3
+    from policykd.envs.sb3_vec_env import SB3VecEnv
+    from policykd.frame_buffer import FrameReplayBuffer
+    from policykd.qdagger import QDagger
+    from policykd.sb3_checkpoints import Progress, restore_training, save_training
+    from policykd.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
+    from policykd.taught import Taught
+
+Method = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
+
+STUDENT_DRIVEN: dict[str, Any] = {
+    "on-policy": OnPolicyDistillation,
+    "n-distill": NDistill,
+    "expected-entropy": ExpectedEntropyRegularised,
+}
+WEIGHTS: dict[str, str] = {"kickstarting": "linear:1:0", "qdagger": "gap:3"}
+"""of the distillation, where it is not 1"""
+OF_PPO: dict[str, Any] = {"n_steps": 64, "n_epochs": 4, "batch_size": 256}
+OF_A2C: dict[str, Any] = {
+    **{"n_steps": 8, "gamma": 0.97, "gae_lambda": 0.8, "use_rms_prop": False},
+    "policy_kwargs": {"share_features_extractor": False},  # a critic of large costs would spoil the student's features
+}
+OF_DQN: dict[str, Any] = {
+    **{"buffer_size": 100_000, "learning_starts": 2000, "train_freq": 4, "batch_size": 32},
+    **{"exploration_initial_eps": 0.05, "exploration_final_eps": 0.01, "target_update_interval": 1000},
+    **{"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}},
+}
+FREE = {"steps", "device", "threads", "name", "folder", "resume", "debug"}
+FREE |= {"eval_every", "eval_episodes", "checkpoint_every"}
+"""what may be changed when a run goes on"""
+Q_TEMPERATURE = 0.01
+"""a student whose network gives Q-values plays softmax(Q / 0.01) (Rusu et al., 2015)"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Distils an Atari agent into a compact student inside reinforcement learning, and says what was lost and gained.
+
+    Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
+    results.json and student.gif. docs/rl.md has the methods. A run that was killed goes on with --resume, bit for bit.
+    """
+
+    game: str
+    """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game"""
+    teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = "auto"
+    teacher_weights: Annotated[str, tyro.conf.arg(help=WEIGHTS_HELP)] = "equal"
+    trust_pickle: bool = False
+    """let SB3 itself load the teacher, which executes code in the file: for your own archives with custom policies"""
+    allow_weak_teacher: bool = False
+    """go on with a teacher that may play no better than chance"""
+    student: Size = "7%"
+    """size, in per cent of the teacher's NatureCNN, see distill_atari.py"""
+    method: Method = "ppd"
+    """proximal policy distillation, kickstarting PPO, QDagger on DQN, or Czarnecki et al.'s three on A2C"""
+    weight: str = ""
+    """of the distillation, a number or a schedule such as linear:1:0 or gap:3; by default 1, falling to 0 for
+    kickstarting, gap:3 for QDagger"""
+    reward_weight: float = 0.0
+    """of the game's rewards, for on-policy, n-distill and expected-entropy; the others learn from them as they are"""
+    entropy_weight: float = 1.0
+    """n-distill and expected-entropy minimise KL divergences with 1, with 0 the cross-entropies of the paper"""
+    temperature: float = 0.0
+    """divides the teacher's scores; 0 is the teacher's own (1 for PPO and A2C, 0.01 for DQN), but 0.1 for QDagger from
+    a DQN"""
+    steps: int = 1_000_000
+    """agent steps (4 frames each) of the student's own over all environments; schedules follow it"""
+    offline_steps: int = 50_000
+    """of the teacher's, from which QDagger learns first"""
+    offline_updates: int = 12_500
+    """gradient steps on these"""
+    learning_rate: float = 0.0
+    """Adam's at the start, falling linearly to 0; 0 is 1e-3, for QDagger 1e-4"""
+    num_envs: int = 16
+    """games played at once"""
+    checkpoint_every: int = 50_000
+    """steps between checkpoints"""
+    eval_every: int = 250_000
+    """steps between evaluations on the way (16 games, no-op starts, sampled); 0 for none"""
+    eval_episodes: int = 50
+    """whole games under each protocol at the end, for the student, and for a teacher whose card has none"""
+    device: DeviceName = "auto"
+    """where to compute: cuda, then mps, then cpu, whichever is there first"""
+    threads: int = 0
+    """CPU threads, and processes that emulate; 0 takes what torch finds"""
+    seed: int = 0
+    """of weights, games and actions"""
+    name: str = ""
+    """of the run's folder; by default method, size and seed"""
+    folder: Path = Path("runs")
+    """where runs are kept"""
+    resume: bool = False
+    """go on with the run of this --name from its last checkpoint, or start it if there is none"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def main(args: Args) -> None:
+    """Prepares the machine, and takes the run's folder for this process alone."""
+    check(args)
+    args = dataclasses.replace(
+        args, game=canonical_name(args.game), weight=args.weight or WEIGHTS.get(args.method, "1")
+    )
+    device = prepare_device(args.device, args.threads)
+    run = args.folder / args.game / (args.name or f"{args.method}-{args.student[:-1]}pct-seed{args.seed}")
+    with lock(run), ExitStack() as opened:
+        distil(run, args, device, opened)
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for what no run can have."""
+    check_at_least(args, 1, "steps", "num_envs", "checkpoint_every", "eval_episodes")
+    check_at_least(args, 0, "eval_every", "seed", "offline_steps", "offline_updates", "temperature", "learning_rate")
+    check_name(args.name)
+    parse(args.weight or "1")
+    if args.reward_weight and args.method not in STUDENT_DRIVEN:
+        raise ValueError(f"--reward-weight is not for --method {args.method}, which learns from rewards as they are")
+    if args.method == "qdagger" and args.offline_updates and args.offline_steps < 50 * args.num_envs:
+        raise ValueError(f"--offline-steps {args.offline_steps} are too few to learn from; give 50 an environment")
+
+
+def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> None:
+    """Loads, learns, judges, in that order; goes on where the run's folder says that it stopped."""
+    how: dict[str, Any] = {"game": args.game, "trust_pickle": args.trust_pickle}
+    teacher = load_teachers(pinned(args.teacher, run), args.teacher_weights, **how)
+    with interruptible():
+        envs = make_atari(args.game, args.num_envs, args.seed, num_workers=torch.get_num_threads())
+    opened.callback(envs.close)
+    check_fits(teacher, envs, args.teacher, args.game)
+    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"teacher": about(teacher)}
+    with closing(make_atari(args.game, 8, args.seed)) as few:
+        teacher = teacher.to(device).compiled(few.reset().to(device))
+        frames = first_frames(teacher, few, args.seed, device)
+    machine = {"device": str(device), "threads": torch.get_num_threads(), "labels": teacher.backend}
+    is_old = goes_on(run, settings, resume=args.resume, machine=machine)
+    if is_old and (run / "results.json").is_file():
+        print((run / "results.md").read_text())
+        return
+    if not is_old:
+        checked = check_teacher(teacher, args.game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
+        print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
+        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
+    returns = started_with(run)["teacher_check"]
+    units = Q_TEMPERATURE if args.method == "qdagger" else 1.0
+    student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units)
+    student.centre_on(frames)
+    model = make_model(args, student, teacher, SB3VecEnv(envs, clip_rewards=True), returns, device)
+
+    assert isinstance(model, Taught)
+    has_checkpoint = has_generations(run / "checkpoints")
+    with interruptible():
+        wall_seconds = restore_training(model, envs, run / "checkpoints") if has_checkpoint else 0.0
+    board = TensorBoardOutputFormat(str(run))
+    board.writer = SummaryWriter(str(run), purge_step=model.num_timesteps + 1)
+    opened.callback(board.close)
+    model.set_logger(Logger(str(run), [board]))
+
+    def evaluate(steps: int) -> None:
+        student_now = from_sb3(model, student).to(device)
+        games = evaluate_on_atari(student_now, args.game, "noop_sampled", 16, seed=args.seed, device=device)
+        board.writer.add_scalar("eval/mean_reward", np.mean(games.returns), steps)
+        board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
+        print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)
+
+    print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
+    saved = model.num_timesteps
+    try:
+        if isinstance(model, QDagger) and args.offline_updates and not has_checkpoint:
+            began = time.perf_counter()
+            model.learn_offline(args.offline_steps, args.offline_updates)
+            wall_seconds = time.perf_counter() - began
+            save_training(model, envs, run / "checkpoints", wall_seconds=wall_seconds)
+        progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
+        try:
+            model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
+            progress.save()
+        finally:
+            saved = progress.saved
+        write_results(run, args, from_sb3(model, student).to(device), teacher, model, progress.wall_seconds)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{saved:,} steps are saved; go on with: {again(args, run)}") from None
+
+
+def first_frames(teacher: Teacher, envs: Any, seed: int, device: torch.device) -> torch.Tensor:
+    """Returns frames of a little play by the teacher, `(n, 84, 84)`, for the student's input scaling."""
+    obs, generator, frames = envs.reset(), torch.Generator().manual_seed(seed), []
+    for _ in range(100):
+        check_interrupted()
+        frames.append(obs[:, -1])
+        obs = envs.step(sample(teacher(obs.to(device)).cpu() / teacher.temperature, generator)).obs
+    return torch.cat(frames)
+
+
+def make_model(
+    args: Args, student: Student, teacher: Teacher, envs: SB3VecEnv, returns: Mapping[str, Any], device: torch.device
+) -> BaseAlgorithm:
+    """Returns the agent whose policy is the student, with its teacher."""
+    first_rate = 1e-4 if args.method == "qdagger" else 1e-3
+    settings: dict[str, Any] = {
+        "teacher": teacher,
+        "temperature": args.temperature or teacher.temperature,
+        "distillation_weight": parse(args.weight),
+        "teacher_return": teacher.reported_return or returns["mean"],
+        "random_return": returns["random_mean"],
+        "learning_rate": LinearSchedule(args.learning_rate or first_rate, 0.0, 1.0),
+        "seed": args.seed,
+        "device": device,
+    }
+    if args.method in STUDENT_DRIVEN:
+        entropy = {} if args.method == "on-policy" else {"entropy_weight": args.entropy_weight}
+        method = STUDENT_DRIVEN[args.method](reward_weight=args.reward_weight, **entropy)
+        return to_sb3(student, envs, StudentDriven, method=method, **settings, **OF_A2C)
+    if args.method == "qdagger":
+        settings["student_temperature"] = 0.1
+        if not args.temperature and teacher.temperature != 1.0:
+            settings["temperature"] = 0.1
+        # One gradient step for every train_freq steps, as with a single environment.
+        return to_sb3(student, envs, QDagger, gradient_steps=args.num_envs, **settings, **OF_DQN)
+    algorithm = ProximalPolicyDistillation if args.method == "ppd" else KickstartingPPO
+    return to_sb3(student, envs, algorithm, **settings, **OF_PPO)
+
+
+def write_results(
+    run: Path, args: Args, student: Student, teacher: Teacher, model: Taught, wall_seconds: float
+) -> None:
+    """Saves the student, lets it be judged, and writes what was lost and gained."""
+    check_there(run)
+    command = shlex.join(sys.argv)
+    save_student(student, run, {"game": args.game, "teacher": about(teacher), "command": command})
+    where: dict[str, Any] = {"done": run / "judged.json", "threads": torch.get_num_threads()}
+    device = torch.device(model.device)
+    results, seconds = judge(student, teacher, args.game, args.eval_episodes, args.seed, device, **where)
+    offline = args.method == "qdagger" and args.offline_updates
+    results |= {
+        "num_states_labelled": model.num_timesteps + (args.offline_steps if offline else 0),
+        "num_updates": model.num_gradient_steps,
+        "wall_seconds": {"learn": wall_seconds, "evaluate": seconds},
+        "versions": versions(),
+        "command": command,
+    }
+    text = (
+        f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates;"
+        f" learn {wall_seconds:.0f} s, evaluate {seconds:.0f} s\n"
+    )
+    play_to_gif(student, args.game, run / "student.gif", seed=args.seed)
+    check_there(run)
+    write_atomically(run / "results.md", text.encode())
+    write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(tyro.cli(Args)))
