@@ -117,13 +117,15 @@ class Student(nn.Module):
         """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
         from policykd.agents.sb3_student import to_sb3
 
-        return to_sb3(self, env, algorithm, **kwargs)
+        like: Any = self
+        return to_sb3(like, env, algorithm, **kwargs)
 
-    def from_sb3(self, model: Any) -> "Student":
+    def from_sb3(self, model: Any) -> Any:
         """Returns a student of this shape with the weights of an agent that `to_sb3` made."""
         from policykd.agents.sb3_student import from_sb3
 
-        return from_sb3(model, self)
+        like: Any = self  # a type checker that follows both paths to this module sees two classes
+        return from_sb3(model, like)
 
     def _logits(self, scores_BA: Tensor) -> Tensor:
         return scores_BA if self.temperature == 1.0 else scores_BA / self.temperature

@@ -123,7 +123,18 @@ TABLES = {
             "score-mse": ["--loss", "score-mse"],
             "action-nll": ["--loss", "action-nll"],
         },
-        {"qdagger": ["--method", "qdagger"]},
+        {
+            "qdagger": [
+                "--method",
+                "qdagger",
+                "--steps",
+                "3200",
+                "--offline-steps",
+                "12800",
+                "--offline-updates",
+                "9600",
+            ]
+        },
     ),
 }
 

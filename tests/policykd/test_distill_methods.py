@@ -91,7 +91,7 @@ def test_a_schedule_changes_the_loss_from_round_to_round() -> None:
 def test_feedback_falls_as_the_student_comes_near() -> None:
     """Random play gets a quarter of the episodes right, the teacher 87 %."""
     loss = Weighted(ForwardKL(), ByEntropy(floor=ReturnGap(1.0)))
-    goal = {"teacher_return": 0.87, "random_return": 0.25}
+    goal: dict[str, Any] = {"teacher_return": 0.87, "random_return": 0.25}
     rounds = run(identity_learner(), loss=loss, states=StudentStates(), **goal)
     gaps = [r.scheduled["loss.weight.floor"] for r in rounds]
     assert gaps[0] > 0.6  # the first games, before any fit, are those of chance
@@ -101,7 +101,7 @@ def test_feedback_falls_as_the_student_comes_near() -> None:
 
 
 def test_before_the_student_has_played_it_counts_as_no_better_than_chance() -> None:
-    goal = {"teacher_return": 0.87, "random_return": 0.25}
+    goal: dict[str, Any] = {"teacher_return": 0.87, "random_return": 0.25}
     rounds = run(identity_learner(), loss=Heavy(ReturnGap(2.0)), states=TeacherStates(), rounds=3, **goal)
     assert [r.loss for r in rounds] == pytest.approx([2.0] * 3)
     assert [r.student_return for r in rounds] == [None] * 3
@@ -109,7 +109,12 @@ def test_before_the_student_has_played_it_counts_as_no_better_than_chance() -> N
 
 def test_an_evaluation_counts_where_the_student_does_not_play() -> None:
     learner = identity_learner()
-    settings = {"states_per_round": 160, "updates_per_round": 10, "teacher_return": 1.0, "random_return": 0.0}
+    settings: dict[str, Any] = {
+        "states_per_round": 160,
+        "updates_per_round": 10,
+        "teacher_return": 1.0,
+        "random_return": 0.0,
+    }
     states = MixedStates(student=ReturnReached(0.0, 0.9))
     rounds = []
     rate = WarmupCosine(1e-2)
