@@ -94,7 +94,7 @@ def test_the_kl_falls_and_the_return_rises_above_random(finished: Path) -> None:
     rounds = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["num_states"] for r in rounds] == [640 * k for k in range(1, 7)]
     assert rounds[-1]["kl"] < 0.25 * rounds[0]["kl"]
-    assert rounds[-1]["new_kl"] < 0.25 * rounds[0]["new_kl"]
+    assert rounds[-1]["new_kl"] < 0.5 * rounds[0]["new_kl"]
     results = json.loads((finished / "results.json").read_text())
     student, random = (results[who]["protocols"]["noop_sampled"] for who in ("student", "random"))
     assert student["interval"][0] > random["interval"][1]

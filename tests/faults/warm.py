@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.tensorboard
-import tyro
 
 import policykd.animation
 import policykd.evaluation
 import policykd.results
+from policykd.arguments import parse_args
 from policykd.command import exit_with_one_line
 from policykd.costs import Costs
 from policykd.envs.vector import Episode, Step
@@ -216,8 +216,7 @@ def run(script: ModuleType, args: list[str], faults: dict[str, dict[str, Any]]) 
     for fault in FAULTS:
         if fault.__name__ in faults:
             fault(**faults[fault.__name__])
-    config = (tyro.conf.CascadeSubcommandArgs,)
-    exit_with_one_line(lambda: script.main(tyro.cli(script.Args, args=script.spelt_out(sys.argv[1:]), config=config)))
+    exit_with_one_line(lambda: script.main(parse_args(script.Args, sys.argv[1:])))
 
 
 def serve() -> None:
