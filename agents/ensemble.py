@@ -7,7 +7,7 @@ M members, B batch, A actions.
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,26 +104,39 @@ def disagreement_B(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
     return (entropy(log_mixture(log_p_MBA, weights_MB)) - within_B).clamp(min=0.0)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Who said what in an ensemble, means over states."""
+
+    disagreement: float
+    """between the members: their generalised Jensen-Shannon divergence, nats"""
+    weights: tuple[float, ...]
+    """of the members"""
+
+
 class Disagreement:
-    """A mean over states that several threads add to; on a GPU nothing waits for it before it is asked for."""
+    """Means over states that several threads add to; on a GPU nothing waits for them before they are asked for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: Tensor | None = None
+        self._sums: list[Tensor] = []
 
-    def add(self, nats_B: Tensor) -> None:
+    def add(self, nats_B: Tensor, weights_MB: Tensor) -> None:
         """Counts these states, but for those that are no numbers."""
         counted_B = nats_B.isfinite()
-        sums = torch.stack([nats_B.masked_fill(~counted_B, 0.0).double().sum(), counted_B.double().sum()])
+        rows_NB = torch.cat([counted_B.float()[None], nats_B[None], weights_MB.expand(-1, len(nats_B))])
+        sums_N = rows_NB.masked_fill(~counted_B, 0.0).sum(dim=1)
         with self._lock:
-            self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+            self._sums.append(sums_N)
 
-    def take(self) -> float:
-        """Returns the mean over the states since it was last asked, nats, or 0 if there were none."""
+    def take(self) -> Shares | None:
+        """Returns the means over the states since it was last asked, or None if there were none."""
         with self._lock:
-            sums, self._sums = self._sums, None
-        total, num = (0.0, 0.0) if sums is None else sums.tolist()
-        return total / num if num else 0.0
+            sums, self._sums = self._sums, []
+        if not sums:
+            return None
+        num, nats, *weights = torch.stack([s.cpu() for s in sums]).double().sum(dim=0).tolist()
+        return Shares(nats / num, tuple(w / num for w in weights)) if num else None
 
 
 class Ensemble:
@@ -150,11 +163,11 @@ class Ensemble:
         """Returns log-probabilities, float32 `(batch, num_actions)`, finite if the members' scores are."""
         log_p_MBA = torch.stack([log_policy(t(obs_BCHW), t.temperature) for t in self.teachers])
         weights_MB = self.weights(log_p_MBA)
-        self._disagreement.add(disagreement_B(log_p_MBA, weights_MB))
+        self._disagreement.add(disagreement_B(log_p_MBA, weights_MB), weights_MB)
         return log_mixture(log_p_MBA, weights_MB)
 
-    def take_disagreement(self) -> float:
-        """Returns how far the members were apart on the states since it was last asked: a mean, nats."""
+    def take_disagreement(self) -> Shares | None:
+        """Returns how far the members were apart on the states since it was last asked; None if there were none."""
         return self._disagreement.take()
 
     def to(self, device: Any, /) -> "Ensemble":
@@ -198,22 +211,23 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Weights) -> Teacher:
     games = {t.card["game"] for t in teachers if t.card.get("game")}
     if len(games) == 1:
         card["game"] = games.pop()
-    returns = [t.reported_return for t in teachers]
-    if len(reported := [r for r in returns if r is not None]) == len(teachers):
-        card["reported_return"] = sum(reported) / len(reported)
     return Teacher(
         net,
         "ENSEMBLE",
         teachers[0].path,
         hashlib.sha256(known_by.encode()).hexdigest(),
         card,
-        "+".join(t.ref for t in teachers),
-        "+".join(t.revision for t in teachers if t.revision),
+        "+".join(f"{t.ref}@{t.revision}" if t.revision else t.ref for t in teachers),
     )
 
 
 def load_teachers(
-    ref: str | Path = "auto", weights: str = "equal", *, game: str | None = None, trust_pickle: bool = False
+    ref: str | Path = "auto",
+    weights: str = "equal",
+    *,
+    game: str | None = None,
+    trust_pickle: bool = False,
+    measure: Callable[[Teacher], float] | None = None,
 ) -> Teacher:
     """Returns the teacher that a reference names, or an ensemble of those that `REF+REF...` names.
 
@@ -222,6 +236,7 @@ def load_teachers(
         weights: see `WEIGHTS_HELP`; `equal` for one teacher.
         game: the game to play.
         trust_pickle: as for `load_teacher`, for all of them.
+        measure: returns the mean episodic return of a member of which none is reported, for weights by return.
 
     Raises:
         ValueError: as `load_teacher`; weights that are malformed, or not one for each teacher; a missing return.
@@ -234,20 +249,23 @@ def load_teachers(
     if not all(refs := ref.split("+")):
         raise ValueError(f"{ref}: a teacher is missing beside a +; give REF+REF")
     teachers = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
-    return make_ensemble(teachers, _weights(weights, teachers, game))
+    return make_ensemble(teachers, _weights(weights, teachers, game, measure))
 
 
-def _weights(text: str, teachers: Sequence[Teacher], game: str | None) -> Weights:
+def _weights(
+    text: str, teachers: Sequence[Teacher], game: str | None, measure: Callable[[Teacher], float] | None
+) -> Weights:
     if text == "equal":
         return FixedWeights((1.0,) * len(teachers))
     if text == "confidence":
         return ConfidenceWeights()
     if text == "return":
-        returns = {t.ref: t.reported_return for t in teachers}
-        if silent := [ref for ref, reported in returns.items() if reported is None]:
+        silent = [t.ref for t in teachers if t.reported_return is None]
+        if silent and measure is None:
             raise ValueError(f"{', '.join(silent)}: no return is reported of it; give numbers as --teacher-weights")
+        returns = [measure(t) if t.reported_return is None and measure else t.reported_return for t in teachers]
         random, _ = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game), (0.0, 0.0)) if game else (0.0, 0.0)
-        return ReturnWeights(tuple(float(t.reported_return or 0.0) for t in teachers), random)
+        return ReturnWeights(tuple(float(r or 0.0) for r in returns), random)
     try:
         return FixedWeights(tuple(float(number) for number in text.split(",")))
     except ValueError as error:

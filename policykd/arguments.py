@@ -4,11 +4,15 @@
 quantity is a number, or a schedule such as `linear:1:0` (`policykd.schedules.parse`).
 """
 
+import io
+import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from contextlib import redirect_stderr
+from typing import Any, TypeVar, get_args
 
 import tyro
 
+from policykd.losses import AnyLoss
 from policykd.schedules import Quantity, Varying, parse, spelled
 
 T = TypeVar("T")
@@ -21,12 +25,18 @@ def parse_args(kind: type[T], arguments: Sequence[str]) -> T:
     """Returns the dataclass that a command line fills.
 
     Raises:
-        ValueError: a short form that means nothing; tyro itself ends the process for what it does not understand.
+        ValueError: what it cannot be, with the flag.
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_quantity_rule)
-    with registry:
-        return tyro.cli(kind, args=spelt_out(arguments), config=(tyro.conf.CascadeSubcommandArgs,))
+    words, said = spelt_out(arguments), io.StringIO()
+    try:
+        with registry, redirect_stderr(said):
+            return tyro.cli(kind, args=words, config=(tyro.conf.CascadeSubcommandArgs,))
+    except SystemExit as ended:
+        if ended.code in (0, None):  # it was asked for help
+            raise
+        raise ValueError(_first_sentence(said.getvalue())) from None
 
 
 def spelt_out(arguments: Sequence[str]) -> list[str]:
@@ -40,7 +50,7 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
         if flag.startswith(("--states.", "--loss.")):  # belongs behind the subcommands
             options += [word] if joined else [word, next(words, "")]
         elif flag == "--loss":
-            chosen["loss"] = [f"loss:{given if joined else next(words, '')}"]
+            chosen["loss"] = [_loss(given if joined else next(words, ""))]
         elif flag == "--states":
             chosen["states"] = _states(given if joined else next(words, ""))
         elif word.startswith(("loss:", "states:")):
@@ -48,6 +58,22 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
         else:
             kept.append(word)
     return [*kept, *chosen["loss"], *chosen["states"], *options]
+
+
+def _first_sentence(said: str) -> str:
+    """Returns what tyro's frame says before its first rule, on one line."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in said.splitlines()]
+    body = [line for line in lines if line.strip("\u2500 ") and not line.startswith("\u2500")]
+    ruled = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))
+    kept = " ".join(line for line in lines[:ruled] if line in body)
+    return f"{' '.join(kept.split())}; --help lists the flags"
+
+
+def _loss(name: str) -> str:
+    known = [re.sub("([a-z])(?=[A-Z])", r"\1-", kind.__name__).lower() for kind in get_args(AnyLoss)]
+    if name not in known:
+        raise ValueError(f"--loss {name}: give one of {', '.join(known)}")
+    return f"loss:{name}"
 
 
 def _states(given: str) -> list[str]:

@@ -25,6 +25,7 @@ from policykd.feature_losses import (
 )
 from policykd.schedules import Quantity
 
+EVERY = slice(None)
 _FEATURES = ("hint", "attention", "similarity", "relational")
 
 
@@ -107,24 +108,27 @@ class Beyond(nn.Module):
             self._keep(name, torch.cat([rows, more]))
 
     @torch.inference_mode()
-    def label(self, obs_BCHW: Tensor, rows_B: Tensor) -> None:
+    def label(self, obs_BCHW: Tensor, rows_B: Tensor, new: slice = EVERY) -> None:
         """Asks the teacher about states, with one pass of its network (and one of its critic if that shares nothing).
 
         Args:
             obs_BCHW: observations on the teacher's device.
-            rows_B: of the replay, where they lie, int64.
+            rows_B: of the replay, where they lie, int64, on the same device.
+            new: which of them are kept; a network gives the same bits for a state where it stands at the same place of
+                a batch of the same size.
         """
+        rows_B = rows_B[new]
         net, seen = self.teacher.net, None
         if set(_FEATURES) & set(self.active):
             assert isinstance(net, ConvNet | MLP)
             seen = net.activations(obs_BCHW)
         if "value" in self.active:
-            values_B1 = self.teacher.values(obs_BCHW, seen).unsqueeze(1)
+            values_B1 = self.teacher.values(obs_BCHW, seen)[new].unsqueeze(1)
             self.values_N1.index_copy_(0, rows_B, values_B1.to(self.values_N1.device))
         if seen is not None and self.hidden_NF.shape[1]:
-            self.hidden_NF.index_copy_(0, rows_B, seen.hidden_BF.to(self.hidden_NF))
+            self.hidden_NF.index_copy_(0, rows_B, seen.hidden_BF[new].to(self.hidden_NF))
         if seen is not None and self.attention_NP.shape[1]:
-            self.attention_NP.index_copy_(0, rows_B, attention_maps(seen.maps).to(self.attention_NP))
+            self.attention_NP.index_copy_(0, rows_B, attention_maps(seen.maps)[new].to(self.attention_NP))
 
     def terms(
         self, obs_BCHW: Tensor, rows_B: Tensor, shifts_B2: Tensor, student: Student, now: BeyondLogits
@@ -150,7 +154,7 @@ class Beyond(nn.Module):
 
     def _compared(self, seen: Activations, rows_B: Tensor, student: Student, now: BeyondLogits) -> dict[str, Tensor]:
         """Returns the terms that compare the student with what was labelled."""
-        losses, hidden_BF = {}, seen.hidden_BF
+        losses, hidden_BF = {}, seen.hidden_BF.float()
         if now.value:
             teacher_value_B = self.values_N1.index_select(0, rows_B).squeeze(1)
             losses["value"] = value_loss_B(student.value_of(hidden_BF), teacher_value_B)

@@ -56,6 +56,7 @@ def save_checkpoint(learner: Learner, folder: Path) -> None:
             "starts": learner.starts_B.tolist(),
             "visit": asdict(learner.visit) if learner.visit else None,
             "student_returns": learner.student_returns,
+            "student_steps": learner.student_steps,
         },
     )
 
@@ -81,11 +82,12 @@ def restore_checkpoint(learner: Learner, folder: Path) -> None:
     learner.obs = learner.envs.restore(about["envs"])
     learner.starts_B = torch.tensor(about["starts"])
     learner.round, learner.num_updates = about["round"], about["num_updates"]
-    learner.student_returns = about.get("student_returns", [])
+    learner.student_returns, learner.student_steps = about.get("student_returns", []), about.get("student_steps", 0)
     learner.visit = None
     if about["visit"]:
         episodes = [Episode(**episode) for episode in about["visit"]["episodes"]]
-        learner.visit = Visit(**{**about["visit"], "episodes": episodes})
+        lists = {key: tuple(about["visit"].get(key, ())) for key in ("teacher_weights", "student_returns")}
+        learner.visit = Visit(**{**about["visit"], **lists, "episodes": episodes})
     learner.action_generator.set_state(tensors["action_generator"])
     learner.batch_generator.set_state(tensors["batch_generator"])
 

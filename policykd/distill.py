@@ -24,11 +24,11 @@ from policykd.beyond_logits import Beyond, BeyondLogits
 from policykd.cuda_graph import CapturedUpdate
 from policykd.divergences import kl_divergence_B, log_policy
 from policykd.envs.vector import Episode
-from policykd.learner import Learner, Visit, check_fits
+from policykd.learner import Learner, Visit
 from policykd.losses import Loss
-from policykd.replay import Replay
-from policykd.rounds import Round, check_scores, check_updates
-from policykd.schedules import Schedule, at, values
+from policykd.rehearsal import rehearse
+from policykd.rounds import Round, check_scores, check_updates, compare
+from policykd.schedules import Measured, Schedule, at, value, values
 from policykd.states import StateSource
 
 SCORES_ALONE = BeyondLogits()
@@ -92,8 +92,20 @@ def distill(
     device = replay.frames.device
     weights, names, goal = learner.weights(), beyond.active, (teacher_return, random_return)
     sums = torch.zeros(5 + len(names), device=device)
-    now = loss, beyond
-    check_fits(learner, names, states_per_round, rounds_kept, stored)
+    now, step = (loss, beyond), None
+    rehearse(
+        learner,
+        loss=loss,
+        beyond=beyond,
+        states=states,
+        rounds=rounds,
+        states_per_round=states_per_round,
+        batch_size=batch_size,
+        rounds_kept=rounds_kept,
+        stored=stored,
+        teacher_return=teacher_return,
+        random_return=random_return,
+    )
 
     def gradients(rows_B: Tensor, shifts_B2: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Returns one thread's share of the gradient of a batch's mean loss, and of what is measured on it."""
@@ -126,13 +138,12 @@ def distill(
         sums.add_(torch.cat([norm[None], skipped[None], measured]))
 
     num_parts = max(1, min(threads, batch_size // 32)) if device.type == "cpu" else 1
-    label_beyond(learner)
+    learner.label_beyond()
     with ThreadPoolExecutor(num_parts + 1) as pool:
         if learner.visit is None and learner.round == 0:
-            first_states = at(states, 0.0, learner.measured(*goal))
-            learner.visit = visit(teacher, learner, student, first_states, 0.0, states_per_round, temperature)
-            if isinstance(student, Student):
-                student.centre_on(replay.frames[1 : 1 + len(replay)][:: max(1, len(replay) // 256)])
+            how = states, 0.0, learner.measured(*goal), states_per_round, temperature
+            learner.visit = visit(teacher, learner, student, *how)
+            learner.centre_student()
         while learner.round < rounds:
             began = time.perf_counter()
             visited, num_states, end = learner.visit, replay.num_states, len(replay) - replay.num_held_out
@@ -140,23 +151,20 @@ def distill(
             check_scores(learner.round, visited)
             learner.note_games(visited)
             measured, progress = learner.measured(*goal), learner.round / max(1, rounds - 1)
-            now = at((loss, beyond), progress, measured)
-            step = CapturedUpdate(update) if cuda_graph else update  # a graph holds the loss's numbers
+            now, before = at((loss, beyond), progress, measured), now
+            if step is None or now != before:  # a graph holds the loss's numbers
+                step = CapturedUpdate(update) if cuda_graph else update
             scheduled = values(loss, progress, measured, "loss.") | values(beyond, progress, measured, "beyond.")
 
             # 1. Measure the student on this round's states, which it has not been fitted to.
             student.eval()
-            new_kl, new_agreement, teacher_entropy = compare(student, replay, visited.first, len(replay), temperature)
+            compared = compare(student, replay, visited.first, now[0], temperature)
 
             # 2. Visit the next round's states with the student as it stands, while it is fitted to those so far.
             acting = copy.deepcopy(student)
-            next_progress = learner.round / max(1, rounds - 2)
-            next_states = at(states, next_progress, measured)
-            scheduled |= values(states, next_progress, measured, "states.")
             num_steps = states_per_round if learner.round + 1 < rounds else 0
-            visiting = (pool.submit if overlap else done)(
-                visit, teacher, learner, acting, next_states, next_progress, num_steps, temperature
-            )
+            how = states, min(1.0, learner.round / max(1, rounds - 2)), measured, num_steps, temperature
+            visiting = (pool.submit if overlap else done)(visit, teacher, learner, acting, *how)
             student.train()
             sums.zero_()
             began_fit, rate = time.perf_counter(), 0.0
@@ -184,9 +192,9 @@ def distill(
                 loss=mean_loss,
                 kl=kl,
                 action_agreement=agreement,
-                new_kl=new_kl,
-                new_action_agreement=new_agreement,
-                teacher_entropy=teacher_entropy,
+                new_kl=compared.kl,
+                new_action_agreement=compared.action_agreement,
+                teacher_entropy=compared.teacher_entropy,
                 grad_norm=grad_norm,
                 learning_rate=rate,
                 student_fraction=visited.student_fraction,
@@ -194,9 +202,11 @@ def distill(
                 num_nonfinite_updates=num_skipped,
                 episodes=visited.episodes,
                 student_return=measured.student_return,
-                scheduled=scheduled,
+                scheduled=scheduled | visited.scheduled,
                 terms=dict(zip(names, terms, strict=True)),
                 teacher_disagreement=visited.disagreement,
+                teacher_weights=visited.teacher_weights,
+                state_weight=compared.state_weight,
                 collect_seconds=visited.collect_seconds,
                 label_seconds=visited.label_seconds,
                 fit_seconds=fit_seconds,
@@ -211,13 +221,17 @@ def visit(
     acting: nn.Module,
     states: StateSource,
     progress: float,
+    measured: Measured,
     num_states: int,
     temperature: float,
 ) -> Visit:
     """Appends states to the learner's replay, each with the teacher's raw scores; one forward pass labels and acts."""
     replay, device = learner.replay, learner.replay.frames.device
     first, num_nonfinite = len(replay) - replay.num_held_out, 0
-    began, label_seconds, episodes = time.perf_counter(), 0.0, list[Episode]()
+    began, label_seconds, episodes, own_returns = time.perf_counter(), 0.0, list[Episode](), list[float]()
+    scheduled, states = values(states, progress, measured, "states."), at(states, progress, measured)
+    fraction = states.student_fraction(progress)
+    alone = fraction == 1.0 and not value(getattr(states, "epsilon", 0.0), progress)
     net = getattr(teacher, "net", teacher)
     ensemble = net if isinstance(net, Ensemble) else None
     if ensemble:
@@ -237,15 +251,22 @@ def visit(
         step = learner.envs.step(states(obs, teacher_BA, acting, progress, learner.action_generator))
         learner.obs, learner.starts_B = step.obs, step.starts_B
         episodes += step.episodes
-    label_beyond(learner)
+        own_returns += learner.own_games(step.episodes, alone=alone)
+    asked = time.perf_counter()
+    learner.label_beyond()
+    label_seconds += time.perf_counter() - asked
+    shares = ensemble.take_disagreement() if ensemble else None
     return Visit(
         first=first,
-        student_fraction=states.student_fraction(progress),
+        student_fraction=fraction,
         episodes=episodes,
         num_nonfinite=num_nonfinite,
         collect_seconds=time.perf_counter() - began - label_seconds,
         label_seconds=label_seconds,
-        disagreement=ensemble.take_disagreement() if ensemble else None,
+        disagreement=shares.disagreement if shares else None,
+        teacher_weights=shares.weights if shares else (),
+        student_returns=tuple(own_returns),
+        scheduled=scheduled,
     )
 
 
@@ -259,32 +280,6 @@ def forward(
     student_BA, terms = extra.terms(obs, rows_B, shifts_B2, student, now)
     nothing_B = torch.zeros(len(obs), device=obs.device)
     return student_BA.float(), [terms.get(name, nothing_B) for name in extra.active]
-
-
-def label_beyond(learner: Learner) -> None:
-    """Asks the teacher what is learned beyond its scores, of states in the replay that it was not asked about yet."""
-    if learner.beyond:
-        for rows_B in torch.arange(learner.num_labelled_beyond, len(learner.replay)).split(256):
-            check_interrupted()
-            learner.beyond.label(learner.replay.gather(rows_B.to(learner.replay.frames.device)), rows_B)
-        learner.num_labelled_beyond = len(learner.replay)
-
-
-@torch.inference_mode()
-def compare(student: nn.Module, replay: Replay, first: int, end: int, temperature: float) -> tuple[float, float, float]:
-    """Returns KL(teacher || student), action agreement and teacher entropy, means over the states from `first` on."""
-    sums = torch.zeros(3, device=replay.frames.device)
-    rows = torch.arange(first, end)
-    rows = rows[~torch.isin(rows, replay.history)].to(replay.frames.device)
-    for rows_B in rows.split(1024):
-        check_interrupted()
-        student_BA, teacher_BA = student(replay.gather(rows_B)), replay.scores_NA[rows_B]
-        log_p_BA = log_policy(teacher_BA, temperature)
-        agree_B = student_BA.argmax(dim=-1) == teacher_BA.argmax(dim=-1)
-        entropy_B = -(log_p_BA.exp() * log_p_BA).sum(dim=-1)
-        sums += torch.stack([kl_divergence_B(log_p_BA, log_policy(student_BA)), agree_B.float(), entropy_B]).sum(dim=1)
-    kl, agreement, entropy = (sums / len(rows)).tolist()
-    return kl, agreement, entropy
 
 
 def done(work: Callable[..., Visit], *args: object) -> Future[Visit]:

@@ -1,16 +1,19 @@
 """What a run changes: the student, what it has learned from, and where the games stand."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.interrupts import check_interrupted
+from policykd.agents.student import Student
 from policykd.beyond_logits import Beyond
 from policykd.envs.vector import Episode, VectorEnv
 from policykd.feature_losses import MAX_SHIFT
-from policykd.replay import Replay
+from policykd.replay import BATCHES_A_DRAW, Replay
 from policykd.schedules import Measured
 
 GAMES_KEPT = 32
@@ -31,6 +34,12 @@ class Visit:
     label_seconds: float = 0.0
     disagreement: float | None = None
     """between the teachers of an ensemble: their generalised Jensen-Shannon divergence, mean, nats"""
+    teacher_weights: tuple[float, ...] = ()
+    """of the teachers of an ensemble, means"""
+    student_returns: tuple[float, ...] = ()
+    """of the games that ended and were the student's alone from their first step"""
+    scheduled: dict[str, float] = field(default_factory=dict)
+    """what every scheduled quantity of the state source was, by its field's name"""
 
 
 @dataclass
@@ -58,6 +67,8 @@ class Learner:
     """rows of the replay whose labels for that are known; no checkpoint keeps them, they are asked for anew"""
     student_returns: list[float] = field(default_factory=list)
     """of the latest games that the student played alone, or of an evaluation: whoever makes one may set them"""
+    student_steps: int = 0
+    """how many of the latest steps of every environment were the student's alone"""
 
     def weights(self) -> list[Tensor]:
         """Returns what gradients are taken of."""
@@ -74,23 +85,60 @@ class Learner:
             stored: that share.
         """
         first = max(first, self.replay.num_given) if stored else first
-        shifts_B2 = torch.zeros((batch_size, 2), dtype=torch.int64, device=self.replay.frames.device)
-        for rows_B in self.replay.batches(num, batch_size, end, self.batch_generator, first=first, stored=stored):
-            if self.beyond and "shift" in self.beyond.active:
-                drawn_B2 = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (batch_size, 2), generator=self.batch_generator)
-                shifts_B2 = drawn_B2.to(shifts_B2.device)
-            yield rows_B, shifts_B2
+        rows = self.replay.batches(num, batch_size, end, self.batch_generator, first=first, stored=stored)
+        return zip(rows, self._shifts(num, batch_size), strict=True)
+
+    def _shifts(self, num: int, batch_size: int) -> Iterator[Tensor]:
+        """Yields shifts, many drawn and moved to the device at once; zeros where nothing is learned from them."""
+        device = self.replay.frames.device
+        if not self.beyond or "shift" not in self.beyond.active:
+            yield from repeat(torch.zeros((batch_size, 2), dtype=torch.int64, device=device), num)
+            return
+        for begun in range(0, num, BATCHES_A_DRAW):
+            shape = (min(BATCHES_A_DRAW, num - begun), batch_size, 2)
+            shifts_UB2 = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, shape, generator=self.batch_generator)
+            if device.type == "cuda":
+                shifts_UB2 = shifts_UB2.pin_memory()
+            yield from shifts_UB2.to(device, non_blocking=True)
 
     def measured(self, teacher_return: float | None, random_return: float) -> Measured:
         """Returns what schedules may answer to."""
         returns = self.student_returns
         return Measured(sum(returns) / len(returns) if returns else None, teacher_return, random_return)
 
+    def centre_student(self) -> None:
+        """Sets a student's input scaling from the frames that there are."""
+        if isinstance(self.student, Student):
+            num = len(self.replay)
+            self.student.centre_on(self.replay.frames[1 : 1 + num][:: max(1, num // 256)])
+
+    def label_beyond(self) -> None:
+        """Asks the teacher what is learned beyond its scores, of states in the replay that it was not asked about yet.
+
+        A state stands at the same place of as many whenever it is asked about: a resumed run is told the same bits.
+        """
+        replay, size = self.replay, 256
+        while self.beyond and self.num_labelled_beyond < len(replay):
+            check_interrupted()
+            first, known = self.num_labelled_beyond // size * size, self.num_labelled_beyond
+            end = min(first + size, len(replay))
+            rows_B = torch.arange(first, first + size, device=replay.frames.device).clamp_(max=end - 1)
+            self.beyond.label(replay.gather(rows_B), rows_B, slice(known - first, end - first))
+            self.num_labelled_beyond = end
+
+    def own_games(self, episodes: Sequence[Episode], *, alone: bool) -> list[float]:
+        """Returns the returns of games that the student played alone, of those that ended in a step just taken.
+
+        Args:
+            episodes: that ended.
+            alone: whether the step was the student's in every environment, without noise.
+        """
+        self.student_steps = self.student_steps + 1 if alone else 0
+        return [e.episodic_return for e in episodes if e.length <= self.student_steps]
+
     def note_games(self, visit: Visit) -> None:
-        """Keeps the returns of games that were the student's alone."""
-        if visit.student_fraction == 1.0:
-            returns = [*self.student_returns, *(e.episodic_return for e in visit.episodes)]
-            self.student_returns = returns[-GAMES_KEPT:]
+        """Keeps the returns of the student's latest games of its own."""
+        self.student_returns = [*self.student_returns, *visit.student_returns][-GAMES_KEPT:]
 
 
 def make_learner(
@@ -138,26 +186,3 @@ def make_learner(
         starts_B=torch.ones(envs.num_envs, dtype=torch.bool),
         beyond=beyond,
     )
-
-
-def check_fits(
-    learner: Learner, beyond: tuple[str, ...], states_per_round: int, rounds_kept: int, stored: float
-) -> None:
-    """Raises ValueError for what does not fit what the learner was made for: terms beyond the scores, and states."""
-    made_for = learner.beyond.active if learner.beyond else ()
-    if beyond != made_for:
-        raise ValueError(f"beyond asks for {beyond}, the learner was made for {made_for}; give both the same weights")
-    replay, num_envs = learner.replay, learner.envs.num_envs
-    if states_per_round % num_envs:
-        raise ValueError(f"states_per_round {states_per_round} is not a multiple of num_envs {num_envs}")
-    if not states_per_round and not 0 < replay.num_held_out < len(replay):
-        raise ValueError(f"states_per_round 0 needs a replay that holds some states out, not {replay.num_held_out}")
-    if not states_per_round and rounds_kept:
-        raise ValueError(f"rounds_kept {rounds_kept} needs states that are visited; leave it out to learn offline")
-    if states_per_round and (replay.num_given > 0) != (stored > 0.0):
-        raise ValueError(f"{stored} of each batch from stored states, and the replay was given {replay.num_given}")
-    if states_per_round and (replay.num_envs != num_envs or replay.num_given % num_envs):
-        raise ValueError(
-            f"the stored states are {replay.num_given} of {replay.num_envs} environments; visit as many at once, not"
-            f" {num_envs}"
-        )

@@ -13,6 +13,7 @@ A field that changes over a run holds a schedule, and `policykd.schedules.at(los
 Suffixes name dimensions: B batch, A actions. docs/losses.md has all of them in one table.
 """
 
+import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +26,9 @@ from policykd.divergences import log_policy as log_policy
 from policykd.schedules import Quantity
 
 Part = TypeVar("Part")
+
+MOST_SOFTENING = 100.0
+"""of both sides: its square multiplies the rounding of a float32 KL, about 1e-8, to 1e-4"""
 
 
 class Loss(Protocol):
@@ -89,7 +93,7 @@ class _TwoSided:
     Python"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_softening(self.temperature)
         check_temperature(self.teacher_temperature)
 
 
@@ -117,6 +121,11 @@ class DecoupledKL(_TwoSided):
     beta: Quantity = 1.0
     """weight of how the other actions compare with each other"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_within("alpha", self.alpha, 0.0, 1e6)
+        check_within("beta", self.beta, 0.0, 1e6)
+
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns T^2 (alpha KL(best or not) + beta KL(which of the others)) of each row."""
         both, best_B = fixed(self.temperature), teacher_BA.argmax(dim=-1)
@@ -141,7 +150,7 @@ class StandardisedKL:
     """divides the standardised scores of both; the teacher's own does not matter"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_softening(self.temperature)
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns T^2 KL(softmax(z(teacher) / T) || softmax(z(student) / T)), z = (scores - mean) / deviation."""
@@ -261,7 +270,9 @@ def fixed(quantity: Quantity | None, otherwise: float = 1.0) -> float:
     if quantity is None:
         return otherwise
     if callable(quantity):
-        raise ValueError(f"{quantity} changes over a run; call policykd.schedules.at(loss, progress) first")
+        raise ValueError(
+            f"{quantity} changes over a run; call policykd.schedules.at(loss, progress) first, or make it a Varying"
+        )
     return quantity
 
 
@@ -272,6 +283,16 @@ def check_within(name: str, quantity: Quantity | None, least: float, most: float
 
 
 def check_temperature(temperature: Quantity | None) -> None:
-    """Raises a ValueError where a temperature is a number that is not positive; see `check_within`."""
-    if isinstance(temperature, int | float) and not temperature > 0:
+    """Raises a ValueError where a temperature is a number that is not positive and finite; see `check_within`."""
+    if isinstance(temperature, int | float) and not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, not {temperature}; 1 for PPO and A2C, 0.01 for DQN")
+
+
+def check_softening(temperature: Quantity) -> None:
+    """Raises a ValueError for a temperature of both sides whose square would multiply float32's rounding errors."""
+    check_temperature(temperature)
+    if isinstance(temperature, int | float) and temperature > MOST_SOFTENING:
+        raise ValueError(
+            f"temperature of both sides must be at most {MOST_SOFTENING:g}, not {temperature}; from 10 on the loss is"
+            " nearly half the squared difference of the scores, which score-mse is at once"
+        )

@@ -72,6 +72,8 @@ class Records:
         scalars |= {f"schedule/{name}": number for name, number in r.scheduled.items()}
         scalars |= {f"train/{name}_loss": number for name, number in r.terms.items()}
         maybe = {"data/teacher_disagreement": r.teacher_disagreement, "rollout/student_return": r.student_return}
+        maybe |= {f"data/teacher_weight_{i}": weight for i, weight in enumerate(r.teacher_weights)}
+        maybe |= {"data/state_weight": r.state_weight}
         scalars |= {tag: number for tag, number in maybe.items() if number is not None}
         if returns:
             scalars["rollout/ep_rew_mean"] = float(np.mean(returns))

@@ -104,11 +104,13 @@ class Replay:
             stored: share of each batch that is drawn from the rows that a dataset gave, whatever `first` says.
         """
         num_stored = round(stored * batch_size)
+        order_B = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0))
         for begun in range(0, num, BATCHES_A_DRAW):
             u = min(BATCHES_A_DRAW, num - begun)
             rows_UB = self._draw((u, batch_size - num_stored), first, end, generator)
             if num_stored:
                 rows_UB = torch.cat([self._draw((u, num_stored), 0, self.num_given, generator), rows_UB], dim=1)
+                rows_UB = rows_UB[:, order_B]  # or a thread's part of a batch would have one kind alone
             if self.frames.is_cuda:  # only then is the copy one that nobody waits for
                 rows_UB = rows_UB.pin_memory()
             yield from rows_UB.to(self.frames.device, non_blocking=True)

@@ -1,9 +1,20 @@
-"""What a round of distillation measured, and when its numbers end a run."""
+"""What a round of distillation measured, and when its numbers end a run.
+
+Suffixes name dimensions: B a batch, A actions.
+"""
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from policykd.agents.interrupts import check_interrupted
+from policykd.divergences import kl_divergence_B, log_policy
 from policykd.envs.vector import Episode
 from policykd.learner import Visit
+from policykd.losses import Loss
+from policykd.replay import Replay
+from policykd.weights import Weighted
 
 MAX_NONFINITE = 10
 """how many states or updates of one round may have numbers that are not finite before the run ends"""
@@ -51,6 +62,10 @@ class Round:
     """what is learned beyond the scores, each mean over the updates before its weight"""
     teacher_disagreement: float | None
     """between the teachers of an ensemble on this round's states: generalised Jensen-Shannon divergence, nats"""
+    teacher_weights: tuple[float, ...]
+    """of the teachers of an ensemble, means over this round's states"""
+    state_weight: float | None
+    """mean weight of this round's states, where a loss weighs them"""
     collect_seconds: float
     label_seconds: float
     """inside the collection: the teacher's forward passes, which also choose its actions"""
@@ -75,3 +90,35 @@ def check_updates(index: int, num_skipped: int, num_updates: int, loss: float, g
             f"round {index}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are not finite;"
             " lower the learning rate"
         )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a student stands to its teacher on some states: means."""
+
+    kl: float
+    """KL(teacher || student), nats"""
+    action_agreement: float
+    teacher_entropy: float
+    state_weight: float | None
+    """of the loss, where it weighs states"""
+
+
+@torch.inference_mode()
+def compare(student: nn.Module, replay: Replay, first: int, loss: Loss, temperature: float) -> Comparison:
+    """Returns how the student stands to the teacher at its temperature on the states from row `first` on."""
+    weight = loss.weight if isinstance(loss, Weighted) else None
+    sums = torch.zeros(4, device=replay.frames.device)
+    rows = torch.arange(first, len(replay))
+    rows = rows[~torch.isin(rows, replay.history)].to(replay.frames.device)
+    for rows_B in rows.split(1024):
+        check_interrupted()
+        student_BA, teacher_BA = student(replay.gather(rows_B)), replay.scores_NA[rows_B]
+        log_p_BA = log_policy(teacher_BA, temperature)
+        kl_B = kl_divergence_B(log_p_BA, log_policy(student_BA))
+        agree_B = student_BA.argmax(dim=-1) == teacher_BA.argmax(dim=-1)
+        entropy_B = -(log_p_BA.exp() * log_p_BA).sum(dim=-1)
+        weight_B = weight(student_BA, teacher_BA) if weight else torch.ones_like(kl_B)
+        sums += torch.stack([kl_B, agree_B.float(), entropy_B, weight_B]).sum(dim=1)
+    kl, agreement, entropy, mean_weight = (sums / len(rows)).tolist()
+    return Comparison(kl, agreement, entropy, mean_weight if weight else None)

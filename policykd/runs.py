@@ -121,9 +121,9 @@ def started_with(run: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((run / CONFIG).read_text())
-        return content
-    except ValueError as error:
-        raise BadFile(f"{run / CONFIG}: damaged ({error}); give another --name") from error
+        return {"teacher_check": content["teacher_check"], **content}
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadFile(f"{run / CONFIG}: damaged ({error!r}); give another --name") from error
 
 
 def check_there(run: Path) -> None:
@@ -158,7 +158,10 @@ def pinned(argument: str, run: Path) -> str:
     try:
         config = json.loads((run / CONFIG).read_text())
         teacher, before = config["settings"]["teacher"], config["teacher_argument"]
-        is_same = before == argument and teacher["revision"]
-        return f"{teacher['ref']}@{teacher['revision']}" if is_same else argument
+        if before != argument:
+            return argument
+        if teacher["algorithm"] == "ENSEMBLE":  # each member's commit is in it
+            return str(teacher["ref"])
+        return f"{teacher['ref']}@{teacher['revision']}" if teacher["revision"] else argument
     except (OSError, ValueError, LookupError, TypeError):
         return argument  # no such run yet, or one that `goes_on` will refuse

@@ -221,10 +221,12 @@ def parse(text: str) -> Quantity:
     """
     kind, *numbers = text.split(":")
     try:
+        if not all(math.isfinite(float(n)) for n in numbers or [text]):
+            raise ValueError("finite numbers are needed")
         return SPELLED[kind](*(float(n) for n in numbers)) if numbers else float(text)
     except (KeyError, TypeError, ValueError) as error:
         known = "linear:START:END[:UNTIL], cosine:..., exponential:..., gap:WEIGHT, reached:START:END"
-        why = f" ({error})" if kind in SPELLED and isinstance(error, ValueError) else ""
+        why = f" ({error})" if isinstance(error, ValueError) and "convert" not in str(error) else ""
         raise ValueError(f"{text!r} is neither a number nor a schedule{why}; write {known}") from error
 
 

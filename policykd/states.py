@@ -44,6 +44,8 @@ class _Noisy:
     def noisy(self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator) -> Tensor:
         """Returns the actions with some of them replaced by any; without noise no number is drawn."""
         epsilon = value(self.epsilon, progress)
+        if not 0.0 <= epsilon <= 1.0:
+            raise ValueError(f"epsilon is a chance and must lie in [0, 1], not {epsilon}")
         if epsilon <= 0.0:
             return actions_B
         any_B = torch.randint(num_actions, actions_B.shape, generator=generator)

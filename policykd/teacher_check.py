@@ -4,9 +4,10 @@ A wrong archive, a wrong preprocessing or a training that failed (the zoo's A2C 
 does) would otherwise show after hours, as a student that plays at random.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 from policykd.envs.vector import VectorEnv
-from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate
+from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate, evaluate_on_atari
 from policykd.statistics import bootstrap_interval, difference_interval
 
 NUM_GAMES, FEWEST_GAMES = 8, 4
@@ -65,6 +66,17 @@ class TeacherCheck:
         if self.interval[1] >= least:
             return None
         return f"plays far below what is reported, as if it saw other frames than it was trained on: {self}"
+
+    def goal(self, game: str) -> tuple[float | None, float]:
+        """Returns the mean returns of the teacher and of play at random, of whole games under one protocol.
+
+        The teacher's is None where no return is reported and the games of the check were cut off.
+        """
+        table = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game))
+        of_teacher = self.reported_return
+        if of_teacher is None and not self.num_unfinished:
+            of_teacher = self.mean
+        return of_teacher, table[0] if table else self.random_mean
 
     def __str__(self) -> str:
         """Returns the figures as part of one line."""
@@ -192,6 +204,7 @@ def check_teacher(
     num_games: int = NUM_GAMES,
     max_steps: int = MAX_STEPS,
     device: torch.device | str = "cpu",
+    kept: Mapping[str, Any] | None = None,
 ) -> TeacherCheck:
     """Returns how a teacher plays beside random play: from its card if that has enough games, else from games of both.
 
@@ -204,10 +217,13 @@ def check_teacher(
         num_games: to play, at least 4.
         max_steps: agent steps after which a game is cut off.
         device: where the teacher lives.
+        kept: the fields of an earlier check of this run, which then is the answer.
 
     Raises:
-        BadFile: it may be no better than random play.
+        BadFile: it may be no better than random play; `kept` is no such check.
     """
+    if kept is not None:
+        return _kept(kept)
     check = None if play else read_card(teacher, game)
     if check is None:
         envs = make_atari(
@@ -231,3 +247,18 @@ def check_teacher(
             " --teacher, or go on with --allow-weak-teacher"
         )
     return check
+
+
+def measured_return(teacher: Teacher, game: str, *, seed: int, num_games: int = NUM_GAMES) -> float:
+    """Returns the mean episodic return of a teacher in whole games, no-op starts, sampled actions."""
+    games = evaluate_on_atari(
+        teacher, game, "noop_sampled", num_games, seed=seed, num_envs=num_games, temperature=teacher.temperature
+    )
+    return float(np.mean(games.returns))
+
+
+def _kept(fields: Mapping[str, Any]) -> TeacherCheck:
+    try:
+        return TeacherCheck(**fields)
+    except TypeError as error:
+        raise BadFile(f"config.json: its teacher_check is damaged ({error}); give another --name") from error

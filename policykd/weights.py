@@ -6,7 +6,7 @@ which Adam undoes: what counts is how states weigh against each other. Suffixes 
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,12 @@ class WeightedSum:
     """one a loss; they need not add up to 1"""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.losses, tuple) or not isinstance(self.weights, tuple):
+            raise ValueError("losses and weights must be tuples, in which schedules and temperatures are looked for")
         if not 0 < len(self.losses) == len(self.weights):
             raise ValueError(f"{len(self.losses)} losses and {len(self.weights)} weights; give each loss one weight")
+        for weight in self.weights:
+            check_within("weight", weight, 0.0, 1e6)
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns sum_i weight_i loss_i of each row."""
@@ -106,4 +110,11 @@ class ByDisagreement(_Measure):
 
 
 AnyWeight = ByEntropy | ByGap | ByDisagreement
-"""every weight that a command offers"""
+Measure = Literal["nothing", "entropy", "gap", "disagreement"]
+"""every weight that a command offers, and its name there"""
+
+
+def counted_by(loss: Loss, measure: Measure, floor: Quantity) -> Loss:
+    """Returns the loss whose states count by a measure, from `floor` to 1; the loss itself for `nothing`."""
+    weights: dict[str, type[AnyWeight]] = {"entropy": ByEntropy, "gap": ByGap, "disagreement": ByDisagreement}
+    return Weighted(loss, weights[measure](floor=floor)) if measure != "nothing" else loss

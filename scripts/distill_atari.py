@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -30,13 +30,14 @@ from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_t
 from policykd.manifest import open_dataset
 from policykd.offline import label_given, open_replay
 from policykd.records import Records
+from policykd.rehearsal import follows_return, plays_alone, rehearse
 from policykd.results import about, evaluate_on_the_way, judge, table
 from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
-from policykd.schedules import WarmupCosine
+from policykd.schedules import Quantity, WarmupCosine
 from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
 from policykd.store import has_generations
-from policykd.teacher_check import check_fits, check_teacher
-from policykd.weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted
+from policykd.teacher_check import check_fits, check_teacher, measured_return
+from policykd.weights import Measure, counted_by
 
 FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}
 """what may be changed when a run goes on: it does not decide what is learned"""
@@ -63,16 +64,19 @@ class Args:
     loss: AnyLoss = ForwardKL()  # noqa: RUF009
     """what the student minimises: --loss reverse-kl and the like (docs/losses.md); a KL is taken at the teacher's
     temperature unless it has its own"""
-    count_states_by: Literal["nothing", "entropy", "gap", "disagreement"] = "nothing"
+    count_states_by: Measure = "nothing"
     """let states count more where the teacher is sure (entropy, gap between its two best actions) or the student far
     from it (disagreement)"""
+    least_count: Quantity = 0.1
+    """what a state counts where that measure is 0; where it is 1, a state counts 1"""
     beyond: BeyondLogits = BeyondLogits()  # noqa: RUF009
     """weights of what is learned beside the teacher's scores (docs/beyond_logits.md)"""
     states: MixedStates | StudentStates | TeacherStates | DatasetStates | BlendedStates = MixedStates()  # noqa: RUF009
     """whose actions choose the states: --states mixed (handed over from teacher to student: DAgger), student, teacher;
     dataset:PATH is stored states without playing, blended:PATH stored beside live ones"""
     rounds_kept: int = 0
-    """fit to the states of so many of the newest rounds: 1 is on-policy, 0 fits to all (aggregated)"""
+    """fit to the states of so many of the newest rounds, visited by the student as it stood one fit before: 1 is
+    on-policy, 0 fits to all (aggregated)"""
     rounds: int = 10
     """times to visit states, then fit the student to all so far"""
     states_per_round: int = 8000
@@ -133,8 +137,14 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     """Loads, distils, judges, in that order; goes on where the run's folder says that it stopped."""
     game, offline = canonical_name(args.game), isinstance(args.states, DatasetStates)
     teacher_ref = pinned(args.teacher, run)
-    teacher = load_teachers(teacher_ref, args.teacher_weights, game=game, trust_pickle=args.trust_pickle)
-    loss = at_temperature(weighted(args), teacher.temperature)
+    teacher = load_teachers(
+        teacher_ref,
+        args.teacher_weights,
+        game=game,
+        trust_pickle=args.trust_pickle,
+        measure=lambda member: measured_return(member, game, seed=args.seed),
+    )
+    loss = at_temperature(counted_by(args.loss, args.count_states_by, args.least_count), teacher.temperature)
     envs = make_atari(game, 1 if offline else args.num_envs, args.seed, num_workers=0 if offline else threads)
     opened.callback(envs.close)
     check_fits(teacher, envs, args.teacher, game)
@@ -152,12 +162,9 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         return
     room = 0 if offline else args.rounds * args.states_per_round
     replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
-    if not is_old:
-        checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
-        print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
-        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
-    random_return = started_with(run)["teacher_check"]["random_mean"]
-    teacher_return = teacher.reported_return or started_with(run)["teacher_check"]["mean"]
+    kept = started_with(run)["teacher_check"] if is_old else None
+    checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device, kept=kept)
+    print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
     student = make_student(
         args.student,
         envs.num_actions,
@@ -167,6 +174,22 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     )
     beyond = Beyond(args.beyond, student, teacher, seed=args.seed) if args.beyond.active else None
     learner = make_learner(student, envs, capacity=room, seed=args.seed, device=device, replay=replay, beyond=beyond)
+    teacher_return, random_return = checked.goal(game)
+    told: dict[str, Any] = {
+        "loss": loss,
+        "states": args.states,
+        "rounds": args.rounds,
+        "states_per_round": 0 if offline else args.states_per_round,
+        "batch_size": args.batch_size,
+        "beyond": args.beyond,
+        "rounds_kept": args.rounds_kept,
+        "stored": args.states.stored if isinstance(args.states, BlendedStates) else 0.0,
+        "teacher_return": teacher_return,
+        "random_return": random_return,
+    }
+    rehearse(learner, **told)
+    if not is_old:
+        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     label_given(learner.replay, teacher)
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
@@ -186,19 +209,10 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     rounds = distill(
         teacher,
         learner,
-        loss=loss,
-        states=args.states,
+        **told,
         learning_rate=WarmupCosine(args.learning_rate),
-        rounds=args.rounds,
-        states_per_round=0 if offline else args.states_per_round,
         updates_per_round=args.updates_per_round,
-        batch_size=args.batch_size,
         temperature=teacher.temperature,
-        beyond=args.beyond,
-        rounds_kept=args.rounds_kept,
-        stored=args.states.stored if isinstance(args.states, BlendedStates) else 0.0,
-        teacher_return=teacher_return,
-        random_return=random_return,
         threads=threads,
         overlap=args.overlap,
         bf16=args.bf16,
@@ -226,21 +240,13 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         "command": shlex.join(sys.argv),
     }
     spent = ", ".join(f"{phase} {s:.0f} s" for phase, s in results["wall_seconds"].items())
-    text = (
-        f"{table(results)}\n\n{results['num_states_labelled']:,} states, {results['num_updates']:,} updates; {spent}\n"
-    )
+    counts = f"{results['num_states_labelled']:,} states, {results['num_updates']:,} updates"
+    text = f"{table(results)}\n\n{counts}; {spent}\n"
     play_to_gif(student, game, run / "student.gif", seed=args.seed)
     check_there(run)
     write_atomically(run / "results.md", text.encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
-
-
-def weighted(args: Args) -> Loss:
-    """Returns the loss with the weights of states that were asked for."""
-    weights: dict[str, Weight] = {"entropy": ByEntropy(), "gap": ByGap(), "disagreement": ByDisagreement()}
-    weight = weights.get(args.count_states_by)
-    return Weighted(args.loss, weight) if weight else args.loss
 
 
 def units(loss: Loss) -> float:
@@ -275,6 +281,16 @@ def check(args: Args) -> None:
         raise ValueError(f"--states-per-round {args.states_per_round} is not a multiple of --num-envs {args.num_envs}")
     if not 0.0 < args.learning_rate < float("inf"):
         raise ValueError(f"--learning-rate must be a positive number, not {args.learning_rate}")
+    if args.count_states_by == "nothing" and args.least_count != Args.least_count:
+        raise ValueError(
+            "--least-count needs --count-states-by entropy, gap or disagreement; leave it out, or add that"
+        )
+    is_told = 0 < args.eval_every < args.rounds or plays_alone(args.states)
+    if follows_return(args.loss, args.beyond, args.states, args.least_count) and not is_told:
+        raise ValueError(
+            "--eval-every: a schedule that follows the return needs games that the student plays alone; give it less"
+            " than --rounds, or --states student"
+        )
     visited = (args.states_per_round, args.num_envs) != (Args.states_per_round, Args.num_envs)
     if isinstance(args.states, DatasetStates) and visited:
         raise ValueError("--states dataset:PATH visits no states; leave out --states-per-round and --num-envs")

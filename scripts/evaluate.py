@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
 from policykd.agents.files import write_atomically
 from policykd.agents.policy import Policy
 from policykd.agents.student import load_student
-from policykd.agents.teacher import TEACHER_HELP, load_teacher
+from policykd.agents.teacher import TEACHER_HELP
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name, human_normalised_score
@@ -35,6 +36,7 @@ class Args:
     ]
     game: str
     """Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same game."""
+    teacher_weights: Annotated[str, tyro.conf.arg(help=WEIGHTS_HELP)] = "equal"
     episodes: int = 100
     """whole games under each protocol."""
     protocol: Literal["noop_sampled", "sticky_greedy", "both"] = "both"
@@ -63,7 +65,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--json {args.json}: its folder is missing or cannot be written; make it first")
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
-    policy, temperature = load_policy(args.policy, game, device, trust_pickle=args.trust_pickle)
+    policy, temperature = load_policy(args, game, device)
     protocols = {}
     for protocol in PROTOCOLS if args.protocol == "both" else (args.protocol,):
         games = evaluate_on_atari(
@@ -93,9 +95,9 @@ def main(args: Args) -> None:
         write_atomically(args.json, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def load_policy(ref: str, game: str, device: object, *, trust_pickle: bool) -> tuple[Policy, float]:
+def load_policy(args: Args, game: str, device: object) -> tuple[Policy, float]:
     """Returns a policy that fits the game and the temperature of its scores."""
-    envs = make_atari(game, 1, 0)
+    envs, ref = make_atari(game, 1, 0), args.policy
     if ref == "random":
         return RandomPolicy(envs.num_actions), 1.0
     if ref.endswith("student.json") or (Path(ref) / "student.json").is_file():
@@ -103,7 +105,7 @@ def load_policy(ref: str, game: str, device: object, *, trust_pickle: bool) -> t
         policy: Policy = student
         temperature = 1.0
     else:
-        teacher = load_teacher(ref, game=game, trust_pickle=trust_pickle).to(str(device))
+        teacher = load_teachers(ref, args.teacher_weights, game=game, trust_pickle=args.trust_pickle).to(str(device))
         policy, temperature = teacher, teacher.temperature
     check_fits(policy, envs, ref, game)
     return policy, temperature

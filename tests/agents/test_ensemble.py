@@ -120,10 +120,13 @@ def test_disagreement_is_none_between_twins_and_log_2_between_sure_opposites() -
     for teacher, expected in ((twins, 0.0), (opposites, math.log(2.0))):
         net = teacher.net
         assert isinstance(net, Ensemble)
-        assert net.take_disagreement() == 0.0  # nothing scored yet
+        assert net.take_disagreement() is None  # nothing scored yet
         teacher(OBS)
-        assert net.take_disagreement() == pytest.approx(expected, abs=1e-6)
-        assert net.take_disagreement() == 0.0
+        shares = net.take_disagreement()
+        assert shares
+        assert shares.disagreement == pytest.approx(expected, abs=1e-6)
+        assert shares.weights == pytest.approx((0.5, 0.5))
+        assert net.take_disagreement() is None
 
 
 def test_disagreement_is_the_mean_kl_to_the_mixture() -> None:
@@ -139,7 +142,9 @@ def test_disagreement_leaves_broken_states_out() -> None:
     nan = float("nan")
     net = Ensemble([told([[99.0, 0.0], [nan, 0.0]]), told([[0.0, 99.0], [0.0, 0.0]])], FixedWeights((1.0, 1.0)))
     assert net(OBS)[1].isnan().all()  # the loop sees that this state has no label
-    assert net.take_disagreement() == pytest.approx(math.log(2.0), abs=1e-6)
+    shares = net.take_disagreement()
+    assert shares
+    assert shares.disagreement == pytest.approx(math.log(2.0), abs=1e-6)
 
 
 def test_disagreement_counts_every_thread() -> None:
@@ -147,11 +152,14 @@ def test_disagreement_counts_every_thread() -> None:
     sys.setswitchinterval(1e-6)  # so that threads meet in the middle of things
     try:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(disagreement.add, [torch.full((n % 7,), float(n)) for n in range(3000)]))
+            rows = [torch.full((n % 7,), float(n)) for n in range(3000)]
+            list(pool.map(disagreement.add, rows, [torch.full((2, 1), 0.5)] * 3000))
     finally:
         sys.setswitchinterval(switched)
     weights = [n % 7 for n in range(3000)]
-    assert disagreement.take() == pytest.approx(np.average(range(3000), weights=weights), rel=1e-12)
+    shares = disagreement.take()
+    assert shares
+    assert shares.disagreement == pytest.approx(np.average(range(3000), weights=weights), rel=1e-12)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -182,7 +190,7 @@ def test_it_is_known_by_its_members_and_weights() -> None:
     assert mixtures[0].ref == "PPO.zip+DQN.zip"
     assert mixtures[0].reported_return is None
     both = make_ensemble([one, replace(other, card={"reported_return": 20})], FixedWeights((1.0, 1.0)))
-    assert both.reported_return == 15.0
+    assert both.reported_return is None  # nobody has played the mixture
 
 
 def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
@@ -202,15 +210,19 @@ def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
     assert net.num_parameters == 2 * 1_687_206
     assert net.num_macs is not None
     assert 2 * 9.3e6 < net.num_macs < 2 * 9.4e6
-    apart = net.take_disagreement()
-    assert 0.0 < apart < math.log(2.0)
+    shares = net.take_disagreement()
+    assert shares
+    assert 0.0 < shares.disagreement < math.log(2.0)
+    assert shares.weights == pytest.approx((0.7, 0.3))
     compiled = mixture.compiled(pong_frames)
     assert isinstance(compiled.session, Ensemble)
     assert all(isinstance(t.session, CompiledNet) for t in compiled.session.teachers)
     assert compiled.backend.startswith("onnxruntime")
     net.take_disagreement()
     torch.testing.assert_close(compiled(pong_frames).exp(), expected, atol=1e-4, rtol=1e-3)
-    assert net.take_disagreement() == pytest.approx(apart, abs=1e-4)  # one count for both
+    again = net.take_disagreement()  # one count for both
+    assert again
+    assert again.disagreement == pytest.approx(shares.disagreement, abs=1e-4)
 
 
 def test_references_with_a_plus(tmp_path: Path) -> None:

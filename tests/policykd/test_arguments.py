@@ -1,5 +1,6 @@
 """Short forms and schedules on a command line."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -26,12 +27,33 @@ def test_numbers_and_schedules() -> None:
     assert parse_args(Args, []) == Args()
 
 
-def test_what_is_no_number_is_refused_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(Args, ["--weight", "linear:1"])
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "--weight" in said
-    assert "neither a number nor a schedule" in said
+@pytest.mark.parametrize(
+    ("words", "reasons"),
+    [
+        (["--weight", "linear:1"], ["--weight", "neither a number nor a schedule"]),
+        (["--weight", "inf"], ["--weight", "finite numbers are needed"]),
+        (["--loss", "huber"], ["--loss huber", "forward-kl, reverse-kl"]),
+        (["--loss"], ["--loss :", "give one of"]),
+        (["--loss", "forward-kl", "--loss.temperature", "-1"], ["temperature must be positive"]),
+        (["--beyond.value", "-1"], ["value is -1"]),
+        (["--unknown", "1"], ["--unknown"]),
+        (["--loss", "forward-kl", "--loss.hard", "1"], ["--loss.hard"]),
+    ],
+)
+def test_what_cannot_be_is_one_line_with_its_flag(words: list[str], reasons: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(reasons[0])) as refused:
+        parse_args(Args, words)
+    said = str(refused.value)
+    assert "\n" not in said
+    assert not set(said) & set("│╭╮╰╯─")
+    assert all(reason in said for reason in reasons), said
+
+
+def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(Args, ["--help"])
+    assert ended.value.code == 0
+    assert "--weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from policykd.agents.student import make_student
 from policykd.agents.teacher import load_teacher
 from policykd.beyond_logits import Beyond, BeyondLogits
 from policykd.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.distill import SCORES_ALONE, distill
+from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.identity import IdentityEnv
+from policykd.envs.vector import Episode, Step
 from policykd.learner import Learner, make_learner
 from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
+from policykd.replay import Replay
 from policykd.rounds import Round
 from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached, WarmupCosine
 from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
@@ -124,7 +126,46 @@ def test_an_evaluation_counts_where_the_student_does_not_play() -> None:
         rounds.append(r)
         learner.student_returns = [0.5]  # what the caller's evaluation found
     assert [r.student_fraction for r in rounds] == pytest.approx([0.0, 0.0, 0.45, 0.45])
-    assert [r.scheduled["states.student"] for r in rounds] == pytest.approx([0.0, 0.45, 0.45, 0.45])
+    assert [r.scheduled["states.student"] for r in rounds] == pytest.approx([0.0, 0.0, 0.45, 0.45])
+
+
+class Marathon(IdentityEnv):
+    """Episodes of 30 steps, one point for each right action."""
+
+    def step(self, actions_B: Tensor) -> Step:
+        self.returns = [
+            r + e.episodic_return for r, e in zip(self.returns, super().step(actions_B).episodes, strict=True)
+        ]
+        self.num_steps += 1
+        ended = [Episode(i, r, 30) for i, r in enumerate(self.returns)] if self.num_steps % 30 == 0 else []
+        self.returns = [0.0] * self.num_envs if ended else self.returns
+        ends_B = torch.full((self.num_envs,), bool(ended))
+        return Step(self._obs(), torch.zeros(self.num_envs), ends_B, ended)
+
+    returns = (0.0,) * 8  # type: ignore[assignment]
+    num_steps = 0
+
+
+def test_a_game_is_the_students_own_from_its_first_step_on() -> None:
+    """20 steps a round: the game that ends in the third round began under the teacher, the next one did not."""
+    student = make_student((16,), 4, (4,), seed=0)
+    learner = make_learner(student, Marathon(8, 4, 0), capacity=2000, seed=0)
+    states = MixedStates(student=Linear(0.0, 1.0, 0.01))
+    rounds = run(learner, states=states, rounds=5, updates_per_round=1)
+    assert [r.student_fraction for r in rounds] == pytest.approx([0.0, 0.0, 1.0, 1.0, 1.0])
+    assert [len(r.episodes) for r in rounds] == [0, 8, 8, 0, 8]
+    assert [r.student_return is None for r in rounds] == [True, True, True, True, False]
+    noisy = MixedStates(student=1.0, epsilon=0.1)
+    other = make_learner(make_student((16,), 4, (4,), seed=0), Marathon(8, 4, 0), capacity=2000, seed=0)
+    assert all(r.student_return is None for r in run(other, states=noisy, rounds=5, updates_per_round=1))
+
+
+def test_the_curve_of_a_weight_is_its_mean_over_the_new_states() -> None:
+    rounds = run(identity_learner(), loss=Weighted(FORWARD, ByDisagreement(floor=0.0)))
+    far = float((torch.softmax(torch.tensor([3.0, 0.0, 0.0, 0.0]), dim=0) - 0.25).abs().sum()) / 2
+    assert rounds[0].state_weight == pytest.approx(far, abs=0.1)  # the untrained student is nearly uniform
+    assert rounds[-1].state_weight == pytest.approx(0.0, abs=0.02)
+    assert run(identity_learner(), rounds=1)[0].state_weight is None
 
 
 def rows_fitted(learner: Learner) -> list[set[int]]:
@@ -172,15 +213,40 @@ def test_stored_states_have_their_share_of_every_batch() -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"states_per_round": 0, "rounds_kept": 1}, "needs a replay that holds some states out"),
+        ({"states_per_round": 0}, "needs a replay that holds some states out"),
         ({"stored": 0.5}, "the replay was given 0"),
         ({"beyond": BeyondLogits(value=1.0)}, "the learner was made for"),
         ({"states_per_round": 100}, "not a multiple"),
+        ({"loss": ForwardKL(Linear(1.0, 0.0))}, "temperature must be positive"),  # in the last round
+        ({"loss": Heavy(ReturnGap(1.0))}, "needs a teacher that beats random play"),
+        ({"states": MixedStates(student=Linear(0.0, 1.5))}, "share of the steps"),
+        ({"states": TeacherStates(epsilon=Linear(0.0, 7.0))}, "epsilon is a chance"),
     ],
 )
-def test_what_does_not_fit_is_refused(more: dict[str, Any], reason: str) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_done(more: dict[str, Any], reason: str) -> None:
+    learner = identity_learner()
     with pytest.raises(ValueError, match=reason):
-        run(identity_learner(), **more)
+        run(learner, **more)
+    assert len(learner.replay) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_given", "more", "reason"),
+    [
+        (320, {"states_per_round": 0, "rounds_kept": 1}, "needs states that are visited"),
+        (316, {"stored": 0.5}, "visit as many at once"),
+        (320, {"stored": 0.001}, "leaves no room for both"),
+        (320, {"stored": 0.999}, "leaves no room for both"),
+    ],
+)
+def test_stored_states_that_do_not_fit_are_refused(num_given: int, more: dict[str, Any], reason: str) -> None:
+    given = identity_learner(seed=5)
+    run(given, rounds=2)
+    learner = identity_learner()
+    learner.replay.extend(given.replay.arrays(0, num_given))
+    learner.replay.num_given, learner.replay.num_held_out = num_given, 10
+    with pytest.raises(ValueError, match=reason):
+        run(learner, **more)
 
 
 def test_teachers_of_different_kinds_teach_together_and_their_disagreement_is_told() -> None:
@@ -215,19 +281,20 @@ def test_teachers_of_different_kinds_teach_together_and_their_disagreement_is_to
 
     expected = entropy(mixture) - shares_MB[0] * entropy(p) - shares_MB[1] * entropy(q)
     assert rounds[0].teacher_disagreement == pytest.approx(float(expected.mean()), abs=1e-3)
+    assert rounds[0].teacher_weights == pytest.approx(shares_MB.mean(dim=1).tolist(), abs=1e-3)
     assert run(identity_learner(), rounds=1)[0].teacher_disagreement is None
 
 
 ALL = BeyondLogits(value=0.5, hint=0.5, attention=1.0, similarity=Linear(0.2, 0.0), relational=0.5, shift=0.5)
 
 
-def pong(seed: int = 0) -> Learner:
+def pong(seed: int = 0, num_envs: int = 4) -> Learner:
     student = make_student("1%", 6, value=True, seed=seed)
     beyond = Beyond(ALL, student, load_teacher("bundled:ppo", game="Pong"), seed=seed)
-    return make_learner(student, make_atari("Pong", 4, seed), capacity=240, seed=seed, beyond=beyond)
+    return make_learner(student, make_atari("Pong", num_envs, seed), capacity=800, seed=seed, beyond=beyond)
 
 
-def fitted(learner: Learner, until: int, threads: int = 1) -> list[Round]:
+def fitted(learner: Learner, until: int, threads: int = 1, states_per_round: int = 80) -> list[Round]:
     rounds = distill(
         load_teacher("bundled:ppo", game="Pong"),
         learner,
@@ -235,7 +302,7 @@ def fitted(learner: Learner, until: int, threads: int = 1) -> list[Round]:
         states=MixedStates(student=1.0),
         learning_rate=WarmupCosine(2e-3),
         rounds=3,
-        states_per_round=80,
+        states_per_round=states_per_round,
         updates_per_round=12,
         batch_size=64,
         beyond=ALL,
@@ -260,16 +327,17 @@ def test_what_lies_beyond_the_scores_is_learned_too(threads: int) -> None:
 
 def test_a_run_with_projections_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """The projections are in the checkpoint, what the teacher said beyond its scores is asked for again."""
-    whole = pong()
-    expected = fitted(whole, 3)
-    first = pong()
-    fitted(first, 1)
+    whole = pong(num_envs=2)
+    expected = fitted(whole, 3, states_per_round=258)  # the last two of each visit are asked about by themselves
+    first = pong(num_envs=2)
+    fitted(first, 1, states_per_round=258)
     first.student_returns = [-21.0, -20.0]
     save_checkpoint(first, tmp_path)
-    again = pong()
+    again = pong(num_envs=2)
     restore_checkpoint(again, tmp_path)
     assert again.student_returns == [-21.0, -20.0]
-    found = fitted(again, 3)
+    assert again.student_steps == first.student_steps > 0
+    found = fitted(again, 3, states_per_round=258)
     assert [(r.loss, r.terms) for r in found] == [(r.loss, r.terms) for r in expected[1:]]
     assert whole.beyond is not None
     assert again.beyond is not None
@@ -277,6 +345,17 @@ def test_a_run_with_projections_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal((again.student.state_dict() | again.beyond.state_dict())[name], weights), name
 
 
-def test_nothing_beyond_the_scores_costs_nothing() -> None:
-    assert SCORES_ALONE.active == ()
-    assert run(identity_learner(), rounds=1)[0].terms == {}
+def test_labels_beyond_the_scores_stay_on_the_device_of_the_states() -> None:
+    """On tensors without numbers, which can meet no other device's."""
+    learner = pong()
+    assert learner.beyond is not None
+    learner.replay = Replay(40, 4, 6, (4, 84, 84), stack=4, dtype=torch.uint8, device="meta")
+    learner.replay.size = 40
+    seen = []
+
+    def label(obs: Tensor, rows_B: Tensor, new: slice) -> None:
+        seen.append((obs.device.type, rows_B.device.type, len(rows_B), new))
+
+    learner.beyond.label = label  # type: ignore[method-assign]
+    learner.label_beyond()
+    assert seen == [("meta", "meta", 256, slice(0, 40))]

@@ -34,6 +34,8 @@ def a_round(index: int) -> Round:
         scheduled={"loss.hard": 0.5 - 0.1 * index},
         terms={"value": 0.25},
         teacher_disagreement=None,
+        teacher_weights=(0.75, 0.25),
+        state_weight=None,
         **numbers,
     )
 
@@ -90,4 +92,5 @@ def test_everything_that_changes_is_a_curve(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("schedule/loss.hard")] == pytest.approx([0.5, 0.4, 0.3])
     assert [e.value for e in events.Scalars("train/value_loss")] == pytest.approx([0.25] * 3)
     assert [e.step for e in events.Scalars("rollout/student_return")] == [20, 30]  # before, it had not played
+    assert [e.value for e in events.Scalars("data/teacher_weight_1")] == [0.25] * 3
     assert "data/teacher_disagreement" not in events.Tags()["scalars"]
