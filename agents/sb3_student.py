@@ -79,7 +79,7 @@ class StudentFeatures(BaseFeaturesExtractor):
 
 def to_sb3(
     student: Student,
-    env: Any,
+    env: Any = None,
     algorithm: AlgorithmName | type[BaseAlgorithm] = "PPO",
     *,
     temperature: float | None = None,
@@ -102,7 +102,7 @@ def to_sb3(
         algorithm: a name, or a class of that kind, such as policykd's own or your own.
         temperature: of a DQN; by default the student's own, so that Q-values are what its network gives. 0.01 makes
             Q-values of what was distilled from a DQN teacher at that temperature (Rusu et al., 2015).
-        **kwargs: SB3's, for the algorithm.
+        **kwargs: SB3's, for the algorithm, by keyword.
 
     Raises:
         ValueError: another kind of algorithm, observations or number of actions, a temperature that does not fit, or

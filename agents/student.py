@@ -113,7 +113,7 @@ class Student(nn.Module):
                 weight.div_(self.temperature)
         return net
 
-    def to_sb3(self, env: Any, algorithm: Any = "PPO", **kwargs: Any) -> Any:
+    def to_sb3(self, env: Any = None, algorithm: Any = "PPO", **kwargs: Any) -> Any:
         """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
         from policykd.agents.sb3_student import to_sb3
 

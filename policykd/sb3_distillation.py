@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from policykd.losses import kl_divergence_B
 from policykd.schedules import Linear, Quantity
 from policykd.student_driven import NDistill, StudentDrivenMethod, cross_entropy_B
-from policykd.taught import Taught, TaughtRolloutBuffer, TaughtSamples, acted_on, descend
+from policykd.taught import Taught, TaughtRolloutBuffer, TaughtSamples, acted_on, buffer_class, descend
 
 FALLING, N_DISTILL = Linear(1.0, 0.0), NDistill()
 
@@ -32,7 +32,8 @@ class TaughtPPO(Taught, PPO):
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         """Takes SB3's arguments for PPO, and those of `Taught`."""
-        super().__init__(policy, env, **{"rollout_buffer_class": TaughtRolloutBuffer, **kwargs})
+        kwargs["rollout_buffer_class"] = buffer_class(kwargs.get("rollout_buffer_class"))
+        super().__init__(policy, env, **kwargs)
 
     @property
     def num_gradient_steps(self) -> int:
@@ -56,16 +57,22 @@ class TaughtPPO(Taught, PPO):
         self._update_learning_rate(self.policy.optimizer)
         weight, curves = self.current_weight(), defaultdict[str, list[float]](list)
         buffer = labelled(self)
-        for _ in range(self.n_epochs):
+        for epoch in range(self.n_epochs):
+            curves["approx_kl"].clear()
             goes_on = self._epoch(weight, curves)
             self._n_updates += 1
             if not goes_on:
+                if self.verbose >= 1:
+                    print(f"stopped in epoch {epoch}: approx_kl {curves['approx_kl'][-1]:.2f} is far above target_kl")
                 break
+        self.check_weights()
         for name, values in curves.items():
-            self.logger.record(f"train/{name}", float(np.mean(values)))
+            self.logger.record(f"train/{name}", values[-1] if name == "loss" else float(np.mean(values)))
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
         self.logger.record("train/explained_variance", explained)
         self.logger.record("train/clip_range", self._clip())
+        if self.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", self._value_clip())
         self.logger.record("train/distillation_weight", weight)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -112,12 +119,15 @@ class TaughtPPO(Taught, PPO):
         assert callable(self.clip_range)
         return self.clip_range(self._current_progress_remaining)
 
+    def _value_clip(self) -> float:
+        assert callable(self.clip_range_vf)
+        return self.clip_range_vf(self._current_progress_remaining)
+
     def _near(self, old_value_B: Tensor, value_B: Tensor) -> Tensor:
         """Returns values no further from the old ones than `clip_range_vf`, if there is one."""
         if self.clip_range_vf is None:
             return value_B
-        assert callable(self.clip_range_vf)
-        clip = self.clip_range_vf(self._current_progress_remaining)
+        clip = self._value_clip()
         return old_value_B + (value_B - old_value_B).clamp(-clip, clip)
 
 
@@ -151,7 +161,8 @@ class StudentDriven(Taught, A2C):
     def __init__(self, policy: Any, env: Any, *, method: StudentDrivenMethod = N_DISTILL, **kwargs: Any) -> None:
         """Takes SB3's arguments for A2C, the method, and the arguments of `Taught`."""
         self.method = method
-        super().__init__(policy, env, **{"rollout_buffer_class": TaughtRolloutBuffer, **kwargs})
+        kwargs["rollout_buffer_class"] = buffer_class(kwargs.get("rollout_buffer_class"))
+        super().__init__(policy, env, **kwargs)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -179,6 +190,7 @@ class StudentDriven(Taught, A2C):
         distillation = self.method.loss_B(student_log_BA, batch.teacher_log_BA).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss + weight * distillation
         descend(self.policy, loss, self.max_grad_norm)
+        self.check_weights()
         self._n_updates += 1
         measured = {
             "policy_loss": policy_loss.item(),

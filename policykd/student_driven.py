@@ -59,6 +59,11 @@ class _Answering(_RewardWeighted):
     entropy_weight: float = 0.0
     """0 is the paper's cross-entropy H(p || q); 1 takes H(p) off, so that l is KL(p || q), 0 where both agree"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.entropy_weight <= 1.0:
+            raise ValueError(f"entropy_weight must lie in [0, 1], not {self.entropy_weight}; 1 makes l a KL divergence")
+
     def cost(self, loss: Tensor, /) -> Tensor:
         """Returns the loss."""
         return loss.detach()

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,46 +31,30 @@ from policykd.results import about, judge, table
 from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
 from policykd.schedules import parse
 from policykd.store import has_generations
-from policykd.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.teacher_check import check_fits, check_teacher
 
 with needs_extra("sb3"):
-    from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-    from stable_baselines3.common.utils import LinearSchedule
 
-    from policykd.agents.sb3_student import from_sb3, to_sb3
+    from policykd.agents.sb3_student import from_sb3
     from policykd.envs.sb3_vec_env import SB3VecEnv
-    from policykd.frame_buffer import FrameReplayBuffer
     from policykd.qdagger import QDagger
+    from policykd.rl_methods import STUDENT_DRIVEN, WEIGHTS, Method, check_weight, make_model, units
     from policykd.sb3_checkpoints import Progress, restore_training, save_training
-    from policykd.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
     from policykd.taught import Taught
 
-Method = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
-
-STUDENT_DRIVEN: dict[str, Any] = {
-    "on-policy": OnPolicyDistillation,
-    "n-distill": NDistill,
-    "expected-entropy": ExpectedEntropyRegularised,
-}
-WEIGHTS: dict[str, str] = {"kickstarting": "linear:1:0", "qdagger": "gap:3"}
-"""of the distillation, where it is not 1"""
-OF_PPO: dict[str, Any] = {"n_steps": 64, "n_epochs": 4, "batch_size": 256}
-OF_A2C: dict[str, Any] = {
-    **{"n_steps": 8, "gamma": 0.97, "gae_lambda": 0.8, "use_rms_prop": False},
-    "policy_kwargs": {"share_features_extractor": False},  # a critic of large costs would spoil the student's features
-}
-OF_DQN: dict[str, Any] = {
-    **{"buffer_size": 100_000, "learning_starts": 2000, "train_freq": 4, "batch_size": 32},
-    **{"exploration_initial_eps": 0.05, "exploration_final_eps": 0.01, "target_update_interval": 1000},
-    **{"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}},
-}
 FREE = {"steps", "device", "threads", "name", "folder", "resume", "debug"}
 FREE |= {"eval_every", "eval_episodes", "checkpoint_every"}
 """what may be changed when a run goes on"""
-Q_TEMPERATURE = 0.01
-"""a student whose network gives Q-values plays softmax(Q / 0.01) (Rusu et al., 2015)"""
+OF_SOME: dict[str, tuple[float, tuple[str, ...]]] = {
+    "reward_weight": (0.0, tuple(STUDENT_DRIVEN)),
+    "entropy_weight": (1.0, ("n-distill", "expected-entropy")),
+    "offline_steps": (50_000, ("qdagger",)),
+    "offline_updates": (12_500, ("qdagger",)),
+}
+"""flags of some methods alone: what they are unless given, and whose"""
+LEARNS_BY = ("steps", "temperature", "reward_weight", "entropy_weight", "learning_rate", "seed")
+"""flags that the method is made of, besides its weight"""
 
 
 @dataclass(frozen=True)
@@ -96,19 +80,21 @@ class Args:
     weight: str = ""
     """of the distillation, a number or a schedule such as linear:1:0 or gap:3; by default 1, falling to 0 for
     kickstarting, gap:3 for QDagger"""
-    reward_weight: float = 0.0
-    """of the game's rewards, for on-policy, n-distill and expected-entropy; the others learn from them as they are"""
-    entropy_weight: float = 1.0
-    """n-distill and expected-entropy minimise KL divergences with 1, with 0 the cross-entropies of the paper"""
+    reward_weight: float | None = None
+    """of the game's rewards, for on-policy, n-distill and expected-entropy (default 0); the others learn from them as
+    they are"""
+    entropy_weight: float | None = None
+    """n-distill and expected-entropy minimise KL divergences with 1 (default), with 0 the cross-entropies of the
+    paper"""
     temperature: float = 0.0
     """divides the teacher's scores; 0 is the teacher's own (1 for PPO and A2C, 0.01 for DQN), but 0.1 for QDagger from
-    a DQN"""
+    a DQN, whose Q-values are divided by the same"""
     steps: int = 1_000_000
     """agent steps (4 frames each) of the student's own over all environments; schedules follow it"""
-    offline_steps: int = 50_000
-    """of the teacher's, from which QDagger learns first"""
-    offline_updates: int = 12_500
-    """gradient steps on these"""
+    offline_steps: int | None = None
+    """of the teacher's, from which QDagger learns first (default 50,000)"""
+    offline_updates: int | None = None
+    """gradient steps on these (default 12,500)"""
     learning_rate: float = 0.0
     """Adam's at the start, falling linearly to 0; 0 is 1e-3, for QDagger 1e-4"""
     num_envs: int = 16
@@ -137,26 +123,53 @@ class Args:
 
 def main(args: Args) -> None:
     """Prepares the machine, and takes the run's folder for this process alone."""
+    args = filled(args)
     check(args)
-    args = dataclasses.replace(
-        args, game=canonical_name(args.game), weight=args.weight or WEIGHTS.get(args.method, "1")
-    )
     device = prepare_device(args.device, args.threads)
     run = args.folder / args.game / (args.name or f"{args.method}-{args.student[:-1]}pct-seed{args.seed}")
     with lock(run), ExitStack() as opened:
         distil(run, args, device, opened)
 
 
+def filled(args: Args) -> Args:
+    """Returns arguments with what the method takes where nothing is given.
+
+    Raises:
+        ValueError: a flag of another method, or an unknown game.
+    """
+    for name, (_, methods) in OF_SOME.items():
+        if getattr(args, name) is not None and args.method not in methods:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is not for --method {args.method} but for {', '.join(methods)}; leave it out")
+    given = {name: usual for name, (usual, _) in OF_SOME.items() if getattr(args, name) is None}
+    given |= {"game": canonical_name(args.game), "weight": args.weight or WEIGHTS.get(args.method, "1")}
+    return dataclasses.replace(args, **given)
+
+
 def check(args: Args) -> None:
     """Raises ValueError for what no run can have."""
+    check_name(args.name)
+    for name in ("reward_weight", "entropy_weight", "temperature", "learning_rate"):
+        if not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number, not {getattr(args, name)}; leave it out")
     check_at_least(args, 1, "steps", "num_envs", "checkpoint_every", "eval_episodes")
     check_at_least(args, 0, "eval_every", "seed", "offline_steps", "offline_updates", "temperature", "learning_rate")
-    check_name(args.name)
-    parse(args.weight or "1")
-    if args.reward_weight and args.method not in STUDENT_DRIVEN:
-        raise ValueError(f"--reward-weight is not for --method {args.method}, which learns from rewards as they are")
-    if args.method == "qdagger" and args.offline_updates and args.offline_steps < 50 * args.num_envs:
-        raise ValueError(f"--offline-steps {args.offline_steps} are too few to learn from; give 50 an environment")
+    check_at_least(args, 0, "reward_weight", "entropy_weight")
+    if args.entropy_weight is not None and args.entropy_weight > 1:
+        raise ValueError(f"--entropy-weight must lie in [0, 1], not {args.entropy_weight}; 1 makes KL divergences")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2^32, not {args.seed}; give a smaller one")
+    check_weight(parse(args.weight), teacher_return=1.0)
+    num_steps, num_updates = offline(args)
+    if num_updates and num_steps < 50 * args.num_envs:
+        raise ValueError(f"--offline-steps {num_steps} are too few to learn from; give 50 an environment")
+
+
+def offline(args: Args) -> tuple[int, int]:
+    """Returns the teacher's steps and the updates before the student plays."""
+    if args.method != "qdagger" or not args.offline_updates:
+        return 0, 0
+    return args.offline_steps or 0, args.offline_updates
 
 
 def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> None:
@@ -174,24 +187,34 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     machine = {"device": str(device), "threads": torch.get_num_threads(), "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():
-        print((run / "results.md").read_text())
+        show_finished(run, args)
         return
-    if not is_old:
+    if is_old:
+        returns = started_with(run)["teacher_check"]
+    else:
         checked = check_teacher(teacher, args.game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
         print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
-        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
-    returns = started_with(run)["teacher_check"]
-    units = Q_TEMPERATURE if args.method == "qdagger" else 1.0
-    student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units)
+        returns = asdict(checked)
+    reported = teacher.reported_return
+    expected = {
+        "teacher_return": returns["mean"] if reported is None else reported,
+        "random_return": returns["random_mean"],
+    }
+    check_weight(parse(args.weight), **expected)
+    if not is_old:
+        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=returns)
+    student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units(args.method))
     student.centre_on(frames)
-    model = make_model(args, student, teacher, SB3VecEnv(envs, clip_rewards=True), returns, device)
+    how = {name: getattr(args, name) for name in LEARNS_BY} | expected | {"weight": parse(args.weight)}
+    model = make_model(args.method, student, teacher, SB3VecEnv(envs, clip_rewards=True), device=device, **how)
 
-    assert isinstance(model, Taught)
     has_checkpoint = has_generations(run / "checkpoints")
     with interruptible():
         wall_seconds = restore_training(model, envs, run / "checkpoints") if has_checkpoint else 0.0
     board = TensorBoardOutputFormat(str(run))
-    board.writer = SummaryWriter(str(run), purge_step=model.num_timesteps + 1)
+    num_steps, num_updates = offline(args)
+    first = model.num_timesteps + 1 if has_checkpoint else -num_updates  # curves of the offline phase end at 0
+    board.writer = SummaryWriter(str(run), purge_step=first)
     opened.callback(board.close)
     model.set_logger(Logger(str(run), [board]))
 
@@ -205,9 +228,9 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
     saved = model.num_timesteps
     try:
-        if isinstance(model, QDagger) and args.offline_updates and not has_checkpoint:
+        if isinstance(model, QDagger) and num_updates and not has_checkpoint:
             began = time.perf_counter()
-            model.learn_offline(args.offline_steps, args.offline_updates)
+            model.learn_offline(num_steps, num_updates, say=lambda line: print(line, flush=True))
             wall_seconds = time.perf_counter() - began
             save_training(model, envs, run / "checkpoints", wall_seconds=wall_seconds)
         progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
@@ -231,33 +254,17 @@ def first_frames(teacher: Teacher, envs: Any, seed: int, device: torch.device) -
     return torch.cat(frames)
 
 
-def make_model(
-    args: Args, student: Student, teacher: Teacher, envs: SB3VecEnv, returns: Mapping[str, Any], device: torch.device
-) -> BaseAlgorithm:
-    """Returns the agent whose policy is the student, with its teacher."""
-    first_rate = 1e-4 if args.method == "qdagger" else 1e-3
-    settings: dict[str, Any] = {
-        "teacher": teacher,
-        "temperature": args.temperature or teacher.temperature,
-        "distillation_weight": parse(args.weight),
-        "teacher_return": teacher.reported_return or returns["mean"],
-        "random_return": returns["random_mean"],
-        "learning_rate": LinearSchedule(args.learning_rate or first_rate, 0.0, 1.0),
-        "seed": args.seed,
-        "device": device,
-    }
-    if args.method in STUDENT_DRIVEN:
-        entropy = {} if args.method == "on-policy" else {"entropy_weight": args.entropy_weight}
-        method = STUDENT_DRIVEN[args.method](reward_weight=args.reward_weight, **entropy)
-        return to_sb3(student, envs, StudentDriven, method=method, **settings, **OF_A2C)
-    if args.method == "qdagger":
-        settings["student_temperature"] = 0.1
-        if not args.temperature and teacher.temperature != 1.0:
-            settings["temperature"] = 0.1
-        # One gradient step for every train_freq steps, as with a single environment.
-        return to_sb3(student, envs, QDagger, gradient_steps=args.num_envs, **settings, **OF_DQN)
-    algorithm = ProximalPolicyDistillation if args.method == "ppd" else KickstartingPPO
-    return to_sb3(student, envs, algorithm, **settings, **OF_PPO)
+def show_finished(run: Path, args: Args) -> None:
+    """Prints what a finished run came to.
+
+    Raises:
+        ValueError: more steps are asked for than it has.
+    """
+    results = json.loads((run / "results.json").read_text())
+    steps = results["num_states_labelled"] - offline(args)[0]
+    if args.steps > steps:
+        raise ValueError(f"{run}: is finished, at {steps:,} steps; for --steps {args.steps} give another --name")
+    print((run / "results.md").read_text())
 
 
 def write_results(
@@ -270,9 +277,8 @@ def write_results(
     where: dict[str, Any] = {"done": run / "judged.json", "threads": torch.get_num_threads()}
     device = torch.device(model.device)
     results, seconds = judge(student, teacher, args.game, args.eval_episodes, args.seed, device, **where)
-    offline = args.method == "qdagger" and args.offline_updates
     results |= {
-        "num_states_labelled": model.num_timesteps + (args.offline_steps if offline else 0),
+        "num_states_labelled": model.num_timesteps + offline(args)[0],
         "num_updates": model.num_gradient_steps,
         "wall_seconds": {"learn": wall_seconds, "evaluate": seconds},
         "versions": versions(),

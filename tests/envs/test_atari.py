@@ -33,7 +33,11 @@ GAMES = [
 ]
 
 
-@pytest.mark.parametrize("game", GAMES)
+USUAL = {"BeamRider", "Breakout", "Pong", "Seaquest"}
+"""lives and FIRE, memory that outlasts a game, and neither; the others in `make slow`"""
+
+
+@pytest.mark.parametrize("game", [g if g in USUAL else pytest.param(g, marks=pytest.mark.slow) for g in GAMES])
 def test_every_pixel_reward_and_end_is_that_of_sb3(game: str) -> None:
     """D05: 3,000 random steps over two games at once: first frames, lost lives, game ends, returns, bit for bit."""
     wrappers = {"noop_max": 0, "clip_reward": False}

@@ -173,7 +173,7 @@ def interrupted(warm: Warm, runs: Path, args: str, where: str, call: int, number
     return code, said, time.monotonic() - float(at.read_text())
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(200, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("num_kills", [4, pytest.param(200, marks=pytest.mark.faults)])
 def test_kills_at_random_times_lose_no_more_than_a_round(
     num_kills: int, warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:

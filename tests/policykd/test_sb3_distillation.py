@@ -133,7 +133,7 @@ def replayed(num_rows: int, repeats: int = 1) -> ReplayBufferSamples:
 
 
 def test_qdaggers_divergence_is_a_mean_over_the_batch_at_both_temperatures() -> None:
-    how = {"teacher": controller, "temperature": 0.5, "student_temperature": 0.2, **SMALL_DQN}
+    how = {"teacher": controller, "teacher_temperature": 0.5, "student_temperature": 0.2, **SMALL_DQN}
     model = QDagger("MlpPolicy", cart_poles(1), **how)
     td_loss, teacher_kl = model._losses(replayed(8))
     for part, repeated in zip((td_loss, teacher_kl), model._losses(replayed(8, repeats=16)), strict=True):
@@ -177,7 +177,7 @@ def test_a_teacher_makes_learning_faster(algorithm: Any, settings: dict[str, Any
 
 
 def test_qdagger_plays_as_its_teacher_before_its_first_own_step_and_after() -> None:
-    how: dict[str, Any] = {"teacher": controller, "temperature": 1.0, "teacher_return": 500.0, "random_return": 20.0}
+    how: dict[str, Any] = {"teacher": controller, "teacher_temperature": 1.0, "teacher_return": 500.0, "random_return": 20.0}
     model = QDagger(
         "MlpPolicy", cart_poles(1), distillation_weight=ReturnGap(3.0), weaned_after=1.0, **how, **QUICK_DQN
     )
@@ -335,7 +335,7 @@ def test_a_student_of_ours_is_taught_and_comes_back() -> None:
 def test_what_cannot_be_is_said_in_one_line() -> None:
     with pytest.raises(ValueError, match="ProximalPolicyDistillation has no teacher"):
         ProximalPolicyDistillation("MlpPolicy", cart_poles(1))
-    with pytest.raises(ValueError, match="temperature must be positive, not 0"):
-        KickstartingPPO("MlpPolicy", cart_poles(1), teacher=controller, temperature=0.0)
+    with pytest.raises(ValueError, match="teacher_temperature must be positive, not 0"):
+        KickstartingPPO("MlpPolicy", cart_poles(1), teacher=controller, teacher_temperature=0.0)
     with pytest.raises(ValueError, match="discrete actions, not Box"):
         StudentDriven("MlpPolicy", "Pendulum-v1", teacher=controller, device="cpu")
