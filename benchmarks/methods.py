@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,8 @@ TABLES = {
             },
             "score-mse": ["--loss", "score-mse"],
             "action-nll": ["--loss", "action-nll"],
+            "reverse-kl": ["--loss", "reverse-kl"],
+            "jensen-shannon": ["--loss", "jensen-shannon"],
         },
         {
             "qdagger": [
@@ -328,25 +330,23 @@ def load_held_out(folder: Path, teacher: Teacher, name: str) -> HeldOut | None:
     return HeldOut(obs, torch.cat([teacher(part) for part in obs.split(500)]), teacher.temperature)
 
 
-def resampled_means(groups: Iterable[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
-    """Returns bootstrapped means of all games, each seed's drawn from that seed's alone (Agarwal et al., 2021)."""
-    drawn = [generator.choice(np.asarray(g, np.float64), (RESAMPLES, len(g))) for g in groups]
-    return np.asarray(np.concatenate(drawn, axis=1).mean(axis=1))
+def resampled_means(groups: Sequence[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
+    """Returns bootstrapped means: seeds drawn with replacement, then games within each (Davison & Hinkley, 1997, 3.8).
+
+    Drawing games alone would hold the seeds fixed, and a method that was lucky with three of them would look sure.
+    With three seeds it is still too sure: their means are printed beside it.
+    """
+    drawn = generator.integers(len(groups), size=(RESAMPLES, len(groups)))
+    games = np.array([np.mean(generator.choice(g, (RESAMPLES, len(g))), axis=1) for g in groups])
+    return np.asarray(np.take_along_axis(games.T, drawn, axis=1).mean(axis=1))
 
 
-def played(groups: list[list[float]], teacher: list[float]) -> list[str]:
-    """Returns mean and interval, difference to the teacher and interval, each seed's mean, and distinct returns."""
-    generator, pooled = np.random.default_rng(0), [x for g in groups for x in g]
-    means, of_teacher = resampled_means(groups, generator), resampled_means([teacher], generator)
-    low, high = np.quantile(means, [0.025, 0.975])
-    low_d, high_d = np.quantile(means - of_teacher, [0.025, 0.975])
-    difference = np.mean(pooled) - np.mean(teacher)
-    return [
-        f"{np.mean(pooled):.2f} [{low:.2f}, {high:.2f}]",
-        f"{difference:+.2f} [{low_d:+.2f}, {high_d:+.2f}]",
-        ", ".join(f"{np.mean(g):.1f}" for g in groups),
-        f"{len(set(pooled))} of {len(pooled)}",
-    ]
+def played(groups: list[list[float]]) -> list[str]:
+    """Returns mean and interval, each seed's mean, and distinct returns."""
+    pooled = [x for g in groups for x in g]
+    low, high = np.quantile(resampled_means(groups, np.random.default_rng(0)), [0.025, 0.975])
+    seeds = ", ".join(f"{np.mean(g):.1f}" for g in groups)
+    return [f"{np.mean(pooled):.2f} [{low:.2f}, {high:.2f}]", seeds, f"{len(set(pooled))} of {len(pooled)}"]
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -355,47 +355,57 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def row(group: list[Cell], results: list[dict[str, Any]], held_out: HeldOut | None) -> str:
-    """Returns a method's line of the table."""
-    line = [group[0].method, str(len(group))]
-    compared = [held_out.compare(load_student(cell.run)) for cell in group] if held_out else []
+def row(group: list[Cell], held_out: HeldOut | None) -> str:
+    """Returns a method's line of the table; seeds that are not finished are counted."""
+    finished = [(cell, found) for cell in group if (found := results_of(cell))]
+    line = [group[0].method, f"{len(finished)} of {len(group)}"]
+    if not finished:
+        return "| " + " | ".join([*line, *["not finished"] + [""] * (NUM_COLUMNS - 3)]) + " |"
+    compared = [held_out.compare(load_student(cell.run)) for cell, _ in finished] if held_out else []
     line += (
-        [spread([kl for kl, _ in compared], ".4f"), spread([a for _, a in compared], ".1%")] if compared else ["", ""]
+        [spread([kl for kl, _ in compared], ".3f"), spread([a for _, a in compared], ".1%")] if compared else ["", ""]
     )
     for protocol in PROTOCOLS:
-        groups = [r["student"]["protocols"][protocol]["returns"] for r in results]
-        line += played(groups, results[0]["teacher"]["protocols"][protocol]["returns"])
-    fit = [r["wall_seconds"].get("fit", float("nan")) for r in results]
-    line += [f"{np.mean(fit):.0f} s", f"{np.mean([cpu_seconds(cell) for cell in group]):.0f} s"]
-    line += [f"{results[0].get(key, float('nan')):,}" for key in ("num_states_labelled", "num_updates")]
+        line += played([r["student"]["protocols"][protocol]["returns"] for _, r in finished])
+    wall = [r["wall_seconds"].get("rounds", r["wall_seconds"].get("learn", 0.0)) for _, r in finished]
+    line += [f"{np.mean(wall):.0f} s", f"{np.mean([cpu_seconds(cell) for cell, _ in finished]):.0f} s"]
+    first = finished[0][1]
+    line += [f"{first[key]:,}" for key in ("num_states_labelled", "num_updates")]
     return "| " + " | ".join(line) + " |"
+
+
+def teacher_row(results: dict[str, Any]) -> str:
+    """Returns the teacher's line."""
+    line = ["**teacher**", "", "0", "100%"]
+    for protocol in PROTOCOLS:
+        line += played([results["teacher"]["protocols"][protocol]["returns"]])
+    return "| " + " | ".join([*line, *[""] * (NUM_COLUMNS - len(line))]) + " |"
 
 
 HEADER = (
     "| method | seeds | KL, nats | agreement"
-    + "".join(
-        f" | {p} | minus teacher | each seed | distinct" for p in ("no-op starts, sampled", "sticky 0.25, greedy")
-    )
-    + " | fit, wall | whole cell, CPU | states | updates |\n|---|---:|---:|---:"
-    + "|---:|---:|---|---:" * 2
+    + "".join(f" | {p} | each seed | distinct" for p in ("no-op starts, sampled", "sticky 0.25, greedy"))
+    + " | learning, wall | whole cell, CPU | states | updates |\n|---|---:|---:|---:"
+    + "|---:|---|---:" * 2
     + "|---:|---:|---:|---:|"
 )
+NUM_COLUMNS = 14
 
 
 def table(folder: Path, num_seeds: int, only: str) -> str:
-    """Returns the tables of all cells that are finished, as Markdown."""
+    """Returns the tables as Markdown, methods that are not finished among them."""
     lines = []
     for name in TABLES:
         groups: dict[str, list[Cell]] = {}
         for cell in cells(folder, num_seeds, only):
-            if cell.teacher == name and results_of(cell):
+            if cell.teacher == name:
                 groups.setdefault(cell.method, []).append(cell)
-        if not groups:
+        finished = [found for group in groups.values() for cell in group if (found := results_of(cell))]
+        if not finished:
             continue
         held_out = load_held_out(folder, load_teacher(f"bundled:{name}", game=GAME), name)
-        lines += [f"\n{name.upper()} teacher\n", HEADER]
-        for group in groups.values():
-            lines.append(row(group, [r for cell in group if (r := results_of(cell))], held_out))
+        lines += [f"\n{name.upper()} teacher\n", HEADER, teacher_row(finished[0])]
+        lines += [row(group, held_out) for group in groups.values()]
     return "\n".join(lines)
 
 
