@@ -60,7 +60,7 @@ class QDagger(Taught, DQN):
         """
         self.weaned_after = weaned_after
         self.student_temperature = teacher_temperature if student_temperature is None else student_temperature
-        if not 0.0 < self.student_temperature < math.inf:
+        if student_temperature is not None and not 0.0 < student_temperature < math.inf:
             raise ValueError(f"student_temperature must be positive, not {student_temperature}; 0.1 for Q-values")
         super().__init__(
             policy, env, teacher_temperature=teacher_temperature, distillation_weight=distillation_weight, **kwargs

@@ -5,7 +5,7 @@ Suffixes name dimensions: B batch, A actions.
 
 import math
 import warnings
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from policykd.agents.policy import Policy
 from policykd.losses import log_policy
 from policykd.schedules import Measured, Quantity, ReturnGap, ReturnReached, value
 
-SelfTaught = TypeVar("SelfTaught", bound="Taught")
 ARRAYS = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 
 LABELLED_AT_ONCE = 1024
@@ -87,7 +86,7 @@ class Taught(BaseAlgorithm):
             raise ValueError(f"a teacher sees one array, not {kind} observations; flatten the environment's")
         return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
-    def learn(self: SelfTaught, *args: Any, **kwargs: Any) -> SelfTaught:
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
         """Learns as SB3's algorithm does, with its arguments.
 
         Raises:
@@ -141,7 +140,7 @@ class Taught(BaseAlgorithm):
         """Raises, in torch's words or ours, where the policy of the last states is no distribution."""
         if self._last_obs is None:
             return
-        obs, policy = obs_as_tensor(self._last_obs, self.device), self.policy  # type: ignore[arg-type]
+        obs, policy = obs_as_tensor(self._last_obs, self.device), self.policy
         if isinstance(policy, ActorCriticPolicy):
             policy.get_distribution(obs)
         elif not policy.q_net(obs).isfinite().all():  # type: ignore[operator]

@@ -31,7 +31,7 @@ from policykd.results import about, judge, table
 from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
 from policykd.schedules import parse
 from policykd.store import has_generations
-from policykd.teacher_check import check_fits, check_teacher
+from policykd.teacher_check import check_fits, check_teacher, measured_return
 
 with needs_extra("sb3"):
     from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
@@ -128,6 +128,7 @@ def main(args: Args) -> None:
     device = prepare_device(args.device, args.threads)
     run = args.folder / args.game / (args.name or f"{args.method}-{args.student[:-1]}pct-seed{args.seed}")
     with lock(run), ExitStack() as opened:
+        check_unfinished(run, args)
         distil(run, args, device, opened)
 
 
@@ -141,7 +142,7 @@ def filled(args: Args) -> Args:
         if getattr(args, name) is not None and args.method not in methods:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is not for --method {args.method} but for {', '.join(methods)}; leave it out")
-    given = {name: usual for name, (usual, _) in OF_SOME.items() if getattr(args, name) is None}
+    given: dict[str, Any] = {name: usual for name, (usual, _) in OF_SOME.items() if getattr(args, name) is None}
     given |= {"game": canonical_name(args.game), "weight": args.weight or WEIGHTS.get(args.method, "1")}
     return dataclasses.replace(args, **given)
 
@@ -172,10 +173,23 @@ def offline(args: Args) -> tuple[int, int]:
     return args.offline_steps or 0, args.offline_updates
 
 
+def check_unfinished(run: Path, args: Args) -> None:
+    """Raises ValueError if a run is to go on that has ended, with fewer steps than are asked for."""
+    if args.resume and (run / "results.json").is_file():
+        steps = json.loads((run / "results.json").read_text())["num_states_labelled"] - offline(args)[0]
+        if args.steps > steps:
+            raise ValueError(f"{run}: is finished, at {steps:,} steps; for --steps {args.steps} give another --name")
+
+
 def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> None:
     """Loads, learns, judges, in that order; goes on where the run's folder says that it stopped."""
-    how: dict[str, Any] = {"game": args.game, "trust_pickle": args.trust_pickle}
-    teacher = load_teachers(pinned(args.teacher, run), args.teacher_weights, **how)
+    teacher = load_teachers(
+        pinned(args.teacher, run),
+        args.teacher_weights,
+        game=args.game,
+        trust_pickle=args.trust_pickle,
+        measure=lambda member: measured_return(member, args.game, seed=args.seed),
+    )
     with interruptible():
         envs = make_atari(args.game, args.num_envs, args.seed, num_workers=torch.get_num_threads())
     opened.callback(envs.close)
@@ -187,26 +201,21 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     machine = {"device": str(device), "threads": torch.get_num_threads(), "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():
-        show_finished(run, args)
+        print((run / "results.md").read_text())
         return
-    if is_old:
-        returns = started_with(run)["teacher_check"]
-    else:
-        checked = check_teacher(teacher, args.game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device)
-        print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
-        returns = asdict(checked)
-    reported = teacher.reported_return
-    expected = {
-        "teacher_return": returns["mean"] if reported is None else reported,
-        "random_return": returns["random_mean"],
-    }
-    check_weight(parse(args.weight), **expected)
+    kept = started_with(run)["teacher_check"] if is_old else None
+    how: dict[str, Any] = {"seed": args.seed, "allow_weak": args.allow_weak_teacher, "device": device, "kept": kept}
+    checked = check_teacher(teacher, args.game, **how)
+    print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
+    weight, returns = parse(args.weight), checked.goal(args.game)
+    check_weight(weight, *returns)
     if not is_old:
-        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=returns)
+        start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units(args.method))
     student.centre_on(frames)
-    how = {name: getattr(args, name) for name in LEARNS_BY} | expected | {"weight": parse(args.weight)}
-    model = make_model(args.method, student, teacher, SB3VecEnv(envs, clip_rewards=True), device=device, **how)
+    how = {name: getattr(args, name) for name in LEARNS_BY} | {"weight": weight, "device": device}
+    how |= {"teacher_return": returns[0], "random_return": returns[1]}
+    model = make_model(args.method, student, teacher, SB3VecEnv(envs, clip_rewards=True), **how)
 
     has_checkpoint = has_generations(run / "checkpoints")
     with interruptible():
@@ -252,19 +261,6 @@ def first_frames(teacher: Teacher, envs: Any, seed: int, device: torch.device) -
         frames.append(obs[:, -1])
         obs = envs.step(sample(teacher(obs.to(device)).cpu() / teacher.temperature, generator)).obs
     return torch.cat(frames)
-
-
-def show_finished(run: Path, args: Args) -> None:
-    """Prints what a finished run came to.
-
-    Raises:
-        ValueError: more steps are asked for than it has.
-    """
-    results = json.loads((run / "results.json").read_text())
-    steps = results["num_states_labelled"] - offline(args)[0]
-    if args.steps > steps:
-        raise ValueError(f"{run}: is finished, at {steps:,} steps; for --steps {args.steps} give another --name")
-    print((run / "results.md").read_text())
 
 
 def write_results(

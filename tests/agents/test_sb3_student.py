@@ -19,6 +19,7 @@ from policykd.agents.sb3_student import AlgorithmName, StudentFeatures, from_sb3
 from policykd.agents.student import Student, make_student
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
+from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
 
 PPO_SHORT: dict[str, Any] = {
@@ -123,6 +124,31 @@ def test_it_goes_on_learning_and_comes_back(algorithm: AlgorithmName, kind: str,
         assert not close(back(obs), student(obs))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("PPO", {"n_steps": 32, "batch_size": 128, "n_epochs": 3}),
+        ("A2C", {"use_rms_prop": False}),
+        ("DQN", {"learning_starts": 50, "batch_size": 64, "target_update_interval": 50, "exploration_fraction": 0.5}),
+    ],
+)
+def test_what_it_learns_from_rewards_is_the_students(algorithm: AlgorithmName, settings: dict[str, Any]) -> None:
+    student, states = make_student((16,), 4, (4,), seed=0), torch.eye(4)
+    model = to_sb3(
+        student,
+        SB3VecEnv(IdentityEnv(16, 4), clip_rewards=False),
+        algorithm,
+        learning_rate=1e-2,
+        seed=0,
+        device="cpu",
+        **settings,
+    )
+    model.learn(4096)
+    with torch.no_grad():
+        assert student(states).argmax(dim=1).tolist() != [0, 1, 2, 3]
+        assert student.from_sb3(model)(states).argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
 def test_the_gradient_is_that_of_the_centred_network() -> None:
     """With frames / 255 the same function would have another gradient, and learning would fall onto the plateau."""
     student, obs = student_of("frames"), frames()[:16]
@@ -175,6 +201,15 @@ def test_q_values_are_the_temperature_times_the_scores() -> None:
         regressed = from_sb3(model, student_of("vectors", temperature=0.01))
         assert close(regressed(obs), back(obs))
         assert close(regressed.net(obs), outputs(model, obs))
+
+
+def test_a_students_own_method_needs_no_argument() -> None:
+    student, obs = student_of("vectors"), obs_of("vectors")
+    model = student.to_sb3()
+    assert type(model) is PPO
+    with torch.no_grad():
+        assert close(outputs(model, obs), student(obs).log_softmax(dim=-1))
+        assert close(student.from_sb3(model)(obs), student(obs))
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), [("PPO", "vectors"), ("DQN", "frames")])

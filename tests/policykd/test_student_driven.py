@@ -3,12 +3,16 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from policykd.envs.identity import IdentityEnv
+from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.losses import kl_divergence_B, log_policy
+from policykd.sb3_distillation import StudentDriven
 from policykd.student_driven import (
     AnyMethod,
     ExpectedEntropyRegularised,
@@ -212,3 +216,70 @@ def test_with_the_entropy_off_the_losses_are_kl_divergences() -> None:
 def test_a_negative_reward_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="reward_weight must not be negative"):
         NDistill(reward_weight=-1.0)
+
+
+PLAYED_SA = torch.tensor([[1.0, 1.0, 2.0], [2.0, 1.0, 1.0], [1.0, 2.0, 1.0]]) / 4
+"""a policy of three actions whose trajectories, each as often as it is likely, are few"""
+GOES_SA = torch.tensor([[1, 2, 0], [0, 2, 1], [2, 1, 0]])
+GAIN_SA = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0], [2.0, 0.0, 1.0]])
+LABELS_SA = torch.randn(3, 3, generator=torch.Generator().manual_seed(3))
+
+
+def every_likely_trajectory() -> tuple[Tensor, Tensor]:
+    """Returns states and actions `(192, time)` of three steps: each as often as PLAYED_SA plays it from every start."""
+    rows = []
+    for start, *actions in itertools.product(range(3), repeat=1 + HORIZON):
+        state, states, times = start, list[int](), 1.0
+        for action in actions:
+            states.append(state)
+            times *= 4 * float(PLAYED_SA[state, action])
+            state = int(GOES_SA[state, action])
+        rows += [(states, actions)] * int(times)
+    return torch.tensor([states for states, _ in rows]), torch.tensor([actions for _, actions in rows])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize("method", [*WITH_GRADIENT, OnPolicyDistillation(reward_weight=0.7)], ids=repr)
+def test_what_a2c_descends_is_the_surrogate(method: AnyMethod, gamma: float) -> None:
+    """Over all trajectories a critic, even a wrong one, adds nothing to the gradient, so what is left is exact."""
+    states_BT, actions_BT = every_likely_trajectory()
+    num_envs, weight = len(states_BT), 0.5
+    how: dict[str, Any] = {"gamma": gamma, "gae_lambda": 1.0, "n_steps": HORIZON, "max_grad_norm": 1e9}
+    how |= {"learning_rate": 0.0, "policy_kwargs": {"net_arch": []}, "seed": 0, "device": "cpu"}
+    envs = SB3VecEnv(IdentityEnv(num_envs, 3), clip_rewards=False)
+    model = StudentDriven(
+        "MlpPolicy",
+        envs,
+        teacher=lambda obs_BO: obs_BO @ LABELS_SA,
+        method=method,
+        distillation_weight=weight,
+        **how,
+    )
+    model._setup_learn(1)
+    policy: Any = model.policy
+    with torch.no_grad():
+        policy.action_net.weight.copy_(PLAYED_SA.log().T)
+        policy.action_net.bias.zero_()
+        policy.value_net.weight.copy_(torch.tensor([[0.5, -1.0, 2.0]]))
+        for t in range(HORIZON):
+            obs_BO, actions_B = torch.eye(3)[states_BT[:, t]], actions_BT[:, t]
+            values_B1, log_prob_B, _ = policy.evaluate_actions(obs_BO, actions_B)
+            gain_B = method.reward_weight * GAIN_SA[states_BT[:, t], actions_B]
+            start_B = torch.full((num_envs,), t == 0)
+            taken = (obs_BO.numpy(), actions_B[:, None].numpy(), gain_B.numpy(), start_B.numpy())
+            model.rollout_buffer.add(*taken, values_B1, log_prob_B)
+    model.train()
+
+    theta_SA = PLAYED_SA.log().double().requires_grad_()
+    log_SA = log_policy(theta_SA)
+    log_prob_BT = log_SA[states_BT, actions_BT]
+    loss_BT = weight * method.loss_B(log_SA, log_policy(LABELS_SA.double()))[states_BT]
+    reward_BT = distillation_reward_BT(
+        method.cost(loss_BT), GAIN_SA[states_BT, actions_BT], reward_weight=method.reward_weight, gamma=gamma
+    )
+    surrogate = (loss_BT - log_prob_BT * returns_BT(reward_BT, gamma)).mean()  # A2C's has no gamma^t
+    if gamma == 1.0:
+        torch.testing.assert_close(surrogate, surrogate_B(log_prob_BT, loss_BT, reward_BT, gamma).mean() / HORIZON)
+    (expected_SA,) = torch.autograd.grad(surrogate, theta_SA)
+    assert expected_SA.abs().max() > 0.01
+    torch.testing.assert_close(policy.action_net.weight.grad.T.double(), expected_SA, rtol=1e-4, atol=1e-5)
