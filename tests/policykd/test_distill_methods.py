@@ -132,31 +132,31 @@ def test_an_evaluation_counts_where_the_student_does_not_play() -> None:
 class Marathon(IdentityEnv):
     """Episodes of 30 steps, one point for each right action."""
 
+    def __init__(self, num_envs: int, num_actions: int) -> None:
+        super().__init__(num_envs, num_actions)
+        self.returns, self.num_steps = [0.0] * num_envs, 0
+
     def step(self, actions_B: Tensor) -> Step:
-        self.returns = [
-            r + e.episodic_return for r, e in zip(self.returns, super().step(actions_B).episodes, strict=True)
-        ]
+        played = super().step(actions_B).episodes
+        self.returns = [r + e.episodic_return for r, e in zip(self.returns, played, strict=True)]
         self.num_steps += 1
         ended = [Episode(i, r, 30) for i, r in enumerate(self.returns)] if self.num_steps % 30 == 0 else []
         self.returns = [0.0] * self.num_envs if ended else self.returns
         ends_B = torch.full((self.num_envs,), bool(ended))
         return Step(self._obs(), torch.zeros(self.num_envs), ends_B, ended)
 
-    returns = (0.0,) * 8  # type: ignore[assignment]
-    num_steps = 0
-
 
 def test_a_game_is_the_students_own_from_its_first_step_on() -> None:
     """20 steps a round: the game that ends in the third round began under the teacher, the next one did not."""
     student = make_student((16,), 4, (4,), seed=0)
-    learner = make_learner(student, Marathon(8, 4, 0), capacity=2000, seed=0)
+    learner = make_learner(student, Marathon(8, 4), capacity=2000, seed=0)
     states = MixedStates(student=Linear(0.0, 1.0, 0.01))
     rounds = run(learner, states=states, rounds=5, updates_per_round=1)
     assert [r.student_fraction for r in rounds] == pytest.approx([0.0, 0.0, 1.0, 1.0, 1.0])
     assert [len(r.episodes) for r in rounds] == [0, 8, 8, 0, 8]
     assert [r.student_return is None for r in rounds] == [True, True, True, True, False]
     noisy = MixedStates(student=1.0, epsilon=0.1)
-    other = make_learner(make_student((16,), 4, (4,), seed=0), Marathon(8, 4, 0), capacity=2000, seed=0)
+    other = make_learner(make_student((16,), 4, (4,), seed=0), Marathon(8, 4), capacity=2000, seed=0)
     assert all(r.student_return is None for r in run(other, states=noisy, rounds=5, updates_per_round=1))
 
 
@@ -356,6 +356,6 @@ def test_labels_beyond_the_scores_stay_on_the_device_of_the_states() -> None:
     def label(obs: Tensor, rows_B: Tensor, new: slice) -> None:
         seen.append((obs.device.type, rows_B.device.type, len(rows_B), new))
 
-    learner.beyond.label = label  # type: ignore[method-assign]
+    learner.beyond.label = label  # type: ignore[assignment]
     learner.label_beyond()
     assert seen == [("meta", "meta", 256, slice(0, 40))]
