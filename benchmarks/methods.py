@@ -42,7 +42,7 @@ DISTIL, REINFORCE = "scripts/distill_atari.py", "scripts/distill_rl.py"
 
 # The budget of a cell: 12,800 labelled states, 1,200 updates of 256, at twice the rate of the default, for it is small.
 BUDGET = ["--rounds", "8", "--states-per-round", "1600", "--updates-per-round", "150", "--learning-rate", "4e-3"]
-BUDGET += ["--eval-every", "0"]
+BUDGET += ["--eval-every", "0", "--loss", "forward-kl"]  # a method's own --loss counts instead
 STEPS = ["--steps", "12800"]
 JUDGED = ["--eval-episodes", "10", "--threads", "1"]
 
@@ -64,6 +64,7 @@ LOSSES = {
     "reverse-kl": ["--loss", "reverse-kl"],
     "jensen-shannon": ["--loss", "jensen-shannon"],
     "two-sided-kl, T 2": ["--loss", "two-sided-kl", "--loss.temperature", "2"],
+    "two-sided-kl, T 10": ["--loss", "two-sided-kl", "--loss.temperature", "10"],
     "soft-and-hard": ["--loss", "soft-and-hard"],
     "decoupled-kl": ["--loss", "decoupled-kl"],
     "standardised-kl": ["--loss", "standardised-kl"],
@@ -124,6 +125,7 @@ TABLES = {
             "action-nll": ["--loss", "action-nll"],
             "reverse-kl": ["--loss", "reverse-kl"],
             "jensen-shannon": ["--loss", "jensen-shannon"],
+            "two-sided-kl, T 10": ["--loss", "two-sided-kl", "--loss.temperature", "10"],
         },
         {
             "qdagger": [

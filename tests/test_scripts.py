@@ -77,9 +77,9 @@ def num_saved(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small but whole run: 3,840 states of Pong, a 7 % student, three games under each protocol."""
+    """A small but whole run: 4,608 states of Pong, a 7 % student, three games under each protocol."""
     folder = tmp_path_factory.mktemp("runs")
-    rounds = ["--rounds", "6", "--states-per-round", "640", "--updates-per-round", "70", "--learning-rate", "5e-3"]
+    rounds = ["--rounds", "6", "--states-per-round", "768", "--updates-per-round", "70", "--learning-rate", "5e-3"]
     done = run(
         "distill_atari.py", "--game", "Pong", "--threads", "1", *rounds, "--batch-size", "128", "--eval-episodes", "3",
         "--eval-every", "6", "--num-envs", "2", "--folder", str(folder), "--name", "small",
@@ -92,7 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_kl_falls_and_the_return_rises_above_random(finished: Path) -> None:
     rounds = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [r["num_states"] for r in rounds] == [640 * k for k in range(1, 7)]
+    assert [r["num_states"] for r in rounds] == [768 * k for k in range(1, 7)]
     assert rounds[-1]["kl"] < 0.25 * rounds[0]["kl"]
     assert rounds[-1]["new_kl"] < 0.5 * rounds[0]["new_kl"]
     results = json.loads((finished / "results.json").read_text())
@@ -111,7 +111,7 @@ def test_results_hold_what_was_lost_and_gained(finished: Path) -> None:
             assert row["interval"][0] <= row["mean"] <= row["interval"][1]
             assert row["num_truncated"] == 0
     assert results["student"]["num_macs"] < results["teacher"]["num_macs"]
-    assert (results["num_states_labelled"], results["num_updates"]) == (3840, 420)
+    assert (results["num_states_labelled"], results["num_updates"]) == (4608, 420)
     assert all(results["wall_seconds"][phase] > 0 for phase in ("collect", "label", "fit", "evaluate"))
     assert "--game Pong" in results["command"]
     assert results["versions"]["torch"]
@@ -129,7 +129,7 @@ def test_tensorboard_has_sb3s_tags(finished: Path) -> None:
 
 def test_evaluations_are_in_sb3s_format(finished: Path) -> None:
     with np.load(finished / "evaluations.npz", allow_pickle=False) as arrays:
-        assert arrays["timesteps"].tolist() == [3840]
+        assert arrays["timesteps"].tolist() == [4608]
         assert arrays["results"].shape == arrays["ep_lengths"].shape == (1, 16)
 
 
@@ -189,9 +189,9 @@ def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path:
     ]
     whole = run("distill_atari.py", *args, "--folder", str(tmp_path / "whole"), "--name", "r")
     assert whole.returncode == 0, whole.stderr
-    assert "3,840 states, 0 labelled" in whole.stdout  # the same teacher's scores are stored with them
+    assert "4,608 states, 0 labelled" in whole.stdout  # the same teacher's scores are stored with them
     rounds = [json.loads(line) for line in (tmp_path / "whole/Pong/r/metrics.jsonl").read_text().splitlines()]
-    assert [r["num_states"] for r in rounds] == [3840] * 3
+    assert [r["num_states"] for r in rounds] == [4608] * 3
     assert rounds[-1]["new_kl"] < 0.95 * rounds[0]["new_kl"]
     assert not list((tmp_path / "whole/Pong/r/checkpoints").glob("replay-*"))  # the dataset has them
 
@@ -219,9 +219,9 @@ def test_the_flags_work_together(finished: Path, tmp_path: Path) -> None:
     args += ["--states.student", "reached:0.5:1", "--folder", str(tmp_path), "--name", "r"]
     done = run("distill_atari.py", *args)
     assert done.returncode == 0, done.stderr
-    assert "a dataset of 3,840 states, 3,840 labelled" in done.stdout  # by other teachers than those of its run
+    assert "a dataset of 4,608 states, 4,608 labelled" in done.stdout  # by other teachers than those of its run
     rounds = [json.loads(line) for line in (tmp_path / "Pong/r/metrics.jsonl").read_text().splitlines()]
-    assert [r["num_states"] for r in rounds] == [3840 + 32 * k for k in (1, 2, 3)]
+    assert [r["num_states"] for r in rounds] == [4608 + 32 * k for k in (1, 2, 3)]
     assert [r["scheduled"]["loss.loss.temperature"] for r in rounds] == pytest.approx([4.0, 2.0, 1.0])
     assert [r["student_return"] is None for r in rounds] == [True, True, False]  # an evaluation came between
     assert all(r["teacher_disagreement"] > 0 and len(r["teacher_weights"]) == 2 for r in rounds)
