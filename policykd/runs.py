@@ -160,7 +160,7 @@ def pinned(argument: str, run: Path) -> str:
         teacher, before = config["settings"]["teacher"], config["teacher_argument"]
         if before != argument:
             return argument
-        if teacher["algorithm"] == "ENSEMBLE":  # each member's commit is in it
+        if teacher.get("algorithm") == "ENSEMBLE":  # each member's commit is in it
             return str(teacher["ref"])
         return f"{teacher['ref']}@{teacher['revision']}" if teacher["revision"] else argument
     except (OSError, ValueError, LookupError, TypeError):

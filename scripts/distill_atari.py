@@ -164,7 +164,6 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
     kept = started_with(run)["teacher_check"] if is_old else None
     checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device, kept=kept)
-    print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
     student = make_student(
         args.student,
         envs.num_actions,
@@ -189,6 +188,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     }
     rehearse(learner, **told)
     if not is_old:
+        print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     label_given(learner.replay, teacher)
     if has_generations(run / "checkpoints"):

@@ -76,8 +76,8 @@ def test_no_episodes_are_refused() -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_random_play_of_pong_scores_what_the_literature_says(protocol: str) -> None:
-    games = evaluate_on_atari(RandomPolicy(6), "Pong", protocol, 8, seed=0)  # type: ignore[arg-type]
-    assert np.mean(games.returns) == pytest.approx(-20.5, abs=0.7)  # -20.6 and -20.2 (sticky) in hundreds of games
+    games = evaluate_on_atari(RandomPolicy(6), "Pong", protocol, 5, seed=0)  # type: ignore[arg-type]
+    assert np.mean(games.returns) == pytest.approx(-20.5, abs=0.9)  # -20.6 and -20.2 (sticky) in hundreds of games
     two, again = (evaluate_on_atari(RandomPolicy(6), "Pong", protocol, 2, seed=0) for _ in range(2))  # type: ignore[arg-type]
     assert again == two
 

@@ -150,6 +150,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path / "file") in error.value.filename
 
 
+def test_every_teacher_of_an_ensemble_stays_at_its_commit(tmp_path: Path) -> None:
+    ref = f"hub:sb3/dqn-PongNoFrameskip-v4@{'a' * 40}+hub:sb3/ppo-PongNoFrameskip-v4@{'b' * 40}+bundled:ppo"
+    teacher = {"algorithm": "ENSEMBLE", "ref": ref, "revision": ""}
+    start_run(tmp_path, {"teacher": teacher}, machine=MACHINE, teacher_argument="hub:dqn+hub:ppo+bundled")
+    assert pinned("hub:dqn+hub:ppo+bundled", tmp_path) == ref
+    assert pinned("hub:dqn", tmp_path) == "hub:dqn"
+
+
 @pytest.mark.parametrize("argument", ["auto", "hub:dqn", "hub:dqn@main", "hub:sb3/dqn-PongNoFrameskip-v4"])
 def test_a_teacher_on_the_hub_stays_at_its_commit(argument: str, tmp_path: Path) -> None:
     assert pinned(argument, tmp_path) == argument
