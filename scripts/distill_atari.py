@@ -160,10 +160,6 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     if is_old and (run / "results.json").is_file():
         print((run / "results.md").read_text())
         return
-    room = 0 if offline else args.rounds * args.states_per_round
-    replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
-    kept = started_with(run)["teacher_check"] if is_old else None
-    checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device, kept=kept)
     student = make_student(
         args.student,
         envs.num_actions,
@@ -172,6 +168,10 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
         temperature=units(at_temperature(args.loss, teacher.temperature)),
     )
     beyond = Beyond(args.beyond, student, teacher, seed=args.seed) if args.beyond.active else None
+    room = 0 if offline else args.rounds * args.states_per_round
+    replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
+    kept = started_with(run)["teacher_check"] if is_old else None
+    checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device, kept=kept)
     learner = make_learner(student, envs, capacity=room, seed=args.seed, device=device, replay=replay, beyond=beyond)
     teacher_return, random_return = checked.goal(game)
     told: dict[str, Any] = {

@@ -172,8 +172,9 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in finished.iterdir()} == before
 
 
-def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path: Path) -> None:
-    """A second student learns from the first one's states, cut after a round and resumed bit for bit."""
+@pytest.mark.parametrize("is_cut", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_states_of_a_run_serve_another_without_playing(is_cut: bool, finished: Path, tmp_path: Path) -> None:
+    """A second student learns from the first one's states; cut after a round and resumed, bit for bit the same."""
     args = [
         "--game",
         "Pong",
@@ -207,7 +208,8 @@ def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path:
     assert [r["num_states"] for r in rounds] == [4608] * 3
     assert rounds[-1]["new_kl"] < 0.95 * rounds[0]["new_kl"]
     assert not list((tmp_path / "whole/Pong/r/checkpoints").glob("replay-*"))  # the dataset has them
-
+    if not is_cut:
+        return
     cut = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "distill_atari.py"), *args, "--folder", str(tmp_path), "--name", "r"],
         stderr=subprocess.PIPE,
@@ -222,25 +224,29 @@ def test_states_of_a_run_serve_another_without_playing(finished: Path, tmp_path:
     assert all((a[name] == b[name]).all() for name in a)
 
 
-def test_the_flags_work_together(finished: Path, tmp_path: Path) -> None:
-    """Two teachers, schedules, weighed states, stored ones beside live ones, a window and more than scores."""
+@pytest.mark.parametrize("teacher", ["bundled:ppo", pytest.param("bundled:ppo+bundled:dqn", marks=pytest.mark.slow)])
+def test_the_flags_work_together(teacher: str, finished: Path, tmp_path: Path) -> None:
+    """Schedules, weighed states, stored beside live ones, a window, more than scores; two teachers, who must play."""
     args = ["--game", "Pong", "--threads", "1", "--rounds", "3", "--states-per-round", "32", "--updates-per-round", "2"]
     args += ["--num-envs", "2", "--batch-size", "16", "--student", "1%", "--eval-every", "2", "--eval-episodes", "1"]
-    args += ["--teacher", "bundled:ppo+bundled:dqn", "--teacher-weights", "return", "--rounds-kept", "2"]
+    two = "+" in teacher
+    args += ["--teacher", teacher, "--teacher-weights", "return" if two else "equal", "--rounds-kept", "2"]
     args += ["--loss", "two-sided-kl", "--loss.temperature", "exponential:4:1", "--count-states-by", "gap"]
     args += ["--least-count", "gap:0.5", "--beyond.shift", "0.5", "--states", f"blended:{finished}"]
     args += ["--states.student", "reached:0.5:1", "--folder", str(tmp_path), "--name", "r"]
     done = run("distill_atari.py", *args)
     assert done.returncode == 0, done.stderr
-    assert "a dataset of 4,608 states, 4,608 labelled" in done.stdout  # by other teachers than those of its run
+    num_labelled = "4,608" if two else "0"  # by other teachers than that of its run
+    assert f"a dataset of 4,608 states, {num_labelled} labelled" in done.stdout
     rounds = [json.loads(line) for line in (tmp_path / "Pong/r/metrics.jsonl").read_text().splitlines()]
     assert [r["num_states"] for r in rounds] == [4608 + 32 * k for k in (1, 2, 3)]
     assert [r["scheduled"]["loss.loss.temperature"] for r in rounds] == pytest.approx([4.0, 2.0, 1.0])
     assert [r["student_return"] is None for r in rounds] == [True, True, False]  # an evaluation came between
-    assert all(r["teacher_disagreement"] > 0 and len(r["teacher_weights"]) == 2 for r in rounds)
+    assert all(len(r["teacher_weights"]) == (2 if two else 0) for r in rounds)
+    assert all((r["teacher_disagreement"] or 0.0) > 0.0 for r in rounds) == two
     assert all(r["terms"]["shift"] > 0 and 0 < r["state_weight"] <= 1 for r in rounds)
     about = json.loads((tmp_path / "Pong/r/config.json").read_text())["settings"]["teacher"]
-    assert (about["algorithm"], about["ref"]) == ("ENSEMBLE", "bundled:ppo+bundled:dqn")
+    assert (about["algorithm"], about["ref"]) == ("ENSEMBLE" if two else "PPO", teacher)
     shown = run("distill_atari.py", *args, "--resume")
     assert shown.returncode == 0, shown.stderr
 
@@ -260,7 +266,7 @@ def test_a_teacher_that_plays_at_random_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
-    """Killed twice, at any moment and by a polite signal, it ends as the training that was left alone."""
+    """Stopped by a signal, it ends as the training that was left alone; test_sb3_checkpoints.py stops it anywhere."""
     hyperparams = ["--hyperparams", "n_steps:32", "n_epochs:1", "batch_size:32"]
     args = ["--game", "Pong", "--algo", "ppo", "--steps", "256", "--num-envs", "2", "--centre", "--threads", "1"]
     args += ["--checkpoint-every", "64", "--eval-every", "0", "--eval-episodes", "1", "--name", "r", *hyperparams]
@@ -268,24 +274,12 @@ def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr
 
     cut_run = tmp_path / "cut" / "Pong" / "r"
-    for send, expected in ((subprocess.Popen.kill, -signal.SIGKILL), (subprocess.Popen.terminate, 75)):
-        before = num_saved(cut_run)
-        cut = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "scripts/train_teacher.py"),
-                *args,
-                "--folder",
-                str(tmp_path / "cut"),
-                "--resume",
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        wait_for(lambda before=before: num_saved(cut_run) > before, cut)  # type: ignore[misc]
-        send(cut)
-        _, stderr = cut.communicate(timeout=60)
-        assert cut.returncode == expected, stderr
+    command = [sys.executable, str(ROOT / "scripts/train_teacher.py"), *args, "--folder", str(tmp_path / "cut")]
+    cut = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: num_saved(cut_run), cut)
+    cut.terminate()
+    _, stderr = cut.communicate(timeout=60)
+    assert cut.returncode == 75, stderr
     assert "--resume" in stderr.splitlines()[-1]
     refused = run("train_teacher.py", *args, "--folder", str(tmp_path / "cut"), "--resume", "--seed", "1")
     assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
