@@ -74,6 +74,7 @@ LOSSES = {
 }
 DYNAMIC = {
     "two-sided-kl, T 4 to 1": ["--loss", "two-sided-kl", "--loss.temperature", "linear:4:1"],
+    "two-sided-kl, T 10 to 1": ["--loss", "two-sided-kl", "--loss.temperature", "exponential:10:1"],
     "hard to soft": ["--loss", "soft-and-hard", "--loss.hard", "cosine:1:0"],
     "by entropy": ["--count-states-by", "entropy"],
     "by gap": ["--count-states-by", "gap"],

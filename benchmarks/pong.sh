@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table, as it was made, with the forward KL: Pong from the bundled teachers to the 7 % and the 1 % student, 100 games a protocol: three seeds from PPO (temperature 1),
+# The README's table: Pong from the bundled teachers to the 7 % and the 1 % student, 100 games a protocol: three seeds from PPO (temperature 1),
 # one from DQN (temperature 0.01). About 7 minutes a run on two idle cores; a run that was cut goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

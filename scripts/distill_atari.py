@@ -26,7 +26,7 @@ from policykd.distill import distill
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.learner import make_learner
-from policykd.losses import AnyLoss, Loss, ScoreHuber, ScoreMSE, TwoSidedKL, at_temperature
+from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
 from policykd.manifest import open_dataset
 from policykd.offline import label_given, open_replay
 from policykd.records import Records
@@ -61,9 +61,9 @@ class Args:
     """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
     """size, in per cent of the teacher's NatureCNN: 16-32-32-256, 16-16-16-128, 16-16-16-64 or 8-8-8-32"""
-    loss: AnyLoss = TwoSidedKL(temperature=10.0)  # noqa: RUF009
-    """what the student minimises: --loss forward-kl and the like (docs/losses.md); the default is the best of
-    docs/methods.md. The teacher's own temperature is taken unless the loss has another"""
+    loss: AnyLoss = ForwardKL()  # noqa: RUF009
+    """what the student minimises: --loss two-sided-kl and the like (docs/losses.md; docs/methods.md says when); the
+    teacher's own temperature is taken unless the loss has another"""
     count_states_by: Measure = "nothing"
     """let states count more where the teacher is sure (entropy, gap between its two best actions) or the student far
     from it (disagreement)"""
