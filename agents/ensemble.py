@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.policy import log_policy
+from policykd.agents.policy import entropy, log_policy
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 
@@ -83,11 +83,6 @@ class ConfidenceWeights:
         most = math.log(max(2, log_p_MBA.shape[-1]))
         confidence_MB = (1.0 - entropy(log_p_MBA) / most).clamp(min=0.0) + _LEAST_CONFIDENCE
         return confidence_MB / confidence_MB.sum(dim=0)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Returns -sum_a p log p over the last dimension, nats."""
-    return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def log_mixture(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:

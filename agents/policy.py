@@ -42,3 +42,8 @@ def log_policy(scores_BA: Tensor, temperature: float = 1.0) -> Tensor:
     scores_BA = widened(scores_BA)
     advantage_BA = scores_BA - scores_BA.amax(dim=-1, keepdim=True).detach()
     return log_softmax((advantage_BA / temperature).clamp(min=-1e30), dim=-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Returns -sum_a p log p over the last dimension, nats."""
+    return -(log_p.exp() * log_p).sum(dim=-1)

@@ -1,7 +1,7 @@
 """Formulas that losses and per-state weights are made of: policies of scores, and distances between policies.
 
-Pure functions of tensors that never mix rows; `log_policy` stands in `agents/policy.py`, where an ensemble needs it
-too. Suffixes name dimensions: B batch, A actions.
+Pure functions of tensors that never mix rows; `log_policy` and `entropy` stand in `agents/policy.py`, where an
+ensemble needs them too. Suffixes name dimensions: B batch, A actions.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from policykd.agents.policy import entropy as entropy
 from policykd.agents.policy import log_policy as log_policy
 from policykd.agents.policy import widened as widened
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from policykd.agents.interrupts import check_interrupted
-from policykd.divergences import kl_divergence_B, log_policy
+from policykd.divergences import entropy, kl_divergence_B, log_policy
 from policykd.envs.vector import Episode
 from policykd.learner import Visit
 from policykd.losses import Loss
@@ -117,8 +117,8 @@ def compare(student: nn.Module, replay: Replay, first: int, loss: Loss, temperat
         log_p_BA = log_policy(teacher_BA, temperature)
         kl_B = kl_divergence_B(log_p_BA, log_policy(student_BA))
         agree_B = student_BA.argmax(dim=-1) == teacher_BA.argmax(dim=-1)
-        entropy_B = -(log_p_BA.exp() * log_p_BA).sum(dim=-1)
+        entropy_B = entropy(log_p_BA)
         weight_B = weight(student_BA, teacher_BA) if weight else torch.ones_like(kl_B)
         sums += torch.stack([kl_B, agree_B.float(), entropy_B, weight_B]).sum(dim=1)
-    kl, agreement, entropy, mean_weight = (sums / len(rows)).tolist()
-    return Comparison(kl, agreement, entropy, mean_weight if weight else None)
+    kl, agreement, teacher_entropy, mean_weight = (sums / len(rows)).tolist()
+    return Comparison(kl, agreement, teacher_entropy, mean_weight if weight else None)

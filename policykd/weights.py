@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from policykd.divergences import log_policy
+from policykd.divergences import entropy, log_policy
 from policykd.losses import Loss, check_temperature, check_within, fixed
 from policykd.schedules import Quantity
 
@@ -81,8 +81,7 @@ class ByEntropy(_Measure):
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns floor + (1 - floor) (1 - H(p_T) / log num_actions) of each row."""
         log_p_BA = log_policy(teacher_BA, fixed(self.temperature))
-        entropy_B = -(log_p_BA.exp() * log_p_BA).sum(dim=-1)
-        return self._raised((1.0 - entropy_B / math.log(teacher_BA.shape[-1])).clamp(min=0.0))
+        return self._raised((1.0 - entropy(log_p_BA) / math.log(teacher_BA.shape[-1])).clamp(min=0.0))
 
 
 @dataclass(frozen=True)
