@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from policykd.agents.networks import MLP, ConvNet, check_obs
+from policykd.agents.networks import check_obs
 from policykd.agents.onnx_export import to_onnx
 from policykd.agents.onnx_policy import backend, finite, open_session
+from policykd.agents.shapes import Net
 
 TOLERANCE = 1e-4
 """the largest difference from torch's scores, as a share of the largest score"""
@@ -18,7 +19,7 @@ class CompiledNet:
     Python's while it computes.
     """
 
-    def __init__(self, net: ConvNet | MLP, *, num_threads: int) -> None:
+    def __init__(self, net: Net, *, num_threads: int) -> None:
         self.obs_shape, self.num_actions = net.obs_shape, net.num_actions
         self.backend = backend()
         self._session = open_session(to_onnx(net), num_threads)
@@ -40,7 +41,7 @@ class CompiledNet:
 
 
 @torch.inference_mode()
-def compile_net(net: ConvNet | MLP, obs: Tensor, *, num_threads: int = 1) -> CompiledNet:
+def compile_net(net: Net, obs: Tensor, *, num_threads: int = 1) -> CompiledNet:
     """Returns the network compiled, once it has scored these observations as torch does.
 
     A best action can then differ only where two are nearly tied: a score and its rival each move by the tolerance.

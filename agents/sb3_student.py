@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policykd.agents.networks import MLP, ConvNet
+from policykd.agents.networks import Design, FrameNet
+from policykd.agents.shapes import Net, Shape, make_net
 from policykd.agents.student import Student
+from policykd.agents.user_net import UserNet
 
 try:
     from gymnasium import spaces
@@ -43,6 +45,8 @@ class StudentFeatures(BaseFeaturesExtractor):
         hidden: tuple[int, ...],
         *,
         temperature: float = 1.0,
+        design: Design = "nature",
+        rank: int = 0,
     ) -> None:
         """Builds it with new weights.
 
@@ -51,6 +55,8 @@ class StudentFeatures(BaseFeaturesExtractor):
             widths: as in a student's `Shape`.
             hidden: likewise; not empty.
             temperature: the policy's outputs divided by it are not these but the student's scores; see `to_sb3`.
+            design: as in a student's `Shape`.
+            rank: likewise.
 
         Raises:
             ValueError: observations that such a student does not see, or a student without a hidden layer.
@@ -59,12 +65,9 @@ class StudentFeatures(BaseFeaturesExtractor):
             raise ValueError("a student without a hidden layer has no features for SB3; make one with a dense layer")
         super().__init__(observation_space, hidden[-1])
         self.widths, self.hidden, self.temperature = tuple(widths), tuple(hidden), temperature
+        self.design, self.rank = design, rank
         *inner, last = hidden
-        self.net: ConvNet | MLP
-        if widths:
-            self.net = ConvNet(widths, inner, last)
-        else:
-            self.net = MLP(observation_space.shape[0], inner, last, activation=nn.ReLU)
+        self.net = make_net(Shape(self.widths, tuple(inner), last, observation_space.shape, design=design, rank=rank))
         if observation_space.shape != self.net.obs_shape:
             raise ValueError(
                 f"the environment's observations are {observation_space.shape}, the student's {self.net.obs_shape};"
@@ -73,7 +76,7 @@ class StudentFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Returns features, float32 `(batch, hidden[-1])`, of what SB3 hands over: bytes as floats from 0 to 255."""
-        obs = observations.to(torch.uint8) if isinstance(self.net, ConvNet) else observations
+        obs = observations.to(torch.uint8) if isinstance(self.net, FrameNet) else observations
         return F.relu(self.net(obs))
 
 
@@ -118,6 +121,8 @@ def to_sb3(
         raise ValueError(
             f"temperature {temperature} is a DQN's; {chosen.__name__}'s logits are the scores: leave it out"
         )
+    if student.shape.module:
+        raise ValueError(f"{student.shape.module}: a module of your own is no SB3 policy; write SB3 a policy class")
     if temperature is None:
         temperature = student.temperature if kind is DQNPolicy else 1.0
     if not 0.0 < temperature < math.inf:
@@ -156,11 +161,12 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
     if not isinstance(extractor, StudentFeatures):
         raise ValueError(f"this {type(model).__name__} was not made by to_sb3; give one whose policy is a student")
     head, shape = _heads(policy)[0], like.shape
-    found = extractor.widths, extractor.hidden, head.out_features
-    if found != (shape.widths, shape.hidden, shape.num_actions):
+    found = *_said(extractor), head.out_features
+    if found != (expected := (*_said(shape), shape.num_actions)):
+        words = "convolutions {}, dense layers {}, design {}, rank {} and {} actions"
         raise ValueError(
-            f"this {type(model).__name__} has convolutions {found[0]}, dense layers {found[1]} and {found[2]} actions,"
-            f" `like` {shape.widths}, {shape.hidden} and {shape.num_actions}; give one of the same shape"
+            f"this {type(model).__name__} has {words.format(*found)}, `like` {words.format(*expected)}; give one of the"
+            " same shape"
         )
     student, ratio = copy.deepcopy(like), like.temperature / extractor.temperature
     last = {name: w * ratio for name, w in zip(_last_layer(student.net), head.parameters(), strict=True)}
@@ -181,7 +187,8 @@ def _policy_kwargs(student: Student, temperature: float, given: Mapping[str, Any
     Raises:
         ValueError: the user wants another shape.
     """
-    features = {"widths": student.shape.widths, "hidden": student.shape.hidden, "temperature": temperature}
+    names = ("widths", "hidden", "design", "rank")
+    features = {**dict(zip(names, _said(student.shape), strict=True)), "temperature": temperature}
     ours = {"net_arch": [], "normalize_images": False}
     ours |= {"features_extractor_class": StudentFeatures, "features_extractor_kwargs": features}
     if clash := sorted(ours.keys() & given.keys()):
@@ -198,7 +205,7 @@ def _without_env(algorithm: Any, student: Student, arguments: Mapping[str, Any])
     """Returns an agent that has spaces but no environment, as SB3's `load` does."""
     little = {"buffer_size": 1} if issubclass(algorithm, DQN) else {}
     model = _made(algorithm, None, {**little, **arguments, "_init_setup_model": False})
-    low, high, dtype = (0, 255, np.uint8) if isinstance(student.net, ConvNet) else (-np.inf, np.inf, np.float32)
+    low, high, dtype = (0, 255, np.uint8) if isinstance(student.net, FrameNet) else (-np.inf, np.inf, np.float32)
     model.observation_space = spaces.Box(low, high, student.shape.obs_shape, dtype)
     model.action_space = spaces.Discrete(student.shape.num_actions)
     model.n_envs = 1
@@ -233,7 +240,13 @@ def _heads(policy: Any) -> list[nn.Linear]:
     return [head]
 
 
-def _last_layer(net: ConvNet | MLP) -> dict[str, Tensor]:
+def _said(shape: Shape | StudentFeatures) -> tuple[object, ...]:
+    """Returns what the network up to its last hidden layer is."""
+    return shape.widths, shape.hidden, shape.design, shape.rank
+
+
+def _last_layer(net: Net) -> dict[str, Tensor]:
     """Returns weight and bias of the layer that scores actions, by their names in the network's state dict."""
+    assert not isinstance(net, UserNet)
     last = len(net.dense) - 1
     return {f"dense.{last}.{name}": weight for name, weight in net.dense[last].named_parameters()}

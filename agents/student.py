@@ -3,11 +3,10 @@
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,57 +16,56 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from policykd.agents.files import BadFile, write_atomically
-from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, Activations, ConvNet
+from policykd.agents.networks import ATARI_OBS_SHAPE, Activations
 from policykd.agents.policy import greedy, sample
+from policykd.agents.shapes import SIZES, Net, Shape, Size, check_module, draw_weights, make_net, shape_of
+from policykd.agents.user_net import UserNet
 
-Size = Literal["25%", "7%", "4%", "1%"]
+__all__ = ["SIZES", "Shape", "Size", "Student", "load_student", "make_student", "packed_weights", "save_student"]
 
-SIZES: dict[Size, tuple[tuple[int, int, int], int]] = {
-    "25%": ((16, 32, 32), 256),
-    "7%": ((16, 16, 16), 128),
-    "4%": ((16, 16, 16), 64),
-    "1%": ((8, 8, 8), 32),
-}
-"""share of the NatureCNN's parameters -> (convolution widths, dense units); the first three are Rusu et al.'s (2015)
-nets"""
-
-FORMATS = (1, 2)
-"""of student.json; the second is one that a reader of the first would play wrongly: with a temperature, or a value
-head"""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a student's network is, enough to build it again."""
-
-    widths: tuple[int, ...]
-    """of the three convolutions; empty for an MLP on vectors"""
-    hidden: tuple[int, ...]
-    """units of the dense layers"""
-    num_actions: int
-    obs_shape: tuple[int, ...]
-    value: bool = False
-    """whether it has a value head beside the scores"""
-    temperature: float = 1.0
-    """what the network's scores are divided by to get logits; 0.01 for a student that was regressed on Q-values"""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive, not {self.temperature}; 1 for logits, 0.01 for Q-values")
+FORMATS = (1, 2, 3)
+"""of student.json; each later one is what a reader of those before it would play wrongly: 2 with a temperature or a
+value head, 3 with another design, a low rank or a module of the user's"""
 
 
 class Student(nn.Module):
     """A compact policy: scores actions like every `Policy`, plays with SB3's `predict`."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, module: nn.Module | None = None) -> None:
+        """Builds it with new weights, or around a module of the user's (see `Student.of`)."""
         super().__init__()
         self.shape = shape
-        self.net: ConvNet | MLP
-        if shape.widths:
-            self.net = ConvNet(shape.widths, shape.hidden, shape.num_actions)
-        else:
-            self.net = MLP(shape.obs_shape[0], shape.hidden, shape.num_actions, activation=nn.ReLU)
-        self.value_head: nn.Linear | None = nn.Linear(self.net.num_features, 1) if shape.value else None
+        self.net: Net
+        self.value_head: nn.Linear | None = None
+        if module is not None:
+            self.net = UserNet(module, shape.obs_shape, shape.num_actions)
+            return
+        self.net = make_net(shape)
+        if shape.value:
+            self.value_head = nn.Linear(self.net.num_features, 1)
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        num_actions: int,
+        obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE,
+        *,
+        temperature: float = 1.0,
+    ) -> "Student":
+        """Returns a module of the user's as a student (docs/students.md): what it learns, it learns in place.
+
+        Args:
+            module: maps uint8 frames `(batch, 4, 84, 84)` or float32 vectors to float32 scores `(batch, num_actions)`.
+            num_actions: how many actions it scores.
+            obs_shape: of one observation.
+            temperature: what its scores are divided by to get logits.
+
+        Raises:
+            ValueError: it does not give such scores.
+        """
+        name = type(module).__qualname__
+        return cls(Shape((), (), num_actions, tuple(obs_shape), temperature=temperature, module=name), module)
 
     @property
     def temperature(self) -> float:
@@ -79,7 +77,13 @@ class Student(nn.Module):
         return self._logits(self.net(obs_BCHW))
 
     def activations(self, obs_BCHW: Tensor) -> Activations:
-        """Returns the same logits as a call, with the hidden layer and the convolutions' maps on the way to them."""
+        """Returns the same logits as a call, with the hidden layer and the convolutions' maps on the way to them.
+
+        Raises:
+            ValueError: a module of the user's, of which only the scores are known.
+        """
+        if isinstance(self.net, UserNet):
+            raise ValueError(f"{self.shape.module}: of your own module only the scores are known; learn those alone")
         found = self.net.activations(obs_BCHW)
         return found._replace(scores_BA=self._logits(found.scores_BA))
 
@@ -89,7 +93,7 @@ class Student(nn.Module):
         Raises:
             ValueError: it has no value head.
         """
-        return self.value_of(self.net.activations(obs_BCHW).hidden_BF)
+        return self.value_of(self.activations(obs_BCHW).hidden_BF)
 
     def value_of(self, hidden_BF: Tensor) -> Tensor:
         """Returns the values of states whose last hidden activations are known, float32 `(batch,)`.
@@ -103,11 +107,14 @@ class Student(nn.Module):
             values_B: Tensor = self.value_head(hidden_BF.float()).squeeze(-1)
         return values_B
 
-    def folded_net(self) -> ConvNet | MLP:
+    def folded_net(self) -> Net:
         """Returns a network that gives the student's logits: its own, or a copy with the temperature folded in."""
         if self.temperature == 1.0:
             return self.net
         net = copy.deepcopy(self.net)
+        if isinstance(net, UserNet):
+            net.temperature = self.temperature
+            return net
         with torch.no_grad():
             for weight in net.dense[-1].parameters():
                 weight.div_(self.temperature)
@@ -135,12 +142,14 @@ class Student(nn.Module):
         """Sets the input scaling from frames `(n, 84, 84)`: the background becomes 0, the spread of the pixels 1.
 
         In [0, 1] a small network first learns the background, and may never get to the handful of pixels that is the
-        ball (docs/log.md has the measurements). Vectors are left as they are.
+        ball (docs/log.md has the measurements). Vectors are left as they are, and a module without such tensors.
         """
-        if isinstance(self.net, ConvNet):
+        holder = self.net.module if isinstance(self.net, UserNet) else self.net
+        centre, scale = getattr(holder, "centre", None), getattr(holder, "scale", None)
+        if isinstance(centre, Tensor) and isinstance(scale, Tensor):
             pixels = frames.float()
-            self.net.centre.copy_(pixels.median())
-            self.net.scale.copy_(pixels.std().clamp(min=1.0))
+            centre.copy_(pixels.median())
+            scale.copy_(pixels.std().clamp(min=1.0))
 
     @torch.inference_mode()
     def predict(
@@ -185,6 +194,7 @@ def make_student(
     seed: int = 0,
     value: bool = False,
     temperature: float = 1.0,
+    rank: int = 0,
 ) -> Student:
     """Returns an untrained student; a seed gives the same policy with and without a value head.
 
@@ -195,6 +205,7 @@ def make_student(
         seed: of the initial weights.
         value: whether it has a value head, a linear layer on the last hidden layer.
         temperature: what the network's scores are divided by to get logits.
+        rank: of the first dense layer on frames, which is then two linear ones; 0 for a plain one.
     """
     if isinstance(size, str):
         if size not in SIZES:
@@ -203,18 +214,13 @@ def make_student(
             raise ValueError(
                 f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units"
             )
-        widths, units = SIZES[size]
-        shape = Shape(widths, (units,), num_actions, obs_shape, value, temperature)
+        design, widths, units = SIZES[size]
+        shape = Shape(widths, (units,), num_actions, obs_shape, value, temperature, design, rank)
     else:
-        shape = Shape((), tuple(size), num_actions, obs_shape, value, temperature)
+        shape = Shape((), tuple(size), num_actions, obs_shape, value, temperature, rank=rank)
     student = Student(shape)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in student.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):  # He et al. (2015); small heads, so that it starts near uniform
-            fan_in = layer.weight[0].numel()
-            gain = 0.1 if layer in (student.net.dense[-1], student.value_head) else math.sqrt(2.0)
-            layer.weight.data.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
-            layer.bias.data.zero_()  # type: ignore[union-attr]
+    assert not isinstance(student.net, UserNet)
+    draw_weights(student, [student.net.dense[-1], student.value_head], seed)
     return student
 
 
@@ -230,21 +236,29 @@ def save_student(student: Student, path: Path, about: Mapping[str, Any]) -> None
     write_atomically(path / "student.safetensors", weights)
     shape = student.shape
     said = {f.name: getattr(shape, f.name) for f in fields(shape) if getattr(shape, f.name) != f.default}
-    version = FORMATS[1] if {"value", "temperature"} & said.keys() else FORMATS[0]
+    version = 3 if {"design", "rank", "module"} & said.keys() else 2 if {"value", "temperature"} & said.keys() else 1
     card = {"format": version, "sha256": hashlib.sha256(weights).hexdigest(), "shape": said, **about}
     write_atomically(path / "student.json", (json.dumps(card, indent=1) + "\n").encode())
 
 
 def packed_weights(student: Student) -> bytes:
     """Returns the content of `student.safetensors`; its sha256 says which student it is."""
-    return save_tensors({name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()})
+    tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    if student.shape.module:  # its tensors may be views of each other, which safetensors does not take
+        tensors = {name: t.clone() for name, t in tensors.items()}
+    return save_tensors(tensors)
 
 
-def load_student(path: str | Path) -> Student:
+def load_student(path: str | Path, *, module: nn.Module | None = None) -> Student:
     """Returns the student of a run's folder (or of its `student.json`), ready to play.
 
+    Args:
+        path: where it lies.
+        module: a new one of the class that it was made of, if it was made by `Student.of`; its weights are replaced.
+
     Raises:
-        BadFile: not a student, another format, or weights that are not those that were saved.
+        ValueError: a module is missing, or given where the student is none.
+        BadFile: not a student, another format, another module, or weights that are not those that were saved.
     """
     path = Path(path)
     folder = path.parent if path.name == "student.json" else path
@@ -255,21 +269,18 @@ def load_student(path: str | Path) -> Student:
             raise BadFile(f"{folder}: student of format {card['format']}, this policykd reads {FORMATS}; update it")
         if hashlib.sha256(weights).hexdigest() != card["sha256"]:
             raise BadFile(f"{folder}/student.safetensors is not the file that student.json describes; copy both again")
-        student = Student(_shape(card["shape"]))
+        shape = shape_of(card["shape"])
+        check_module(folder, shape, module)
+        student = Student(shape, module)
         student.load_state_dict(load_tensors(weights))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadFile(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise BadFile(
-            f"{folder}: not a student of policykd ({str(error).splitlines()[0]}); copy the folder again"
-        ) from error
+        reason = " ".join(str(error).split())[:150]
+        if module is not None:
+            raise BadFile(
+                f"{folder}: not the tensors of this {type(module).__name__} ({reason})"
+                "; give one made as the student's was"
+            ) from error
+        raise BadFile(f"{folder}: not a student of policykd ({reason}); copy the folder again") from error
     return student.eval()
-
-
-def _shape(said: Mapping[str, Any]) -> Shape:
-    """Returns the shape that a card says; what it leaves out is as it was before there was a choice."""
-    widths, hidden, obs_shape = (tuple(said[name]) for name in ("widths", "hidden", "obs_shape"))
-    value, temperature = said.get("value", False), said.get("temperature", 1.0)
-    if not isinstance(value, bool) or type(temperature) not in (int, float) or not 0.0 < temperature < math.inf:
-        raise TypeError(f"value {value!r:.20} or temperature {temperature!r:.20}")
-    return Shape(widths, hidden, int(said["num_actions"]), obs_shape, value, float(temperature))

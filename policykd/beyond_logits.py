@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.networks import MLP, Activations, ConvNet
+from policykd.agents.networks import MLP, Activations, ConvNet, FrameNet
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
+from policykd.agents.user_net import UserNet
 from policykd.feature_losses import (
     attention_loss_B,
     attention_maps,
@@ -27,6 +28,8 @@ from policykd.schedules import Quantity
 
 EVERY = slice(None)
 _FEATURES = ("hint", "attention", "similarity", "relational")
+_SIDES = (20, 9, 7)
+"""of the maps of SB3's NatureCNN, pixels"""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,14 @@ class Beyond(nn.Module):
         num_hidden = net.num_features if isinstance(net, ConvNet | MLP) else 0
         self.projection: nn.Linear | None = None
         if "hint" in self.active:
+            assert not isinstance(student.net, UserNet)
             self.projection = nn.Linear(student.net.num_features, num_hidden)
             generator = torch.Generator().manual_seed(seed)
             std = self.projection.in_features**-0.5
             self.projection.weight.data.normal_(0.0, std, generator=generator)
             self.projection.bias.data.zero_()
         keeps_hidden = {"hint", "similarity", "relational"} & set(self.active)
-        num_pixels = sum(n * n for n in (20, 9, 7)) if "attention" in self.active else 0
+        num_pixels = sum(n * n for n in _SIDES) if "attention" in self.active else 0
         self._keep("values_N1", torch.empty(0, 1 if "value" in self.active else 0))
         self._keep("hidden_NF", torch.empty(0, num_hidden if keeps_hidden else 0, dtype=torch.float16))
         self._keep("attention_NP", torch.empty(0, num_pixels, dtype=torch.float16))
@@ -177,6 +181,8 @@ class Beyond(nn.Module):
 def _check(active: Sequence[str], student: Student, teacher: Teacher) -> None:
     """Raises ValueError where the student or the teacher lacks what is asked for."""
     who = teacher.ref or teacher.path
+    if active and isinstance(student.net, UserNet):
+        raise ValueError(f"beyond {', '.join(active)}: {student.shape.module} shows its scores alone; leave it out")
     if "value" in active:
         if student.value_head is None:
             raise ValueError(
@@ -190,9 +196,21 @@ def _check(active: Sequence[str], student: Student, teacher: Teacher) -> None:
             f"beyond {', '.join(features)} needs the teacher's features: {who} has none that can be read; give one SB3"
             " archive, without --trust-pickle"
         )
-    if "attention" in active and not (isinstance(teacher.net, ConvNet) and isinstance(student.net, ConvNet)):
+    if "attention" in active and not (isinstance(teacher.net, ConvNet) and isinstance(student.net, FrameNet)):
         raise ValueError(
             f"beyond attention needs a teacher and a student with convolutions, which {who} is not; leave it"
         )
-    if "shift" in active and not isinstance(student.net, ConvNet):
+    if "attention" in active and (sides := _sides(student)) != _SIDES:
+        raise ValueError(
+            f"beyond attention needs a student whose maps are {_SIDES} pixels wide as the teacher's, this design's are"
+            f" {sides}; leave it out"
+        )
+    if "shift" in active and not isinstance(student.net, FrameNet):
         raise ValueError("beyond shift needs a student that sees frames, not vectors; leave it out")
+
+
+@torch.no_grad()
+def _sides(student: Student) -> tuple[int, ...]:
+    """Returns how many pixels wide the student's maps are."""
+    blank = torch.zeros((1, *student.shape.obs_shape), dtype=torch.uint8, device=next(student.parameters()).device)
+    return tuple(seen.shape[-1] for seen in student.activations(blank).maps)

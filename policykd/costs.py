@@ -1,6 +1,6 @@
 """What a policy costs to run: parameters, arithmetic, bytes and time are four different goals."""
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.teacher import Net
+from policykd.latencies import measure_latencies
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,14 @@ def measure_costs(net: nn.Module | Net, obs_shape: Sequence[int], *, num_calls: 
         parameters = getattr(net, "num_parameters", 0)
     net.to("cpu")
     obs = torch.zeros((1, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
-    threads, seconds = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for _ in range(num_calls):
-                began = time.perf_counter()
-                net(obs)
-                seconds.append(time.perf_counter() - began)
+            call = {"net": lambda: net(obs)}
+            taken = measure_latencies(call, rounds=1, calls_per_round=num_calls, warm_up=0, seconds_per_round=math.inf)
     finally:
         torch.set_num_threads(threads)
         net.to(device)
-    median = sorted(seconds)[num_calls // 2]
     macs = num_macs(net, obs_shape) if isinstance(net, nn.Module) else getattr(net, "num_macs", None)
-    return Costs(parameters, macs, 4 * parameters, 1e6 * median)
+    return Costs(parameters, macs, 4 * parameters, taken["net"].median_us)

@@ -31,6 +31,7 @@ from policykd.manifest import open_dataset
 from policykd.offline import label_given, open_replay
 from policykd.records import Records
 from policykd.rehearsal import follows_return, plays_alone, rehearse
+from policykd.report import write_report
 from policykd.results import about, evaluate_on_the_way, judge, table
 from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
 from policykd.schedules import Quantity, WarmupCosine
@@ -48,7 +49,7 @@ class Args:
     """Distils a trained Stable-Baselines3 Atari agent into a compact student, and says what was lost and gained.
 
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, metrics.jsonl, evaluations.npz, checkpoints/,
-    student.safetensors + student.json, results.json and student.gif.
+    student.safetensors + student.json, results.json, report.html and student.gif.
     """
 
     game: str
@@ -60,7 +61,7 @@ class Args:
     allow_weak_teacher: bool = False
     """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
-    """size, in per cent of the teacher's NatureCNN: 16-32-32-256, 16-16-16-128, 16-16-16-64 or 8-8-8-32"""
+    """size in per cent of the NatureCNN's parameters, or a design that is cheap in arithmetic (docs/students.md)"""
     loss: AnyLoss = ForwardKL()  # noqa: RUF009
     """what the student minimises: --loss two-sided-kl and the like (docs/losses.md; docs/methods.md says when); the
     teacher's own temperature is taken unless the loss has another"""
@@ -122,7 +123,7 @@ def main(args: Args) -> None:
     check_device(args, device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of our own threads computes alone: see distill()
-    name = args.name or f"{args.student[:-1]}pct-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = args.name or f"{args.student.replace('%', 'pct')}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = args.folder / canonical_name(args.game) / name
     with lock(run), ExitStack() as opened:
         try:
@@ -245,8 +246,9 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     play_to_gif(student, game, run / "student.gif", seed=args.seed)
     check_there(run)
     write_atomically(run / "results.md", text.encode())
+    write_report(run, results, student, teacher, game, seed=args.seed)
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
+    print(f"\n{text}\n{run}/ holds student.safetensors, results.json, report.html")
 
 
 def units(loss: Loss) -> float:
@@ -274,9 +276,7 @@ def check(args: Args) -> None:
     check_at_least(args, 0, "eval_every", "seed", "rounds_kept")
     check_name(args.name)
     if (gigabytes := args.rounds * args.states_per_round * 7.2e-6) > 1000:
-        raise ValueError(
-            f"--rounds times --states-per-round would take {gigabytes:,.0f} GB of memory; lower one of them"
-        )
+        raise ValueError(f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory; lower one of them")
     if args.states_per_round % args.num_envs:
         raise ValueError(f"--states-per-round {args.states_per_round} is not a multiple of --num-envs {args.num_envs}")
     if not 0.0 < args.learning_rate < float("inf"):

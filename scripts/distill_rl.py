@@ -74,7 +74,7 @@ class Args:
     allow_weak_teacher: bool = False
     """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
-    """size, in per cent of the teacher's NatureCNN, see distill_atari.py"""
+    """size, see distill_atari.py"""
     method: Method = "ppd"
     """proximal policy distillation, kickstarting PPO, QDagger on DQN, or Czarnecki et al.'s three on A2C"""
     weight: str = ""
@@ -126,7 +126,7 @@ def main(args: Args) -> None:
     args = filled(args)
     check(args)
     device = prepare_device(args.device, args.threads)
-    run = args.folder / args.game / (args.name or f"{args.method}-{args.student[:-1]}pct-seed{args.seed}")
+    run = args.folder / args.game / (args.name or f"{args.method}-{args.student.replace('%', 'pct')}-seed{args.seed}")
     with lock(run), ExitStack() as opened:
         check_unfinished(run, args)
         distil(run, args, device, opened)

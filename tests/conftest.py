@@ -4,6 +4,82 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if TYPE_CHECKING:
+    from policykd.agents.student import Student
+    from policykd.compression.compressors import Fit
+
+
+@dataclass(frozen=True)
+class Small:
+    """The bundled teacher of Pong with few of its states and a small budget, for the tests of compression."""
+
+    folder: Path
+    """a dataset: what the teacher saw while it played, with its scores"""
+    fit: "Fit"
+    """one gradient step a round; the last states are held out"""
+    teacher: "Student"
+    """its network as a student"""
+    obs: torch.Tensor
+    """some of the states"""
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    from policykd.agents.policy import sample
+    from policykd.agents.teacher import load_teacher
+    from policykd.compression.compressors import ROUNDS, Fit, teacher_as_student
+    from policykd.dataset import load_dataset, save_dataset
+    from policykd.envs.atari import make_atari
+    from policykd.replay import Replay
+
+    num_states, num_envs = 640, 8
+    folder, envs = tmp_path_factory.mktemp("states"), make_atari("Pong", num_envs, 0)
+    obs, generator = envs.reset(), torch.Generator().manual_seed(0)
+    teacher = load_teacher(game="Pong")
+    compiled = teacher.compiled(obs)
+    replay = Replay(num_states, num_envs, 6, (4, 84, 84), stack=4, dtype=torch.uint8)
+    starts_B = torch.ones(num_envs, dtype=torch.bool)
+    for _ in range(num_states // num_envs):
+        scores_BA = compiled(obs)
+        replay.add(obs, starts_B, scores_BA)
+        step = envs.step(sample(scores_BA, generator))
+        obs, starts_B = step.obs, step.starts_B
+    of = {"algorithm": teacher.algorithm, "sha256": teacher.sha256}
+    save_dataset(replay, folder, source="the teacher", preprocessing="policykd.envs", game="Pong", teacher=of)
+    how: dict[str, Any] = {"num_actions": 6, "obs_shape": (4, 84, 84), "teacher_sha256": teacher.sha256}
+    labelled = load_dataset(folder, **how, num_held_out=num_states // 5)
+    fit = Fit(teacher, make_atari("Pong", 1, 0), labelled, updates=ROUNDS, batch_size=8)
+    return Small(folder, fit, teacher_as_student(teacher), labelled.gather(torch.arange(100, 164)))
+
+
+@pytest.fixture
+def fit(small: Small) -> "Fit":
+    """The teacher, its states and a small budget."""
+    return small.fit
+
+
+@pytest.fixture
+def obs(small: Small) -> torch.Tensor:
+    """Some states of Pong."""
+    return small.obs
+
+
+@pytest.fixture
+def teacher_student(small: Small) -> "Student":
+    """The teacher's network as a student."""
+    return small.teacher
+
+
+@pytest.fixture
+def dataset(small: Small) -> Path:
+    """The folder of the teacher's states."""
+    return small.folder

@@ -228,7 +228,7 @@ def test_states_of_a_run_serve_another_without_playing(is_cut: bool, finished: P
 def test_the_flags_work_together(teacher: str, finished: Path, tmp_path: Path) -> None:
     """Schedules, weighed states, stored beside live ones, a window, more than scores; two teachers, who must play."""
     args = ["--game", "Pong", "--threads", "1", "--rounds", "3", "--states-per-round", "32", "--updates-per-round", "2"]
-    args += ["--num-envs", "2", "--batch-size", "16", "--student", "1%", "--eval-every", "2", "--eval-episodes", "1"]
+    args += ["--num-envs", "2", "--batch-size", "16", "--student", "half", "--eval-every", "2", "--eval-episodes", "1"]
     two = "+" in teacher
     args += ["--teacher", teacher, "--teacher-weights", "return" if two else "equal", "--rounds-kept", "2"]
     args += ["--loss", "two-sided-kl", "--loss.temperature", "exponential:4:1", "--count-states-by", "gap"]
@@ -549,4 +549,4 @@ def test_nothing_a_run_writes_is_a_pickle(finished: Path) -> None:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                 assert all(arrays[key].dtype != object for key in arrays.files)
     kinds = {p.suffix if "tfevents" not in p.name else ".tfevents" for p in finished.rglob("*") if p.is_file()}
-    assert kinds <= {".json", ".jsonl", ".npz", ".safetensors", ".gif", ".md", ".tfevents"}
+    assert kinds <= {".json", ".jsonl", ".npz", ".safetensors", ".gif", ".html", ".md", ".tfevents"}

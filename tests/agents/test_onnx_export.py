@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from policykd.agents import compiled
 from policykd.agents.compiled import compile_net
+from policykd.agents.impala import ImpalaNet
 from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.onnx_export import to_onnx
 from policykd.agents.onnx_policy import OnnxPolicy
-from policykd.agents.student import Size, make_student
+from policykd.agents.shapes import Net
+from policykd.agents.student import SIZES, Size, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
 
@@ -41,7 +43,7 @@ def teacher_net(name: str) -> ConvNet:
     return net
 
 
-def trained_student(size: Size, frames: Tensor) -> ConvNet:
+def trained_student(size: Size, frames: Tensor) -> ConvNet | ImpalaNet:
     """Returns a student with every number away from where it begins, the input scaling too."""
     student = make_student(size, 6)
     student.centre_on(frames[:, -1])
@@ -49,11 +51,11 @@ def trained_student(size: Size, frames: Tensor) -> ConvNet:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    assert isinstance(student.net, ConvNet)
+    assert isinstance(student.net, ConvNet | ImpalaNet)
     return student.net
 
 
-def scores_agree(net: ConvNet, frames: Tensor, path: Path) -> None:
+def scores_agree(net: ConvNet | ImpalaNet, frames: Tensor, path: Path) -> None:
     """Asserts that file and network score alike, and take the same action outside ties."""
     path.write_bytes(to_onnx(net))
     policy = OnnxPolicy(path)
@@ -61,7 +63,7 @@ def scores_agree(net: ConvNet, frames: Tensor, path: Path) -> None:
         with torch.inference_mode():
             expected_BA = net(obs)
         scores_BA = policy(obs)
-        assert (scores_BA - expected_BA).abs().max() <= 1e-4
+        assert (scores_BA - expected_BA).abs().max() <= 1e-4 * max(1.0, float(expected_BA.abs().max()) / 10.0)
         best_B2 = expected_BA.topk(2, dim=1).values
         tied_B = best_B2[:, 0] - best_B2[:, 1] <= 2e-4
         assert tied_B.float().mean() < 0.1
@@ -74,7 +76,7 @@ def test_an_exported_teacher_scores_as_torch_does(name: str, frames: Tensor, tmp
     scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
 
 
-@pytest.mark.parametrize("size", ["7%", "1%"])
+@pytest.mark.parametrize("size", ["7%", "1%", "strided", "depthwise", "half", "impala"])
 def test_an_exported_student_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
     """X01, the short form."""
     scores_agree(trained_student(size, frames), frames, tmp_path / "student.onnx")
@@ -86,7 +88,7 @@ def test_ten_thousand_states_are_scored_as_torch_does(tmp_path: Path) -> None:
     frames = visited(10_000)
     for name in TEACHERS:
         scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
-    for size in ("25%", "7%", "4%", "1%"):
+    for size in SIZES:
         scores_agree(trained_student(size, frames[:256]), frames, tmp_path / "student.onnx")
 
 
@@ -136,7 +138,7 @@ def test_a_compiled_teacher_gives_the_same_bits_at_every_call(frames: Tensor) ->
 def test_a_network_that_is_compiled_wrongly_is_refused(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     net = trained_student("1%", frames)
 
-    def broken(net: ConvNet | MLP) -> bytes:
+    def broken(net: Net) -> bytes:
         content: bytes = to_onnx(net)
         model = onnx.load_model_from_string(content)
         model.graph.node[1].attribute[0].ints[:] = [4, 4]

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,26 +9,64 @@ from safetensors import safe_open
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack
+from torch import nn
 
+from policykd.agents.files import BadFile
 from policykd.agents.networks import ConvNet, num_macs, num_parameters
-from policykd.agents.student import SIZES, Size, load_student, make_student, save_student
+from policykd.agents.student import SIZES, Shape, Size, Student, load_student, make_student, save_student
 from policykd.envs.atari import make_atari
 
+# Of each size, with A actions, by hand: outputs of a convolution times what it sees for each, then the dense layers.
+_MACS: dict[Size, Callable[[int], int]] = {
+    "25%": lambda A: 400 * 16 * 256 + 81 * 32 * 256 + 49 * 32 * 288 + 1568 * 256 + 256 * A,
+    "7%": lambda A: 400 * 16 * 256 + 81 * 16 * 256 + 49 * 16 * 144 + 784 * 128 + 128 * A,
+    "4%": lambda A: 400 * 16 * 256 + 81 * 16 * 256 + 49 * 16 * 144 + 784 * 64 + 64 * A,
+    "1%": lambda A: 400 * 8 * 256 + 81 * 8 * 128 + 49 * 8 * 72 + 392 * 32 + 32 * A,
+    "0.3%": lambda A: 400 * 4 * 256 + 81 * 8 * 64 + 49 * 8 * 72 + 392 * 8 + 8 * A,
+    "0.1%": lambda A: 400 * 2 * 256 + 81 * 4 * 32 + 49 * 4 * 36 + 196 * 4 + 4 * A,
+    "narrow": lambda A: 400 * 4 * 256 + 81 * 16 * 64 + 49 * 16 * 144 + 784 * 128 + 128 * A,
+    "strided": lambda A: 144 * 16 * 196 + 25 * 16 * 256 + 9 * 16 * 144 + 144 * 128 + 128 * A,
+    "depthwise": lambda A: 400 * 8 * 64 + 400 * 8 * 8 + 81 * 16 * 128 + 49 * 16 * 144 + 784 * 64 + 64 * A,
+    "half": lambda A: 400 * 8 * 64 + 81 * 16 * 128 + 49 * 16 * 144 + 784 * 64 + 64 * A,
+    "impala": lambda A: (
+        (82**2 * 4 * 36 + 4 * 41**2 * 4 * 36)
+        + (41**2 * 8 * 36 + 4 * 21**2 * 8 * 72)
+        + (21**2 * 8 * 72 + 4 * 11**2 * 8 * 72)
+        + (968 * 64 + 64 * A)
+    ),
+}
 
-@pytest.mark.parametrize(
-    ("size", "with_18_actions", "with_6_actions", "macs"),
-    [
-        ("25%", 427_874, 424_790, 3.16e6),
-        ("7%", 113_346, 111_798, 2.18e6),
-        ("4%", 61_954, 61_174, 2.13e6),
-        ("1%", 16_842, 16_446, 0.94e6),
-    ],
-)
-def test_sizes_are_those_of_the_paper(size: Size, with_18_actions: int, with_6_actions: int, macs: float) -> None:
-    assert num_parameters(make_student(size, 18)) == with_18_actions
-    student = make_student(size, 6)
-    assert num_parameters(student) == with_6_actions
-    assert num_macs(student, (4, 84, 84)) == pytest.approx(macs, rel=0.01)
+
+def documented() -> dict[str, list[str]]:
+    """Returns the rows of the table in docs/students.md by the sizes' names."""
+    lines = (Path(__file__).parents[2] / "docs" / "students.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_the_documented_ones(size: Size) -> None:
+    design, widths, units, *counts = documented()[size][:7]
+    assert SIZES[size] == (design, tuple(map(int, widths.split("-"))), int(units))
+    at_18, at_6, macs_at_18, macs_at_6 = (int(count.replace(",", "")) for count in counts)
+    for num_actions, parameters, macs in ((18, at_18, macs_at_18), (6, at_6, macs_at_6)):
+        student = make_student(size, num_actions)
+        assert num_parameters(student) == parameters
+        assert num_macs(student, (4, 84, 84)) == macs == _MACS[size](num_actions)
+
+
+def test_the_document_has_every_size_and_the_papers_counts() -> None:
+    """Rusu et al. (2015), table 1, at 18 actions."""
+    assert list(documented()) == list(SIZES)
+    paper: dict[Size, int] = {"25%": 427_874, "7%": 113_346, "4%": 61_954}
+    assert {size: num_parameters(make_student(size, 18)) for size in paper} == paper
+
+
+def test_a_low_rank_layer_costs_what_its_factors_cost() -> None:
+    plain, factored = make_student("7%", 6), make_student("7%", 6, rank=8)
+    assert num_parameters(plain) - num_parameters(factored) == 784 * 128 - 8 * (784 + 128)
+    assert num_macs(factored, (4, 84, 84)) == _MACS["7%"](6) - 784 * 128 + 8 * (784 + 128)
+    assert factored.net.num_features == 128
 
 
 def test_the_input_scaling_is_that_of_the_pixels() -> None:
@@ -109,9 +148,34 @@ def test_what_an_older_reader_would_play_wrongly_says_so(tmp_path: Path) -> None
     for student in (make_student("1%", 6, value=True), make_student("1%", 6, temperature=0.01)):
         save_student(student, tmp_path, {})
         assert json.loads(card.read_text())["format"] == 2
+    for student in (make_student("half", 6), make_student("1%", 6, rank=2), Student.of(nn.Linear(4, 2), 2, (4,))):
+        save_student(student, tmp_path, {})
+        assert json.loads(card.read_text())["format"] == 3
+    save_student(make_student("1%", 6, temperature=0.01), tmp_path, {})
     card.write_text(card.read_text().replace('"temperature": 0.01', '"temperature": -1'))
     with pytest.raises(ValueError, match="not a student of policykd"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "rank"), [("half", 0), ("depthwise", 5), ("strided", 0), ("impala", 3), ("0.1%", 0)])
+def test_every_design_is_saved_and_loaded_whole(size: Size, rank: int, tmp_path: Path) -> None:
+    student = make_student(size, 6, seed=3, value=True, rank=rank)
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    student.centre_on(obs[:, -1])
+    assert student.net.scale == obs[:, -1].float().std()
+    save_student(student, tmp_path, {})
+    loaded = load_student(tmp_path)
+    assert torch.equal(loaded(obs), student(obs))
+    assert torch.equal(loaded.values(obs), student.values(obs))
+    assert torch.equal(loaded.activations(obs).scores_BA, student(obs))
+    card = tmp_path / "student.json"
+    lies = {"half": "whole", "strided": "impala", '"rank": 5': '"rank": -5', '"rank": 3': '"rank": "3"', "[": "[7, "}
+    says = card.read_text()
+    for told, lie in [(told, lie) for told, lie in lies.items() if told in says]:
+        card.write_text(says.replace(told, lie, 1))
+        with pytest.raises(BadFile, match=f"{tmp_path}: not a student of policykd") as raised:
+            load_student(tmp_path)
+        assert "\n" not in str(raised.value)
 
 
 def test_predict_has_sb3s_signature() -> None:
@@ -151,11 +215,12 @@ def test_sb3s_evaluate_policy_accepts_an_mlp_student() -> None:
 
 
 def test_bad_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="choose from 25%, 7%, 4%, 1%"):
+    with pytest.raises(ValueError, match=r"choose from 25%, 7%, 4%, 1%, 0\.3%, 0\.1%, narrow, strided, depth"):
         make_student("9%", 6)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is for frames"):
         make_student("7%", 2, (4,))
-    assert set(SIZES) == {"25%", "7%", "4%", "1%"}
+    with pytest.raises(ValueError, match="design half has 3 convolutions, not 2 widths"):
+        Student(Shape((8, 8), (8,), 6, (4, 84, 84), design="half"))
 
 
 def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
@@ -168,8 +233,8 @@ def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not the file that student\.json describes"):
         load_student(tmp_path)
     weights.write_bytes(good)
-    card.write_text(says.replace('"format": 1', '"format": 3'))
-    with pytest.raises(ValueError, match="student of format 3"):
+    card.write_text(says.replace('"format": 1', '"format": 4'))
+    with pytest.raises(ValueError, match="student of format 4"):
         load_student(tmp_path)
     card.write_text("{")
     with pytest.raises(ValueError, match="not a student"):

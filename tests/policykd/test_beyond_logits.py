@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from policykd.agents.ensemble import load_teachers
 from policykd.agents.networks import ConvNet
-from policykd.agents.student import Student, make_student
+from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.beyond_logits import Beyond, BeyondLogits
 from policykd.envs.atari import make_atari
@@ -233,3 +233,21 @@ def test_what_is_not_there_is_said(cart_pole: Teacher, ppo: Teacher, student: St
     with pytest.raises(ValueError, match="a student that sees frames"):
         Beyond(BeyondLogits(shift=1.0), mlp, cart_pole)
     Beyond(BeyondLogits(shift=1.0), plain, mixture)  # asks nothing of the teacher
+    with pytest.raises(ValueError, match=r"maps are \(20, 9, 7\) pixels wide as the teacher's, this design's are \(4"):
+        Beyond(BeyondLogits(attention=1.0), make_student("impala", 6), ppo)
+    with pytest.raises(ValueError, match=r"beyond hint, shift: Linear shows its scores alone; leave it out"):
+        Beyond(BeyondLogits(hint=1.0, shift=1.0), Student.of(torch.nn.Linear(4, 2), 2, (4,)), cart_pole)
+
+
+@pytest.mark.parametrize("size", ["narrow", "depthwise", "half"])
+def test_what_a_design_learns_beyond_scores_reaches_its_weights(size: Size, ppo: Teacher, frames: Tensor) -> None:
+    """Their maps are of the teacher's sizes; those of a depthwise convolution alone are not maps of the picture yet."""
+    config, fresh = BeyondLogits(hint=0.5, attention=0.5), make_student(size, 6, seed=1)
+    beyond, rows_B = Beyond(config, fresh, ppo), torch.arange(16)
+    beyond.grow(16)
+    beyond.label(frames[:16], rows_B)
+    shifts_B2 = torch.zeros((16, 2), dtype=torch.int64)
+    _, losses = beyond.terms(frames[:16], rows_B, shifts_B2, fresh, config)
+    sum(loss_B.mean() for loss_B in losses.values()).backward()  # type: ignore[union-attr]
+    untouched = {name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.any()}
+    assert untouched == {"net.dense.1.weight", "net.dense.1.bias"}

@@ -1,0 +1,142 @@
+"""A network as one C99 header: weights and two functions, no library, no memory but the stack."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from policykd.agents.layers import layers_of
+from policykd.agents.networks import MLP, FrameNet
+from policykd.export.c99_layers import EMIT, Call, Source, Value
+
+_HEADER = """\
+/* A policy, written by policykd: C99, reentrant, nothing but the stack, and of libm only what tanh and ELU need.
+ *
+ *   void PREFIX_scores(const KIND *obs, float *scores);    NUM_ACTIONS scores
+ *   int PREFIX_act(const KIND obs SHAPE);    the best action, the first of equals
+ *
+ * obs: SHAPE of KIND, SAID
+ * Actions: NAMES
+ * Stack: STACK bytes. Fastest with -O3 -march=native. Include it in one file of a program.
+ * With GUARD_MAIN defined it is one: observations on standard input, scores, as floats, on standard output.
+ */
+#ifndef GUARD_H
+#define GUARD_H
+#include <math.h>
+#include <stdint.h>
+
+ARRAYS
+
+FUNCTIONS
+
+static inline void PREFIX_scores(const KIND *obs, float *scores)
+{
+  BUFFERS
+  CALLS
+}
+
+static inline int PREFIX_act(const KIND obs SHAPE)
+{
+  float scores[NUM_ACTIONS];
+  REFUSED
+  PREFIX_scores(FIRST, scores);
+  int best = 0;
+  for (int i = 1; i < NUM_ACTIONS; i++)
+    if (scores[i] > scores[best]) best = i;
+  return best;
+}
+
+#ifdef GUARD_MAIN
+#include <stdio.h>
+int main(void)
+{
+  static KIND obs[OBS_SIZE];
+  float scores[NUM_ACTIONS];
+  while (fread(obs, sizeof obs, 1, stdin) == 1) {
+    PREFIX_scores(obs, scores);
+    if (fwrite(scores, sizeof scores, 1, stdout) != 1) return 1;
+  }
+  return 0;
+}
+#endif
+#endif
+"""
+
+
+def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str] = ()) -> str:
+    """Returns a header with `PREFIX_scores` and `PREFIX_act`; the same text for the same weights.
+
+    Args:
+        net: whose weights; a student's `folded_net()`.
+        prefix: of every name in it.
+        actions: what they are called, for a comment.
+
+    Raises:
+        ValueError: a prefix that is no C identifier, or a network whose layers are not known.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", prefix):
+        raise ValueError(f"prefix {prefix!r} is no C identifier; give a letter, then letters, digits and underscores")
+    layers = layers_of(net)
+    is_frames, shape = len(net.obs_shape) == 3, tuple(net.obs_shape)
+    source = Source(prefix)
+    source.values["obs"] = Value(shape, "obs", channels_first=is_frames)
+    fused = set[str]()
+    for layer in layers:
+        if layer.gives in fused:
+            continue
+        takers = [other for other in layers if layer.gives in other.takes]
+        with_relu = layer.operator in ("conv", "dense") and [t.operator for t in takers] == ["relu"]
+        gives = takers[0].gives if with_relu else layer.gives
+        fused.add(gives)
+        EMIT[layer.operator](source, layer, gives, with_relu)
+    buffers, calls = _buffers(source)
+    stack = 4 * (sum(buffers.values()) + source.num_floats_inside + net.num_actions)
+    first = "&obs[0][0][0]" if is_frames else "obs"
+    finite = "" if is_frames else f"for (int i = 0; i < {shape[0]}; i++)\n    if (!isfinite(obs[i])) return -1;"
+    words = {
+        "PREFIX": prefix,
+        "GUARD": prefix.upper(),
+        "KIND": "uint8_t" if is_frames else "float",
+        "SHAPE": "".join(f"[{n}]" for n in shape),
+        "SAID": "grey frames from 0 to 255, newest last" if is_frames else "finite, or the action is -1",
+        "NUM_ACTIONS": str(net.num_actions),
+        "NAMES": ", ".join(f"{i} {_plain(name)}" for i, name in enumerate(actions)) or f"0 to {net.num_actions - 1}",
+        "STACK": f"{stack:,}",
+        "ARRAYS": "\n".join(source.arrays),
+        "FUNCTIONS": "\n\n".join(source.functions),
+        "BUFFERS": f"float {', '.join(f'{name}[{size}]' for name, size in buffers.items())};" if buffers else "",
+        "CALLS": "\n  ".join(calls),
+        "REFUSED": finite,
+        "FIRST": first,
+        "OBS_SIZE": str(math.prod(shape)),
+    }
+    return re.sub("|".join(sorted(words, key=len, reverse=True)), lambda word: words[word[0]], _HEADER)
+
+
+def stack_bytes(header: str) -> int:
+    """Returns how much stack the functions of a header take for their arrays."""
+    return int(header.partition("Stack: ")[2].partition(" bytes")[0].replace(",", ""))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_ ]", "", name)
+
+
+def _buffers(source: Source) -> tuple[dict[str, int], list[str]]:
+    """Returns arrays on the stack by name, with their sizes, and the calls with those names: few arrays serve all."""
+    last_use = {taken: i for i, call in enumerate(source.calls) for taken in call.takes}
+    sizes: dict[str, int] = {}
+    holds: dict[str, str] = {}
+    lines = []
+    for i, call in enumerate(source.calls):
+        if call.gives != "scores":
+            free = [name for name in sizes if name not in holds.values()]
+            fitting = [name for name in free if sizes[name] >= call.size] or sorted(free, key=lambda n: -sizes[n])
+            holds[call.gives] = chosen = fitting[0] if fitting else f"values{len(sizes)}"
+            sizes[chosen] = max(sizes.get(chosen, 0), call.size)
+        lines.append(_line(call, holds))
+        holds = {value: name for value, name in holds.items() if last_use.get(value, -1) > i}
+    return sizes, lines
+
+
+def _line(call: Call, holds: Mapping[str, str]) -> str:
+    return f"{call.function}({', '.join(holds.get(name, name) for name in (*call.takes, call.gives))});"

@@ -1,0 +1,154 @@
+"""Writes report.html: one file that says what a run lost and gained, and shows both at play."""
+
+import copy
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from policykd import colours
+from policykd.agents.files import BadFile, write_atomically
+from policykd.agents.policy import Policy, greedy, log_policy
+from policykd.agents.student import Student
+from policykd.agents.teacher import Teacher
+from policykd.animation import STEPS_A_SECOND, Player, encode, film
+from policykd.compression.pareto import draw_pareto
+from policykd.divergences import kl_divergence_B
+from policykd.envs.actions import action_names
+from policykd.real_states import visited_states
+from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_comparison, read_run
+from policykd.report.page import comparison_page, page
+from policykd.report.sections import compressors
+
+REPORT = "report.html"
+STEPS_A_PICTURE = 2
+NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""what the content of a file brings about that is not what we write"""
+MOST_BYTES = 1_500_000
+"""of a film; one that is larger is cut in half until it fits"""
+
+
+def write_report(
+    run: Path,
+    results: Mapping[str, Any],
+    student: Student,
+    teacher: Teacher,
+    game: str,
+    *,
+    seed: int = 0,
+    seconds: float = 16.0,
+    num_states: int = 1024,
+) -> Path:
+    """Writes the page of a run whose results are known, and returns its path.
+
+    It plays: some states for the shares of actions, and a film of both on the same seed.
+
+    Args:
+        run: its folder, with metrics.jsonl and the like; results.json need not be there yet.
+        results: as `results.json`.
+        student: on any device.
+        teacher: on any device.
+        game: what they play.
+        seed: of the states and the film.
+        seconds: of the film.
+        num_states: that the student visits, for the shares of actions.
+
+    Raises:
+        BadFile: a file of the run is damaged, or the results are not those of a run.
+        KeyboardInterrupt: a signal came, see `check_interrupted`; nothing is written.
+    """
+    student, teacher = copy.deepcopy(student).to("cpu").eval(), teacher.to("cpu")
+    report = read_run(run, results)
+    report = replace(
+        report,
+        game=game,
+        actions=compared_actions(student, teacher, game, num_states, seed=seed),
+        film=filmed(student, teacher, game, seconds, seed=seed),
+    )
+    try:
+        report = replace(report, comparison=newest_comparison(run, results))
+        content = page(report)
+    except NOT_OURS as error:
+        raise BadFile(f"{run}: its results are not those of a run ({error!r}); make the run again") from error
+    write_atomically(run / REPORT, content.encode())
+    return run / REPORT
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Writes the page of a folder of scripts/compare_compression.py, and returns its path.
+
+    Raises:
+        BadFile: compression.json is damaged.
+    """
+    comparison = read_comparison(folder)
+    try:
+        content = comparison_page(folder.resolve().parent.name, comparison)
+    except NOT_OURS as error:
+        reason = f"not what a comparison writes ({error!r}); make it again with scripts/compare_compression.py"
+        raise BadFile(f"{folder / COMPRESSION}: {reason}") from error
+    write_atomically(folder / REPORT, content.encode())
+    return folder / REPORT
+
+
+def newest_comparison(run: Path, results: Mapping[str, Any]) -> Comparison | None:
+    """Returns the last comparison of compressors beside a run, with the run in its picture.
+
+    A damaged one is no reason for a run to fail: a warning says so, and None is returned.
+    """
+    there = sorted(run.resolve().parent.glob(f"*/{COMPRESSION}"), key=lambda path: path.stat().st_mtime)
+    if not there:
+        return None
+    try:
+        comparison = with_this_run(read_comparison(there[-1].parent), results["student"], run.resolve().name)
+        compressors(comparison)
+    except NOT_OURS as error:
+        print(f"warning: {there[-1]}: left out of the report ({error!r})", file=sys.stderr)
+        return None
+    return comparison
+
+
+def with_this_run(comparison: Comparison, student: Mapping[str, Any], name: str) -> Comparison:
+    """Returns a comparison whose picture has a run's student in it.
+
+    Its latency stays out: it was taken in torch, those of the comparison in ONNX Runtime.
+    """
+    costs = ("num_parameters", "num_macs", "num_bytes", "protocols")
+    row = {"label": f"this run: {name}", "family": "this run", **{key: student[key] for key in costs}}
+    picture = io.BytesIO()
+    draw_pareto({**comparison.rows, "this run": row}, picture, highlight="this run")
+    return replace(comparison, pareto=picture.getvalue(), has_this_run=True)
+
+
+@torch.inference_mode()
+def compared_actions(student: Policy, teacher: Teacher, game: str, num_states: int, *, seed: int) -> Actions:
+    """Returns what both do in states that the student visits; both are on the CPU."""
+    obs = visited_states(student, game, num_states, seed=seed)
+    scores = [torch.cat([policy(part) for part in obs.split(256)]) for policy in (teacher, student)]
+    log_teacher, log_student = log_policy(scores[0], teacher.temperature), log_policy(scores[1])
+    num_actions = log_teacher.shape[1]
+    pairs = greedy(scores[0]) * num_actions + greedy(scores[1])
+    return Actions(
+        names=action_names(game),
+        teacher_A=log_teacher.exp().mean(dim=0).tolist(),
+        student_A=log_student.exp().mean(dim=0).tolist(),
+        best_AA=pairs.bincount(minlength=num_actions**2).reshape(num_actions, num_actions).tolist(),
+        kl=float(kl_divergence_B(log_teacher, log_student).mean()),
+    )
+
+
+def filmed(student: Policy, teacher: Teacher, game: str, seconds: float, *, seed: int) -> Film:
+    """Returns both at play, side by side on the same seed."""
+    players = [
+        Player("teacher", teacher, teacher.temperature, colours.TEACHER),
+        Player("student", student, colour=colours.STUDENT),
+    ]
+    pictures = list(film(players, game, seed=seed, num_steps=round(seconds * STEPS_A_SECOND), every=STEPS_A_PICTURE))
+    while len(moving := encode(pictures, every=STEPS_A_PICTURE)) > MOST_BYTES and len(pictures) > 1:
+        pictures = pictures[: len(pictures) // 2]
+    poster = io.BytesIO()
+    pictures[len(pictures) // 2].save(poster, "PNG", optimize=True)
+    return Film(moving, poster.getvalue(), len(pictures) * STEPS_A_PICTURE / STEPS_A_SECOND)

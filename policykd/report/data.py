@@ -1,0 +1,147 @@
+"""What a report shows, and how it is read from the folder of a run."""
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policykd.agents.files import BadFile
+
+RESULTS, COMPRESSION = "results.json", "compression.json"
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What teacher and student do in the same real states."""
+
+    names: Sequence[str]
+    teacher_A: Sequence[float]
+    """mean chance of each action, at the teacher's temperature"""
+    student_A: Sequence[float]
+    best_AA: Sequence[Sequence[int]]
+    """how many states have this best action of the teacher (row) and that of the student (column)"""
+    kl: float
+    """KL(teacher, student), mean over the states, nats"""
+
+
+@dataclass(frozen=True)
+class Film:
+    """Teacher and student at play, side by side."""
+
+    moving: bytes
+    """animated WebP"""
+    poster: bytes
+    """PNG of one picture, for paper and for who wants no motion"""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The other compressors, as scripts/compare_compression.py found them."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+    """of compression.json"""
+    pareto: bytes = b""
+    """SVG"""
+    source: str = ""
+    """the folder's name"""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """command, budget, versions"""
+    has_this_run: bool = False
+    """whether the run of the report is in the picture"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows; what is empty is left out of it."""
+
+    game: str
+    name: str
+    results: Mapping[str, Any]
+    """as results.json"""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """as config.json"""
+    student: Mapping[str, Any] = field(default_factory=dict)
+    """as student.json"""
+    rounds: Sequence[Mapping[str, Any]] = ()
+    """as the lines of metrics.jsonl"""
+    evaluations: Sequence[tuple[int, float]] = ()
+    """gradient updates, and the mean return of the games played then"""
+    actions: Actions | None = None
+    film: Film | None = None
+    comparison: Comparison | None = None
+
+
+def read_run(run: Path, results: Mapping[str, Any] | None = None) -> Report:
+    """Returns what the folder of a run holds; where `results` are given results.json need not be there yet.
+
+    Raises:
+        BadFile: a file is damaged.
+        ValueError: no such folder, or a run that is not finished.
+    """
+    if results is None:
+        if not (run / RESULTS).is_file():
+            raise ValueError(
+                f"{run}: holds no {RESULTS}; give the folder of a finished run, or finish it with --resume"
+            )
+        results = _object(run / RESULTS)
+    config = _object(run / "config.json") if (run / "config.json").is_file() else {}
+    settings = config.get("settings", {})
+    if not isinstance(settings, dict) or not isinstance(settings.get("teacher", {}), dict):
+        raise BadFile(f"{run / 'config.json'}: not what a run writes; make the run again")
+    return Report(
+        game=str(settings.get("game") or run.resolve().parent.name),
+        name=run.resolve().name,
+        results=results,
+        config=config,
+        student=_object(run / "student.json") if (run / "student.json").is_file() else {},
+        rounds=_rounds(run / "metrics.jsonl"),
+        evaluations=_evaluations(run / "evaluations.npz"),
+    )
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Returns what scripts/compare_compression.py wrote into a folder.
+
+    Raises:
+        BadFile: damaged.
+    """
+    content = _object(folder / COMPRESSION)
+    rows = content.pop("rows", None)
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise BadFile(f"{folder / COMPRESSION}: holds no rows; make it again with scripts/compare_compression.py")
+    picture = folder / "pareto.svg"
+    return Comparison(rows, picture.read_bytes() if picture.is_file() else b"", folder.resolve().name, content)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: damaged ({error}); it is written by a run, make the run again") from error
+    if not isinstance(content, dict):
+        raise BadFile(f"{path}: not what a run writes; make the run again")
+    return content
+
+
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: damaged ({error}); remove it, the report leaves its curves out") from error
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _evaluations(path: Path) -> list[tuple[int, float]]:
+    if not path.is_file():
+        return []
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            key = "num_updates" if "num_updates" in arrays.files else "timesteps"
+            return [(int(n), float(np.mean(r))) for n, r in zip(arrays[key], arrays["results"], strict=True)]
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise BadFile(f"{path}: damaged ({error}); remove it, the report leaves its games out") from error

@@ -1,0 +1,115 @@
+"""Writes a policy as files that run without policykd, each tried on real states before it is there."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from policykd.agents.files import BadFile
+from policykd.agents.networks import MLP, ConvNet
+from policykd.agents.student import load_student
+from policykd.agents.teacher import TEACHER_HELP, load_teacher
+from policykd.command import exit_with_one_line, needs_extra, prepare_device, versions
+from policykd.envs.actions import action_names
+from policykd.envs.games import canonical_name
+from policykd.export import FORMATS, Format, Subject, export
+from policykd.real_states import visited_states
+
+
+@dataclass(frozen=True)
+class Args:
+    """Writes a policy as files that run without policykd, each tried on real states before it is there.
+
+    onnx: float32 for ONNX Runtime; int8: the same in a quarter of the bytes; numpy: an .npz and a module that needs
+    NumPy alone; c: a C99 header; sb3: an archive for PPO.load. docs/export.md shows how each is run.
+    """
+
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"folder of a run, or a teacher: {TEACHER_HELP}")]
+    formats: tuple[Format, ...] = ()
+    """which files; by default all that the policy can have."""
+    out: Path | None = None
+    """folder for the files; by default `export` in the run's folder."""
+    game: str = ""
+    """of a teacher; a run knows its own."""
+    states: int = 10_000
+    """real states that each file is tried on."""
+    calibration: int = 2_000
+    """other real states, which int8 is fitted to."""
+    prefix: str = "policykd"
+    """of the names in the C header."""
+    seed: int = 0
+    """of the games that the states come from."""
+    threads: int = 1
+    """CPU threads; 0 takes what torch finds."""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def main(args: Args) -> None:
+    """Loads, plays, writes."""
+    if min(args.states, args.calibration) < 1 or args.seed < 0:
+        raise ValueError("--states and --calibration must be at least 1, --seed at least 0")
+    prepare_device("cpu", args.threads)
+    subject, folder, temperature = load_subject(args)
+    print(f"visiting {args.states:,} states of {subject.game} to try the files on ...", flush=True)
+    states, calibration = (
+        visited_states(subject.net, subject.game, num, seed=seed, temperature=temperature)
+        for num, seed in ((args.states, 2 * args.seed), (args.calibration, 2 * args.seed + 1))
+    )
+    written = {"command": shlex.join(sys.argv), "versions": versions()}
+    failures: list[Exception] = []
+    formats = args.formats or tuple(kind for kind in FORMATS if kind != "sb3" or subject.student)
+    for kind in formats:
+        try:
+            with needs_extra("sb3" if kind == "sb3" else "onnx"):
+                done = export(subject, kind, folder, states, calibration, written=written)
+        except (FloatingPointError, ValueError) as error:
+            failures.append(error)
+            print(f"{kind}: not written: {error}", file=sys.stderr, flush=True)
+            continue
+        tried = done.validation
+        print(
+            f"{done.path}: {done.num_bytes:,} bytes; on {tried.num_states:,} real states scores within"
+            f" {tried.max_difference:.1e} of torch's, the same action in {tried.agreement:.2%} ({tried.num_ties} ties)",
+            flush=True,
+        )
+    if failures:
+        kinds = [error for error in failures if isinstance(error, FloatingPointError)] or failures
+        raise type(kinds[0])(f"{len(failures)} of {len(formats)} formats were not written; the first: {kinds[0]}")
+
+
+def load_subject(args: Args) -> tuple[Subject, Path, float]:
+    """Returns what to export, the folder for it, and the temperature that it plays with."""
+    run = Path(args.policy).parent if args.policy.endswith("student.json") else Path(args.policy)
+    if (run / "student.json").is_file():
+        student = load_student(run)
+        card = json.loads((run / "student.json").read_text())
+        game = canonical_name(args.game or card.get("game", ""))
+        about = {"student": card["sha256"], "shape": card["shape"], "teacher": card.get("teacher")}
+        subject = Subject(student.folded_net(), game, about, action_names(game), student, prefix=args.prefix)
+        return _checked(subject, args), args.out or run / "export", 1.0
+    if not args.game or args.out is None:
+        raise ValueError(f"{args.policy}: not the folder of a run; a teacher needs --game and --out")
+    game = canonical_name(args.game)
+    teacher = load_teacher(args.policy, game=game)
+    if not isinstance(teacher.net, ConvNet | MLP):
+        raise BadFile(f"{teacher.path}: only a teacher that is read from an SB3 archive is exported; give one")
+    about = {"teacher": {"ref": teacher.ref, "algorithm": teacher.algorithm, "sha256": teacher.sha256}}
+    subject = Subject(teacher.net, game, about, action_names(game), stem="teacher", prefix=args.prefix)
+    return _checked(subject, args), args.out, teacher.temperature
+
+
+def _checked(subject: Subject, args: Args) -> Subject:
+    if len(subject.actions) != subject.net.num_actions:
+        raise BadFile(
+            f"{args.policy}: {subject.net.num_actions} actions, {subject.game} has {len(subject.actions)}; give --game"
+        )
+    return subject
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(tyro.cli(Args)))

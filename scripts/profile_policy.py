@@ -1,0 +1,89 @@
+"""Measures what policies cost: parameters, arithmetic, bytes, latency, throughput, memory and start-up."""
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from policykd.agents.files import write_atomically
+from policykd.agents.teacher import TEACHER_HELP
+from policykd.arguments import parse_args
+from policykd.command import exit_with_one_line
+from policykd.contenders import game_of, load_contender, run_of
+from policykd.profiling.profile import profile, table
+from policykd.profiling.runtimes import RUNTIMES, RuntimeName
+from policykd.runs import check_at_least
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measures what policies cost: parameters, arithmetic, bytes, latency, throughput, memory and start-up.
+
+    Every runtime that is installed takes its turn: SB3's predict, torch, ONNX Runtime (float32 and int8), NumPy, C; all
+    with one thread, on frames of the game. Give the teacher first: ratios are against it. docs/profile.md has more.
+    """
+
+    policies: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=f"folders of runs, or teachers: {TEACHER_HELP}")
+    ]
+    game: str = ""
+    """what they play; needed where none of them says it"""
+    json: Path | None = None
+    """where all that was measured goes; by default profile.json in the first run's folder, else here"""
+    runtimes: tuple[RuntimeName, ...] = tuple(RUNTIMES)
+    """what plays: sb3 (its predict), torch, onnx and int8 (ONNX Runtime), numpy, c; what is missing here is named"""
+    rounds: int = 9
+    """turns that each policy gets in each runtime"""
+    calls: int = 100
+    """timed in each turn"""
+    starts: int = 3
+    """fresh processes, of which the median start-up counts"""
+    seed: int = 0
+    """of the games whose frames are used"""
+    trust_pickle: bool = False
+    """let SB3 itself load a teacher, which executes code in the file"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def main(args: Args) -> None:
+    """Loads, measures, prints and writes."""
+    if not args.policies:
+        raise ValueError("which policy? give the folder of a run, or a teacher such as bundled:ppo")
+    check_at_least(args, 1, "rounds", "calls", "starts")
+    check_at_least(args, 0, "seed")
+    torch.set_num_threads(1)
+    where = args.json or default_json(args.policies)
+    if not where.parent.is_dir():
+        raise ValueError(f"--json {where}: its folder is missing; make it first")
+    game = game_of(args.policies, args.game)
+    contenders = [load_contender(ref, game, trust_pickle=args.trust_pickle) for ref in args.policies]
+    found = profile(
+        contenders,
+        game,
+        runtimes=args.runtimes,
+        seed=args.seed,
+        rounds=args.rounds,
+        calls_per_round=args.calls,
+        starts=args.starts,
+    )
+    found["command"] = shlex.join(sys.argv)
+    print(table(found))
+    write_atomically(where, (json.dumps(found, indent=1) + "\n").encode())
+    print(f"\n{where} has it all")
+
+
+def default_json(refs: tuple[str, ...]) -> Path:
+    """Returns where a profile goes: into the first run's folder, or here, named after the teacher."""
+    runs = [run for run in map(run_of, refs) if run]
+    return runs[0] / "profile.json" if runs else Path(f"profile-{re.sub(r'[^A-Za-z0-9.-]+', '-', refs[0])}.json")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

@@ -1,0 +1,116 @@
+"""Plays in a window, or into an animation: teacher and student side by side, with what they think of their actions."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from policykd.agents.files import write_atomically
+from policykd.agents.student import Student
+from policykd.agents.teacher import TEACHER_HELP
+from policykd.animation import STEPS_A_SECOND, Player, encode, film
+from policykd.arguments import parse_args
+from policykd.colours import STUDENT, TEACHER
+from policykd.command import exit_with_one_line, needs_extra
+from policykd.contenders import Contender, game_of, load_contender, run_of, teacher_of
+from policykd.runs import check_at_least
+from policykd.window import has_screen, show
+
+FORMATS: dict[str, Literal["GIF", "WEBP"]] = {".gif": "GIF", ".webp": "WEBP"}
+STEPS_OF_A_FILM = 300
+
+
+@dataclass(frozen=True)
+class Args:
+    """Plays in a window, or into an animation: teacher and student side by side, with what they think of their actions.
+
+    Both play the same seed. In the window the space bar pauses; q and escape close it. Where there is no screen, or
+    with --out, the first 20 seconds become an animation.
+    """
+
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"folder of a run, or a teacher: {TEACHER_HELP}")]
+    game: str = ""
+    """what is played; a run says it itself"""
+    against: str = "teacher"
+    """who plays beside it: the run's own teacher, none, or another run or teacher"""
+    out: Path | None = None
+    """write an animation to this .gif or .webp file instead of opening a window; where there is no screen it is
+    watch.gif, in the run's folder or here"""
+    steps: int = 0
+    """agent steps to play, 15 a second; 0 for no end in a window and 300 in a file"""
+    every: int = 2
+    """steps a picture of the animation: 2 halves the file, 1 moves more smoothly"""
+    scale: int = 2
+    """pixels that a pixel of the game takes along each side"""
+    sticky: bool = False
+    """sticky actions with greedy play, instead of no-op starts with sampled actions"""
+    seed: int = 0
+    """of the game and of sampled actions"""
+    trust_pickle: bool = False
+    """let SB3 itself load a teacher, which executes code in the file"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def main(args: Args) -> None:
+    """Loads both and lets them play."""
+    check(args)
+    torch.set_num_threads(1)
+    game = game_of([args.policy], args.game)
+    players = [as_player(c) for c in contenders(args, game)]
+    out = args.out or (None if has_screen() else (run_of(args.policy) or Path()) / "watch.gif")
+    names = " and ".join(p.name for p in players)
+    num_steps = args.steps or (sys.maxsize if out is None else STEPS_OF_A_FILM)
+    pictures = film(
+        players,
+        game,
+        seed=args.seed,
+        num_steps=num_steps,
+        every=1 if out is None else args.every,
+        protocol="sticky_greedy" if args.sticky else "noop_sampled",
+        scale=args.scale,
+    )
+    if out is None:
+        with needs_extra("watch"):
+            show(pictures, title=f"{game}: {names}", pictures_a_second=STEPS_A_SECOND)
+        return
+    if args.out is None:
+        print(f"there is no screen here, so {num_steps / STEPS_A_SECOND:.0f} seconds of play are written to a file")
+    content = encode(pictures, every=args.every, format=FORMATS[out.suffix.lower()])
+    write_atomically(out, content)
+    print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
+
+
+def contenders(args: Args, game: str) -> list[Contender]:
+    """Returns who plays, the teacher before the student."""
+    asked, run = load_contender(args.policy, game, trust_pickle=args.trust_pickle), run_of(args.policy)
+    if args.against == "none" or (args.against == "teacher" and run is None):
+        return [asked]
+    if args.against == "teacher":
+        assert run is not None
+        return [teacher_of(run, trust_pickle=args.trust_pickle), asked]
+    other = load_contender(args.against, game, trust_pickle=args.trust_pickle)
+    return [asked, other] if isinstance(other.policy, Student) else [other, asked]
+
+
+def as_player(contender: Contender) -> Player:
+    """Returns a contender in the colour of its kind."""
+    colour = STUDENT if isinstance(contender.policy, Student) else TEACHER
+    return Player(contender.name, contender.policy, contender.temperature, colour)
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for what cannot be played or written."""
+    check_at_least(args, 0, "steps", "seed")
+    check_at_least(args, 1, "every", "scale")
+    if args.out and args.out.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(FORMATS)}")
+    if args.out and not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: its folder is missing; make it first")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))
