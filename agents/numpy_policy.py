@@ -23,6 +23,8 @@ from numpy.lib.stride_tricks import as_strided
 FORMAT = 1
 MAX_BYTES = 64 << 20
 """of all arrays together; a hundred bytes of a zip may claim any number"""
+MAX_NUMBERS, MAX_LAYERS = 1 << 24, 200
+"""of what a layer works on for one observation; a description may claim any shape"""
 
 Step = Callable[..., np.ndarray]
 
@@ -35,9 +37,13 @@ class Policy:
         self.about = about
         self.obs_shape: tuple[int, ...] = tuple(about["obs_shape"])
         self.num_actions: int = about["num_actions"]
+        if not all(type(n) is int and n > 0 for n in self.obs_shape) or math.prod(self.obs_shape) > MAX_NUMBERS // 16:
+            raise ValueError("observations of a shape that no policy has")
         self.dtype = np.dtype(np.uint8 if len(self.obs_shape) == 3 else np.float32)
         layers = about["layers"]
-        if not all(0 <= layer[key] <= 84 for layer in layers for key in ("kernel", "stride", "padding", "groups")):
+        if len(layers) > MAX_LAYERS or not all(
+            0 <= layer[key] <= 84 for layer in layers for key in ("kernel", "stride", "padding", "groups")
+        ):
             raise ValueError("a layer of no size that a policy has")
         uses = [name for layer in layers for name in layer["takes"]]
         values = {"obs": np.zeros((1, *self.obs_shape), self.dtype)}
@@ -48,6 +54,7 @@ class Policy:
             flat = next((made["takes"][0] for made in layers if made["gives"] == layer["takes"][0]), "")
             before = values[flat].shape[1:] if layer["operator"] == "dense" and flat else ()
             step = _built(layer, weights, taken, in_place=alone, image=before if len(before) == 3 else ())
+            _check_size(layer, weights, taken)
             values[layer["gives"]] = step(*taken)
             self._steps.append((step, tuple(layer["takes"]), layer["gives"]))
         if values["scores"].shape != (1, self.num_actions):
@@ -62,6 +69,8 @@ class Policy:
         self._check(obs)
         is_one = obs.shape == self.obs_shape
         rows = np.ascontiguousarray(obs[None] if is_one else obs, self.dtype)
+        if not len(rows):
+            return np.zeros((0, self.num_actions), np.float32)
         values = {"obs": rows}
         for step, takes, gives in self._steps:
             values[gives] = step(*[values[name] for name in takes])
@@ -124,6 +133,20 @@ def load(path: str | Path) -> Policy:
     except Exception as error:  # whatever a damaged or foreign file leads to
         reason = " ".join(f"{error or type(error).__name__}".split())[:150]
         raise ValueError(f"{path}: not an intact policy of policykd ({reason}); export it again") from error
+
+
+def _check_size(layer: dict[str, Any], weights: dict[str, np.ndarray], taken: list[np.ndarray]) -> None:
+    """Raises ValueError where one observation would take more memory in a layer than any policy's does."""
+    shape = taken[0].shape[1:]
+    if layer["operator"] in ("conv", "average_pool", "max_pool"):
+        channels, *sides = shape if taken[0].dtype == np.uint8 else (shape[2], *shape[:2])
+        weight = weights.get(f"{layer['name']}.weight") if layer["operator"] == "conv" else None
+        num_outputs, kernel = (channels, layer["kernel"]) if weight is None else (len(weight), weight.shape[2])
+        places = math.prod(side + 2 * layer["padding"] for side in sides) // max(1, layer["stride"]) ** 2
+        if places * max(num_outputs, kernel * kernel * channels) > MAX_NUMBERS:
+            raise ValueError("a layer of a size that no policy has")
+    if len({x.shape for x in taken}) > 1:
+        raise ValueError("a sum of different shapes")
 
 
 def _built(

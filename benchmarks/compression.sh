@@ -1,6 +1,6 @@
 #!/bin/sh
-# The table and the picture of docs/compression.md: 28 rows from one teacher, one set of states and one budget, 100 games
-# of each under two protocols; one and a half hours on two cores. Stopped, it goes on where it was.
+# The table and the picture of docs/compression.md: 39 rows from one teacher, one set of states and one budget, 100 games
+# of each under two protocols; two hours or more on two cores. Stopped, it goes on where it was.
 # The latencies are of one go; on a quiet machine: benchmarks/compression.sh --latency-only
 set -eu
 cd "$(dirname "$0")/.."

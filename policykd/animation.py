@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -93,13 +93,23 @@ def film(
         ValueError: an unknown game.
         FloatingPointError: scores that are not finite.
     """
-    draw = Scoreboard([p.name for p in players], [p.colour for p in players], action_names(game), scale)
+    draw = _scoreboard(players, game, scale)
     title = f"{canonical_name(game)}   seed {seed}   {PROTOCOL_TEXTS[protocol]}"
     playing = [play(player, game, seed=seed, protocol=protocol) for player in players]
     moments_of_all = zip(*playing, strict=True)
     for i, moments in enumerate(islice(moments_of_all, num_steps)):
         if i % every == 0:
             yield draw(moments, f"{title}   {i / STEPS_A_SECOND:.1f} s")
+
+
+def film_bytes(players: Sequence[Player], game: str, *, num_steps: int, every: int = 1, scale: int = 2) -> int:
+    """Returns how much memory the pictures of a film take before they are encoded."""
+    width, height = _scoreboard(players, game, scale).size()
+    return -(-num_steps // every) * width * height * 3
+
+
+def _scoreboard(players: Sequence[Player], game: str, scale: int) -> Scoreboard:
+    return Scoreboard([p.name for p in players], [p.colour for p in players], action_names(game), scale)
 
 
 def encode(pictures: Iterable[Image.Image], *, every: int = 1, format: Literal["WEBP", "GIF"] = "WEBP") -> bytes:
@@ -114,9 +124,34 @@ def encode(pictures: Iterable[Image.Image], *, every: int = 1, format: Literal["
     first, *others = _in_few_colours(films) if format == "GIF" else films
     buffer = io.BytesIO()
     how = {"lossless": True, "quality": 50, "method": 2} if format == "WEBP" else {"optimize": False}
-    duration = every * 1000 // STEPS_A_SECOND
-    first.save(buffer, format, save_all=True, append_images=others, duration=duration, loop=0, **how)
+    durations = _milliseconds(len(films), every, tick=10 if format == "GIF" else 1)
+    first.save(buffer, format, save_all=True, append_images=others, duration=durations, loop=0, **how)
     return buffer.getvalue()
+
+
+def _milliseconds(num_pictures: int, every: int, *, tick: int) -> list[int]:
+    """Returns how long each picture is shown, whole ticks of the format that never drift from the game's speed."""
+    ends = [round(i * every * 1000 / STEPS_A_SECOND / tick) for i in range(num_pictures + 1)]
+    return [tick * (end - begin) for begin, end in pairwise(ends)]
+
+
+def cut_to(webp: bytes, most_bytes: int) -> tuple[bytes, float]:
+    """Returns an animated WebP without its end, as much of it as fits but its first picture at least, and its seconds.
+
+    Nothing is encoded again: a picture in the file depends on those before it alone. A file is `RIFF`, its size and
+    `WEBP`, then chunks: a name, a size, content, and a byte more where the size is odd (RFC 9649, section 2.3).
+    """
+    kept, milliseconds, at = bytearray(webp[:12]), 0, 12
+    while at < len(webp):
+        end = at + 8 + (size := int.from_bytes(webp[at + 4 : at + 8], "little")) + size % 2
+        if webp[at : at + 4] == b"ANMF":  # 12 bytes of corner and size, then 3 of duration
+            if milliseconds and len(kept) + end - at > most_bytes:
+                break
+            milliseconds += int.from_bytes(webp[at + 20 : at + 23], "little")
+        kept += webp[at:end]
+        at = end
+    kept[4:8] = (len(kept) - 8).to_bytes(4, "little")
+    return bytes(kept), milliseconds / 1000
 
 
 def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_steps: int = 600, every: int = 2) -> None:

@@ -14,7 +14,7 @@ from policykd.agents.student import Student, load_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.teacher_check import check_fits
+from policykd.teacher_check import check_fits, measured_return
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,50 @@ def run_of(ref: str) -> Path | None:
     return folder if (folder / "student.json").is_file() else None
 
 
-def load_contender(ref: str, game: str, *, trust_pickle: bool = False) -> Contender:
+def load_contender(
+    ref: str, game: str, *, weights: str = "equal", seed: int = 0, trust_pickle: bool = False
+) -> Contender:
     """Returns what a reference names, once it fits the game.
+
+    Args:
+        ref: a run's folder, or a teacher.
+        game: what it plays.
+        weights: of several teachers.
+        seed: of games that are played where these weights are by return, and none is reported.
+        trust_pickle: as for `load_teacher`.
 
     Raises:
         ValueError: nothing is there, or nothing that plays this game.
     """
     run = run_of(ref)
     if run is None:
-        policy: Student | Teacher = load_teachers(ref, game=game, trust_pickle=trust_pickle)
+        policy: Student | Teacher = load_teachers(
+            ref,
+            weights,
+            game=game,
+            trust_pickle=trust_pickle,
+            measure=lambda member: measured_return(member, game, seed=seed),
+        )
         name, temperature = ref, policy.temperature
     else:
+        if (own := str(_said(run).get("game", game))) and canonical_name(own) != canonical_name(game):
+            raise BadFile(f"{ref}: it was made for another game, {own}; leave out --game, or take a run of {game}")
         policy, name, temperature = load_student(run), run.resolve().name, 1.0
     with closing(make_atari(game, 1, 0)) as envs:
         check_fits(policy, envs, ref, game)
     return Contender(ref, name, policy, temperature)
 
 
-def teacher_of(run: Path, *, trust_pickle: bool = False) -> Contender:
-    """Returns the teacher that a run learned from, the very archive.
+def teacher_of(
+    run: Path, *, ref: str = "", instead: str = "give --against REF or none", trust_pickle: bool = False
+) -> Contender:
+    """Returns the teacher that a run learned from: the very archive, or the very archives with their weights.
+
+    Args:
+        run: its folder.
+        ref: where the teacher lies now; by default where it lay then, at the commit that was taken.
+        instead: what else a user may do, for the message of an error.
+        trust_pickle: as for `load_teacher`.
 
     Raises:
         BadFile: the run does not say which; another archive lies there now.
@@ -69,19 +94,29 @@ def teacher_of(run: Path, *, trust_pickle: bool = False) -> Contender:
     said = _said(run)
     try:
         teacher, game = said["teacher"], str(said["game"])
-        ref, revision, sha256 = (str(teacher[key]) for key in ("ref", "revision", "sha256"))
+        then, revision, sha256 = (str(teacher[key]) for key in ("ref", "revision", "sha256"))
     except (LookupError, TypeError) as error:
-        raise BadFile(f"{run}/student.json: does not say who its teacher was; give --against REF or none") from error
-    pinned = f"{ref}@{revision}" if revision and "@" not in ref else ref
+        raise BadFile(f"{run}/student.json: does not say who its teacher was; {instead}") from error
+    pinned = ref or (f"{then}@{revision}" if revision and "@" not in then else then)
     try:
-        found = load_contender(pinned, game, trust_pickle=trust_pickle)
+        found = load_contender(pinned, game, **_mixed_by(run, pinned), trust_pickle=trust_pickle)
     except BadFile:
         raise
     except ValueError as error:
-        raise ValueError(f"{run}: its teacher is not found ({error}); or give --against REF or none") from error
+        raise ValueError(f"{run}: its teacher is not found ({error}); or {instead}") from error
     if not isinstance(found.policy, Teacher) or found.policy.sha256 != sha256:
-        raise BadFile(f"{pinned}: not the archive that {run} learned from any more; give --against REF or none")
+        raise BadFile(f"{pinned}: not the archive that {run} learned from any more; {instead}")
     return found
+
+
+def _mixed_by(run: Path, ref: str) -> dict[str, Any]:
+    """Returns how a run weighed several teachers, and the seed of games that were played for it."""
+    try:
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        how = {"weights": str(settings["teacher_weights"]), "seed": int(settings["seed"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # no run of a command, but a student that was saved
+    return how if "+" in ref else {}
 
 
 def game_of(refs: Sequence[str], given: str = "") -> str:

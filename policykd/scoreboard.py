@@ -42,15 +42,19 @@ class Scoreboard:
     scale: int = 2
     """pixels a pixel of the emulator takes along each side"""
 
+    def size(self, rows: int = 210, columns: int = 160) -> tuple[int, int]:
+        """Returns the width and height of a picture, pixels, of a game whose screen has so many."""
+        num_bars = min(len(self.actions), MOST_BARS)
+        return (
+            MARGIN + len(self.names) * (columns * self.scale + MARGIN),
+            MARGIN + 36 + rows * self.scale + MARGIN + num_bars * BAR + MARGIN + 16 + MARGIN // 2,
+        )
+
     def __call__(self, moments: Sequence[Moment], caption: str) -> Image.Image:
         """Returns an RGB picture; its size depends on the game, the number of players and the scale alone."""
         rows, columns, _ = moments[0].screen.shape
         width, height = columns * self.scale, rows * self.scale
-        num_bars = min(len(self.actions), MOST_BARS)
-        size = (
-            MARGIN + len(moments) * (width + MARGIN),
-            MARGIN + 36 + height + MARGIN + num_bars * BAR + MARGIN + 16 + MARGIN // 2,
-        )
+        size = self.size(rows, columns)
         picture = Image.new("RGB", size, PAPER)
         draw = ImageDraw.Draw(picture)
         for i, moment in enumerate(moments):

@@ -23,10 +23,12 @@ from policykd.agents.policy import sample
 from policykd.agents.student import Size, Student, make_student, save_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
 from policykd.animation import play_to_gif
+from policykd.arguments import parse_args
 from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation import evaluate_on_atari
+from policykd.report import write_report
 from policykd.results import about, judge, table
 from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
 from policykd.schedules import parse
@@ -62,7 +64,8 @@ class Args:
     """Distils an Atari agent into a compact student inside reinforcement learning, and says what was lost and gained.
 
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
-    results.json and student.gif. docs/rl.md has the methods. A run that was killed goes on with --resume, bit for bit.
+    results.json, report.html and student.gif. docs/rl.md has the methods. A run that was killed goes on with --resume,
+    bit for bit.
     """
 
     game: str
@@ -248,6 +251,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
             progress.save()
         finally:
             saved = progress.saved
+        board.writer.flush()  # the report reads it
         write_results(run, args, from_sb3(model, student).to(device), teacher, model, progress.wall_seconds)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{saved:,} steps are saved; go on with: {again(args, run)}") from None
@@ -287,9 +291,10 @@ def write_results(
     play_to_gif(student, args.game, run / "student.gif", seed=args.seed)
     check_there(run)
     write_atomically(run / "results.md", text.encode())
+    write_report(run, results, student, teacher, args.game, seed=args.seed)
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(f"\n{text}\n{run}/ holds student.safetensors, results.json, student.gif")
+    print(f"\n{text}\n{run}/ holds student.safetensors, results.json, report.html")
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

@@ -16,8 +16,12 @@ from policykd.agents.teacher import TEACHER_HELP, load_teacher
 from policykd.command import exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.actions import action_names
 from policykd.envs.games import canonical_name
-from policykd.export import FORMATS, Format, Subject, export
+from policykd.export import FORMATS, Format, Subject, check_format, export
+from policykd.export.c99 import check_prefix
 from policykd.real_states import visited_states
+
+FEW_STATES = 1000
+"""fewer are said to be few"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,16 @@ def main(args: Args) -> None:
         raise ValueError("--states and --calibration must be at least 1, --seed at least 0")
     prepare_device("cpu", args.threads)
     subject, folder, temperature = load_subject(args)
+    check_prefix(args.prefix)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: not a folder; give another")
+    for kind in args.formats:
+        check_format(subject, kind)
+    if args.states < FEW_STATES:
+        print(
+            f"warning: --states {args.states} is few to try a file on; 10,000 reach 1,250 steps into a game",
+            file=sys.stderr,
+        )
     print(f"visiting {args.states:,} states of {subject.game} to try the files on ...", flush=True)
     states, calibration = (
         visited_states(subject.net, subject.game, num, seed=seed, temperature=temperature)
@@ -62,7 +76,7 @@ def main(args: Args) -> None:
     )
     written = {"command": shlex.join(sys.argv), "versions": versions()}
     failures: list[Exception] = []
-    formats = args.formats or tuple(kind for kind in FORMATS if kind != "sb3" or subject.student)
+    formats = tuple(dict.fromkeys(args.formats)) or tuple(kind for kind in FORMATS if kind != "sb3" or subject.student)
     for kind in formats:
         try:
             with needs_extra("sb3" if kind == "sb3" else "onnx"):
@@ -86,7 +100,12 @@ def load_subject(args: Args) -> tuple[Subject, Path, float]:
     """Returns what to export, the folder for it, and the temperature that it plays with."""
     run = Path(args.policy).parent if args.policy.endswith("student.json") else Path(args.policy)
     if (run / "student.json").is_file():
-        student = load_student(run)
+        try:
+            student = load_student(run)
+        except BadFile:
+            raise
+        except ValueError as error:  # of the user's own module
+            raise ValueError(f"{error} in Python, then export(Subject(...)); docs/export.md has the lines") from error
         card = json.loads((run / "student.json").read_text())
         game = canonical_name(args.game or card.get("game", ""))
         about = {"student": card["sha256"], "shape": card["shape"], "teacher": card.get("teacher")}

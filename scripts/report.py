@@ -1,20 +1,19 @@
 """Writes report.html for the folder of a finished run, or of a comparison of compressors."""
 
-from collections.abc import Mapping
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from policykd.agents.ensemble import load_teachers
-from policykd.agents.files import BadFile
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
+from policykd.arguments import parse_args
 from policykd.command import exit_with_one_line, prepare_device
+from policykd.contenders import teacher_of
 from policykd.report import write_comparison_report, write_report
 from policykd.report.data import COMPRESSION, read_run
-from policykd.runs import pinned
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,14 @@ class Args:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """runs/GAME/NAME, of scripts/distill_atari.py or scripts/compare_compression.py"""
-    teacher: Annotated[str, tyro.conf.arg(help=f"the run's own unless you say another; {TEACHER_HELP}")] = ""
+    """runs/GAME/NAME, of scripts/distill_atari.py, scripts/distill_rl.py or scripts/compare_compression.py"""
+    teacher: Annotated[str, tyro.conf.arg(help=f"where the run's own lies now, if it has moved; {TEACHER_HELP}")] = ""
     seed: int = 0
     """of the states and the film"""
     seconds: float = 16.0
     """of the film"""
+    trust_pickle: bool = False
+    """let SB3 itself load the teacher, which executes code in the file"""
     threads: int = 0
     """CPU threads; 0 takes what torch finds"""
     debug: bool = False
@@ -50,29 +51,20 @@ def main(args: Args) -> None:
         path = write_comparison_report(args.run)
     else:
         report = read_run(args.run)
-        teacher, student = teacher_of(args, report.config, report.game), load_student(args.run)
+        instead = "say where it is: --teacher REF"
+        teacher = teacher_of(args.run, ref=args.teacher, instead=instead, trust_pickle=args.trust_pickle).policy
+        assert isinstance(teacher, Teacher)
         path = write_report(
-            args.run, report.results, student, teacher, report.game, seed=args.seed, seconds=args.seconds
+            args.run,
+            report.results,
+            load_student(args.run),
+            teacher,
+            report.game,
+            seed=args.seed,
+            seconds=args.seconds,
         )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def teacher_of(args: Args, config: Mapping[str, Any], game: str) -> Teacher:
-    """Returns the teacher that a run was made with.
-
-    Raises:
-        BadFile: it is another now.
-    """
-    settings = config.get("settings", {})
-    ref = args.teacher or pinned(str(config.get("teacher_argument", "auto")), args.run)
-    teacher = load_teachers(ref, str(settings.get("teacher_weights", "equal")), game=game)
-    learned_from = settings.get("teacher", {}).get("sha256", teacher.sha256)
-    if teacher.sha256 != learned_from:
-        raise BadFile(
-            f"{ref}: not the teacher of {args.run}, whose sha256 is {learned_from[:12]}...; say where it is: --teacher"
-        )
-    return teacher
-
-
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

@@ -11,7 +11,7 @@ import tyro
 from policykd.agents.files import write_atomically
 from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.animation import STEPS_A_SECOND, Player, encode, film
+from policykd.animation import STEPS_A_SECOND, Player, encode, film, film_bytes
 from policykd.arguments import parse_args
 from policykd.colours import STUDENT, TEACHER
 from policykd.command import exit_with_one_line, needs_extra
@@ -21,6 +21,8 @@ from policykd.window import has_screen, show
 
 FORMATS: dict[str, Literal["GIF", "WEBP"]] = {".gif": "GIF", ".webp": "WEBP"}
 STEPS_OF_A_FILM = 300
+MOST_BYTES, MOST_SCALE = 2_000_000_000, 16
+"""of all pictures of an animation before they are encoded, and what a WebP's 16,383 pixels across allow"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def main(args: Args) -> None:
     out = args.out or (None if has_screen() else (run_of(args.policy) or Path()) / "watch.gif")
     names = " and ".join(p.name for p in players)
     num_steps = args.steps or (sys.maxsize if out is None else STEPS_OF_A_FILM)
+    if out is not None:
+        check_fits_in_memory(args, players, game, num_steps)
     pictures = film(
         players,
         game,
@@ -102,10 +106,22 @@ def as_player(contender: Contender) -> Player:
     return Player(contender.name, contender.policy, contender.temperature, colour)
 
 
+def check_fits_in_memory(args: Args, players: list[Player], game: str, num_steps: int) -> None:
+    """Raises ValueError for an animation whose pictures do not, before any of it is played."""
+    taken = film_bytes(players, game, num_steps=num_steps, every=args.every, scale=args.scale)
+    if taken > MOST_BYTES:
+        raise ValueError(
+            f"{-(-num_steps // args.every):,} pictures take {taken / 1e9:,.1f} GB of memory, {MOST_BYTES / 1e9:g} are"
+            " the most; lower --steps or --scale, or raise --every"
+        )
+
+
 def check(args: Args) -> None:
     """Raises ValueError for what cannot be played or written."""
     check_at_least(args, 0, "steps", "seed")
     check_at_least(args, 1, "every", "scale")
+    if args.scale > MOST_SCALE:
+        raise ValueError(f"--scale must be at most {MOST_SCALE}, not {args.scale}")
     if args.out and args.out.suffix.lower() not in FORMATS:
         raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(FORMATS)}")
     if args.out and not args.out.parent.is_dir():

@@ -55,16 +55,18 @@ def test_other_settings_do_not_go_on_and_no_row_is_no_table(
     again = ["--states", f"dataset:{dataset}", "--folder", str(tmp_path), "--rows", "0.1pct", "--latency-only"]
     code, error = run_here(*again, *SMALL)
     assert code == 2
-    assert "no row is finished" in error
+    assert "the teacher's row is not finished" in error
     code, error = run_here(*again, *SMALL, "--updates", "40")
     assert code == 2
     assert "updates was 20, is 40" in error
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_goes_on_to_a_table_and_a_picture(dataset: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--game", "Pong", "--states", f"dataset:{dataset}", "--folder"]
-    command += [str(tmp_path), *SMALL, "--rows", "0.1pct", "1pct", "1pct-int8"]
+def test_killed_and_started_again_it_goes_on_to_a_table_and_a_picture(tmp_path: Path) -> None:
+    """On states that it visits itself, as by default."""
+    command = [sys.executable, str(SCRIPT), "--game", "Pong", "--folder", str(tmp_path), *SMALL]
+    command += ["--collect.rounds", "2", "--collect.states-per-round", "400", "--collect.updates-per-round", "4"]
+    subset, command = [*command, "--rows", "0.1pct"], [*command, "--rows", "0.1pct", "1pct", "1pct-int8"]
     run, row = tmp_path / "Pong" / "compression", tmp_path / "Pong" / "compression" / "0.1pct"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (row / "student.json").is_file():
@@ -87,6 +89,14 @@ def test_killed_and_started_again_it_goes_on_to_a_table_and_a_picture(dataset: P
     shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert "begins" not in shown.stdout
     assert (run / "latencies.json").read_bytes() == kept
+    shown = subprocess.run(subset, capture_output=True, text=True, check=True, timeout=400)
+    assert "playing" not in shown.stdout
+    assert (run / "latencies.json").read_bytes() == kept
+    again = json.loads((run / "compression.json").read_text())
+    assert (again["rows"], again["missing"]) == (content["rows"], [])
+    assert content["rows"]["random"]["protocols"]["noop_sampled"]["num_episodes"] == 1
+    more = subprocess.run([*subset, "--latency-only", "--episodes", "2"], capture_output=True, text=True, check=True)
+    assert "Asked for and not finished: 0.1pct" in more.stdout
     (run / "1pct" / "policy.onnx").write_bytes(b"")
     broken = subprocess.run([*command, "--latency-only"], capture_output=True, text=True, check=False, timeout=400)
     assert broken.returncode == 3

@@ -65,6 +65,7 @@ def test_a_student_is_distilled_cut_and_continued(
         code, stderr = distil(*args, "--folder", str(tmp_path / "cut"))
     assert code == 75
     assert "128 steps are saved; go on with" in stderr
+    monkeypatch.setattr("policykd.report.STEPS_A_SECOND", 1)  # a short film
     code, stderr = distil(*args, "--folder", str(tmp_path / "cut"), "--resume")
     assert code == 0, stderr
     if is_compared:
@@ -80,6 +81,10 @@ def test_a_student_is_distilled_cut_and_continued(
     assert found["num_states_labelled"] == 256 + 100 * (method == "qdagger")
     assert found["num_updates"] > 10 * (method == "qdagger")
     assert found["student"]["protocols"]["noop_sampled"]["num_episodes"] == 1
+
+    page = (cut / "report.html").read_text()
+    assert "KL divergence from the teacher" in page
+    assert "agent steps" in page
 
     if method == "qdagger":  # the curve is there after the cut as before
         curves = EventAccumulator(str(cut)).Reload()
@@ -125,6 +130,7 @@ def test_a_student_that_diverges_is_one_line_and_not_saved(
         (["--seed", "99999999999"], "--seed must be below 2^32, not 99999999999"),
         (["--method", "qdagger", "--offline-steps", "10"], "--offline-steps 10 are too few"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--stpes", "1"], "--stpes; --help lists the flags"),
     ],
 )
 def test_a_run_that_cannot_be_is_one_line(

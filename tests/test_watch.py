@@ -96,6 +96,8 @@ def test_a_window_without_its_package_is_one_line(run: Path, watch: Watch, monke
         (["none-such"], USAGE, "none-such: no such file or folder"),
         (["RUN", "--out", "film.mp4"], USAGE, "--out film.mp4: give a name that ends in .gif or .webp"),
         (["RUN", "--out", "none-such/film.gif"], USAGE, "its folder is missing; make it first"),
+        (["RUN", "--out", "film.gif", "--steps", "100000"], USAGE, "50,000 pictures take 68.1 GB of memory, 2 are the"),
+        (["RUN", "--scale", "17"], USAGE, "--scale must be at most 16, not 17"),
         (["RUN", "--every", "0"], USAGE, "--every must be at least 1, not 0"),
         (["RUN", "--game", "Breakout"], BAD_FILE, "it was made for another game"),
     ],

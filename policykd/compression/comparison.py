@@ -85,6 +85,7 @@ def make_row(row: Row, setting: Setting) -> dict[str, Any]:
         student, seconds = _student(row, setting, fit)
         policy, costs = stored(row.store, student, folder, fit.replay)
         kl, agreement = fit.measure(policy)
+        own = {"agreement_with_float": fit.agreement(policy, student)} if "int8" in row.store else {}
     results = {
         "name": row.name,
         "label": row.label,
@@ -94,8 +95,10 @@ def make_row(row: Row, setting: Setting) -> dict[str, Any]:
         **costs,
         "kl": kl,
         "agreement": agreement,
+        **own,
         "fit_seconds": seconds,
         "protocols": _played(row, policy, costs["sha256"], fit.teacher, setting),
+        "from_card": _on_card(row, fit.teacher),
         "command": shlex.join(sys.argv),
     }
     write_atomically(folder / DONE, (json.dumps(results, indent=1) + "\n").encode())
@@ -105,20 +108,40 @@ def make_row(row: Row, setting: Setting) -> dict[str, Any]:
 def results_of(row: Row, setting: Setting) -> dict[str, Any] | None:
     """Returns what a finished row wrote, or None where it is not finished or has fewer games than are asked for.
 
+    Games of the teacher's card are as many as there are.
+
     Raises:
         ValueError: it was made in another way.
         BadFile: damaged.
     """
-    path = setting.folder / row.name / DONE
+    if (results := kept_results(row, setting.folder)) is None:
+        return None
+    played = [p["num_episodes"] for name, p in results["protocols"].items() if name not in results["from_card"]]
+    return results if min(played, default=setting.episodes) >= setting.episodes else None
+
+
+def kept_results(row: Row, comparison: Path) -> dict[str, Any] | None:
+    """Returns what a row wrote into a comparison's folder, with however many games, or None.
+
+    Raises:
+        ValueError: it was made in another way.
+        BadFile: damaged.
+    """
+    path = comparison / row.name / DONE
     if not path.is_file():
         return None
     try:
         results: dict[str, Any] = json.loads(path.read_text())
-        made_by, games = results["made_by"], [p["num_episodes"] for p in results["protocols"].values()]
+        made_by, games = results["made_by"], [results["protocols"][p]["num_episodes"] + 0 for p in PROTOCOLS]
+        if min(games) < 1:
+            raise ValueError("no games")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadFile(f"{path}: damaged ({error!r}); remove it, the row is measured anew") from error
     _check_same(made_by, row, path.parent)
-    return results if row.name == TEACHER or min(games) == setting.episodes else None
+    if "from_card" not in results:  # of older versions, whose teacher kept no games where all were its card's
+        is_of_card = row.name == TEACHER and not (path.parent / "games.json").is_file()
+        results["from_card"] = list(PROTOCOLS) if is_of_card else []
+    return results
 
 
 def _check_same(made_by: object, row: Row, folder: Path) -> None:
@@ -130,9 +153,15 @@ def _student(row: Row, setting: Setting, fit: Fit) -> tuple[Student, float]:
     """Returns the row's network and the seconds that it took, from its folder if it was fitted before."""
     folder = setting.folder / row.name
     if (folder / "student.json").is_file():
-        card = json.loads((folder / "student.json").read_text())
-        _check_same(card.get("made_by"), row, folder)
-        return load_student(folder), float(card["fit_seconds"])
+        try:
+            card = json.loads((folder / "student.json").read_text())
+            made_by, seconds = card["made_by"], float(card["fit_seconds"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadFile(
+                f"{folder / 'student.json'}: damaged ({error!r}); remove {folder}, the row is made anew"
+            ) from error
+        _check_same(made_by, row, folder)
+        return load_student(folder), seconds
     begin = teacher_as_student(fit.teacher) if row.name == TEACHER else load_student(setting.folder / row.begins_with)
     print(f"{row.name}: begins", flush=True)
     began = time.perf_counter()
@@ -155,7 +184,7 @@ def stored(store: Store, student: Student, folder: Path, replay: Replay) -> tupl
     """
     onnx = to_onnx(student.folded_net())
     num_bytes = (folder / "student.safetensors").stat().st_size
-    if store.endswith("int8"):
+    if "int8" in store:
         return _as_int8(store, student, folder, onnx, replay)
     if store == "sparse":
         content = pack_sparse(student)
@@ -169,9 +198,10 @@ def stored(store: Store, student: Student, folder: Path, replay: Replay) -> tupl
 def _as_int8(
     store: Store, student: Student, folder: Path, onnx: bytes, replay: Replay
 ) -> tuple[Policy, dict[str, Any]]:
-    from policykd.export.int8 import quantise
+    from policykd.export.int8 import quantise, quantise_weights
 
-    content = quantise(onnx, calibration_states(replay, CALIBRATION).numpy())
+    rounded = quantise_weights if store == "int8-weights" else quantise
+    content = rounded(onnx, calibration_states(replay, CALIBRATION).numpy())
     write_atomically(folder / INT8, content)
     num_bytes = len(content)
     if store == "sparse-int8":
@@ -218,14 +248,18 @@ def macs_without_zeros(layers: list[Layer], obs_shape: tuple[int, ...]) -> int:
 def _played(row: Row, policy: Policy, sha256: str, teacher: Teacher, setting: Setting) -> dict[str, Any]:
     """Returns every game of the row under each protocol; the teacher's from its card, where that has them."""
     finished = FinishedGames(setting.folder / row.name / "games.json")
-    on_card = teacher.card.get("protocols", {}) if row.name == TEACHER else {}
     played: dict[str, Any] = {}
     for protocol in PROTOCOLS:
-        if protocol in on_card:
-            played[protocol] = judgement_of_card(on_card[protocol])
+        if protocol in _on_card(row, teacher):
+            played[protocol] = judgement_of_card(teacher.card["protocols"][protocol])
             continue
         games = finished.play(policy, sha256, setting.game, protocol, setting.episodes, seed=setting.seed)
         played[protocol] = judgement(games)
         low, high = played[protocol]["interval"]
         print(f"{row.name}: {protocol} {played[protocol]['mean']:.2f} [{low:.2f}, {high:.2f}]", flush=True)
     return played
+
+
+def _on_card(row: Row, teacher: Teacher) -> list[str]:
+    """Returns the protocols whose games stand on the teacher's card, if the row is the teacher's."""
+    return [p for p in PROTOCOLS if row.name == TEACHER and p in teacher.card.get("protocols", {})]

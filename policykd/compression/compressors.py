@@ -99,14 +99,23 @@ class Fit:
     @torch.inference_mode()
     def measure(self, policy: Policy) -> tuple[float, float]:
         """Returns KL(teacher || policy) in nats and the share of equal best actions, on the states held out."""
-        first, num = len(self.replay) - self.replay.num_held_out, len(self.replay)
-        rows_N = torch.arange(first, num)
-        rows_N = rows_N[~torch.isin(rows_N, self.replay.history)]
+        rows_N = self._held_out()
         scores_NA = torch.cat([policy(self.replay.gather(rows_B)) for rows_B in rows_N.split(500)])
         teacher_NA = self.replay.scores_NA[rows_N]
         kl_N = kl_divergence_B(log_policy(teacher_NA, self.teacher.temperature), log_policy(scores_NA))
         agree_N = teacher_NA.argmax(dim=1) == scores_NA.argmax(dim=1)
         return float(kl_N.mean()), float(agree_N.float().mean())
+
+    @torch.inference_mode()
+    def agreement(self, one: Policy, other: Policy) -> float:
+        """Returns the share of equal best actions of two policies on the states held out."""
+        parts = [self.replay.gather(rows_B) for rows_B in self._held_out().split(500)]
+        return float(torch.cat([one(part).argmax(dim=1) == other(part).argmax(dim=1) for part in parts]).float().mean())
+
+    def _held_out(self) -> Tensor:
+        """Returns the rows of the replay that no way is fitted to, but for those that only complete others' stacks."""
+        rows_N = torch.arange(len(self.replay) - self.replay.num_held_out, len(self.replay))
+        return rows_N[~torch.isin(rows_N, self.replay.history)]
 
 
 class Compressor(Protocol):

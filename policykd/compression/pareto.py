@@ -26,6 +26,7 @@ COSTS = {
 LOOKS: dict[str, tuple[str, str]] = {
     "teacher": (TEACHER, "*"),
     "distilled": ("#d97706", "o"),
+    "sharpened": ("#ea580c", "p"),
     "hard labels": ("#a16207", "v"),
     "magnitude": ("#0d9488", "s"),
     "structured": ("#7c3aed", "D"),
@@ -129,11 +130,14 @@ def _panel(
     for name, row in drawn.items():
         _point(ax, row, cost, row["protocols"][protocol], 10.0 if name == highlight else 6.5)
     points = [(float(row[cost]), float(row["protocols"][protocol]["mean"])) for row in drawn.values()]
+    costs = [x for x, _ in points]
+    if points and max(costs) < 1.01 * min(costs):  # matplotlib's own margin around one cost rounds to no width
+        ax.set_xlim(min(costs) / 2.0, max(costs) * 2.0)
     front, names = pareto_front(points), list(drawn)
     x, y = [points[i][0] for i in front], [points[i][1] for i in front]
     ax.step(x, y, where="post", color=INK, linewidth=1.0, alpha=0.55, label="Pareto front", zorder=1)
     for i in {*front, *(i for i, row in enumerate(drawn.values()) if row["family"] == "teacher")}:
-        weight, is_last = "bold" if names[i] == highlight else "normal", points[i][0] == max(x for x, _ in points)
+        weight, is_last = "bold" if names[i] == highlight else "normal", points[i][0] == max(costs)
         where: dict[str, Any] = {"xytext": (-4 if is_last else 4, 8), "ha": "right" if is_last else "left"}
         text = drawn[names[i]]["label"]
         ax.annotate(text, points[i], textcoords="offset points", fontsize=8.0, weight=weight, color=INK, **where)

@@ -98,7 +98,7 @@ class Magnitude:
     """of the sparse file: what decides how many weights are left"""
     until: float = 0.6
     """share of the budget after which the masks stay"""
-    learning_rate: float = 2 * FROM_TRAINED
+    learning_rate: float = FROM_TRAINED / 2
     loss: Loss = field(default_factory=ForwardKL)
 
     def __call__(self, begin: Student, fit: Fit, /) -> Student:

@@ -1,6 +1,6 @@
 """The rows of a comparison: which way, from which network, and how the result is stored."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,10 +9,19 @@ from policykd.agents.student import Size, make_student, packed_weights
 from policykd.compression.compressors import Compressor, Distilled, Unchanged, hard_labels
 from policykd.compression.low_rank import LowRank
 from policykd.compression.pruning import Magnitude, Structured
+from policykd.losses import ForwardKL
 
-Family = Literal["teacher", "distilled", "hard labels", "magnitude", "structured", "low rank", "int8", "combined"]
-Store = Literal["dense", "sparse", "int8", "sparse-int8"]
-"""as safetensors; as a bit mask and the weights that are left; as an ONNX file of int8; as that, deflated"""
+Family = Literal[
+    "teacher", "distilled", "sharpened", "hard labels", "magnitude", "structured", "low rank", "int8", "combined"
+]
+Store = Literal["dense", "sparse", "int8", "sparse-int8", "int8-weights"]
+"""as safetensors; as a bit mask and the weights that are left; as an ONNX file of int8; as that, deflated; as an ONNX
+file whose weights alone are int8"""
+Origin = Literal["distillation", "hard labels", "teacher"]
+"""what a network was born from, whatever was done later: the teacher's scores, its best actions, its own weights"""
+
+SHARPENED = 0.25
+"""of the teacher's own temperature: between its policy, whose chances a small student blurs, and hard labels"""
 
 TEACHER = "teacher"
 """the row that the others begin with"""
@@ -37,8 +46,14 @@ class Row:
         return f"{self.make!r} on {self.begins_with}, {self.store}"
 
 
-def standard_rows(num_actions: int) -> dict[str, Row]:
-    """Returns every row by name, in an order in which none comes before the one that it begins with."""
+def standard_rows(num_actions: int, temperature: float) -> dict[str, Row]:
+    """Returns every row by name, in an order in which none comes before the one that it begins with.
+
+    Args:
+        num_actions: of the game.
+        temperature: of the teacher's own policy.
+    """
+    sharp = ForwardKL(temperature * SHARPENED)
     sizes = {size: make_student(size, num_actions) for size in get_args(Size)}
     num_bytes = {size: len(packed_weights(student)) for size, student in sizes.items()}
     num = {size: num_parameters(student) for size, student in sizes.items()}
@@ -46,7 +61,15 @@ def standard_rows(num_actions: int) -> dict[str, Row]:
         Row(TEACHER, "teacher", "teacher", Unchanged()),
         *(Row(_word(size), size, "distilled", Distilled(size)) for size in sizes),
         *(int8(begun, begun) for begun in (TEACHER, "25%", "7%", "4%", "1%", "half")),
-        *(Row(f"hard-{_word(s)}", f"{s}, hard labels", "hard labels", hard_labels(s)) for s in ("7%", "1%")),
+        *(int8_weights(begun, begun) for begun in (TEACHER, "7%")),
+        *(
+            Row(f"hard-{_word(s)}", f"{s}, hard labels", "hard labels", hard_labels(s))
+            for s in ("7%", "1%", "0.3%", "0.1%")
+        ),
+        *(
+            Row(f"sharp-{_word(s)}", f"{s}, sharp targets", "sharpened", Distilled(s, sharp))
+            for s in ("1%", "0.3%", "0.1%")
+        ),
         *(
             Row(
                 f"magnitude-{_word(s)}",
@@ -82,6 +105,33 @@ def int8(label: str, begins_with: str) -> Row:
     """Returns the row of another row's network in int8."""
     word = _word(begins_with)
     return Row(f"{word}-int8", f"{label}, int8", "int8", Unchanged(), word, "int8")
+
+
+def int8_weights(label: str, begins_with: str) -> Row:
+    """Returns the row of another row's network with weights of int8 that computes in float32."""
+    word = _word(begins_with)
+    return Row(f"{word}-int8-weights", f"{label}, int8 weights", "int8", Unchanged(), word, "int8-weights")
+
+
+def lineage(row: Row, rows: Mapping[str, Row]) -> tuple[str, ...]:
+    """Returns the names of the rows that one goes back to, the next first; of one that begins at random, none."""
+    if row.name == TEACHER or isinstance(row.make, Distilled):
+        return ()
+    return (row.begins_with, *lineage(rows[row.begins_with], rows))
+
+
+def origin(row: Row, rows: Mapping[str, Row]) -> Origin:
+    """Returns what a row's network was born from."""
+    first = rows[[row.name, *lineage(row, rows)][-1]]
+    if not isinstance(first.make, Distilled):
+        return "teacher"
+    return "hard labels" if first.family == "hard labels" else "distillation"
+
+
+def updates_in_all(row: Row, rows: Mapping[str, Row], updates: int) -> int:
+    """Returns the gradient steps behind a row's network, each fit taking `updates`: those of its lineage with them."""
+    fitted = [name for name in (row.name, *lineage(row, rows)) if not isinstance(rows[name].make, Unchanged)]
+    return updates * len(fitted)
 
 
 def _word(size: str) -> str:

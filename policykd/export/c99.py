@@ -12,9 +12,9 @@ _HEADER = """\
 /* A policy, written by policykd: C99, reentrant, nothing but the stack, and of libm only what tanh and ELU need.
  *
  *   void PREFIX_scores(const KIND *obs, float *scores);    NUM_ACTIONS scores
- *   int PREFIX_act(const KIND obs SHAPE);    the best action, the first of equals
+ *   int PREFIX_act(const KIND *obs);    the best action, the first of equals
  *
- * obs: SHAPE of KIND, SAID
+ * obs: SHAPE of KIND one behind the other, SAID
  * Actions: NAMES
  * Stack: STACK bytes. Fastest with -O3 -march=native. Include it in one file of a program.
  * With GUARD_MAIN defined it is one: observations on standard input, scores, as floats, on standard output.
@@ -34,11 +34,11 @@ static inline void PREFIX_scores(const KIND *obs, float *scores)
   CALLS
 }
 
-static inline int PREFIX_act(const KIND obs SHAPE)
+static inline int PREFIX_act(const KIND *obs)
 {
   float scores[NUM_ACTIONS];
   REFUSED
-  PREFIX_scores(FIRST, scores);
+  PREFIX_scores(obs, scores);
   int best = 0;
   for (int i = 1; i < NUM_ACTIONS; i++)
     if (scores[i] > scores[best]) best = i;
@@ -73,8 +73,7 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
     Raises:
         ValueError: a prefix that is no C identifier, or a network whose layers are not known.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", prefix):
-        raise ValueError(f"prefix {prefix!r} is no C identifier; give a letter, then letters, digits and underscores")
+    check_prefix(prefix)
     layers = layers_of(net)
     is_frames, shape = len(net.obs_shape) == 3, tuple(net.obs_shape)
     source = Source(prefix)
@@ -90,7 +89,6 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
         EMIT[layer.operator](source, layer, gives, with_relu)
     buffers, calls = _buffers(source)
     stack = 4 * (sum(buffers.values()) + source.num_floats_inside + net.num_actions)
-    first = "&obs[0][0][0]" if is_frames else "obs"
     finite = "" if is_frames else f"for (int i = 0; i < {shape[0]}; i++)\n    if (!isfinite(obs[i])) return -1;"
     words = {
         "PREFIX": prefix,
@@ -106,10 +104,15 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
         "BUFFERS": f"float {', '.join(f'{name}[{size}]' for name, size in buffers.items())};" if buffers else "",
         "CALLS": "\n  ".join(calls),
         "REFUSED": finite,
-        "FIRST": first,
         "OBS_SIZE": str(math.prod(shape)),
     }
     return re.sub("|".join(sorted(words, key=len, reverse=True)), lambda word: words[word[0]], _HEADER)
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises ValueError for what no name in C may begin with."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", prefix):
+        raise ValueError(f"prefix {prefix!r} is no C identifier; give a letter, then letters, digits and underscores")
 
 
 def stack_bytes(header: str) -> int:

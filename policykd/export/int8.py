@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from policykd.export.int8_weights import equalise, layers_with_weights, replace_weights, round_weights, weights_of
+from policykd.export.int8_weights import equalise, nodes_with_weights, replace_weights, round_weights, weights_of
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +35,7 @@ def quantise(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         calibration_obs: real states, uint8 `(n, 4, 84, 84)` or float32 `(n, features)`; a thousand are enough.
 
     Raises:
-        ValueError: the packages onnx and onnxruntime are missing, or there are no states.
+        ValueError: the packages onnx and onnxruntime are missing, there are no states, or there is one layer.
         KeyboardInterrupt: a signal has come.
     """
     model, last = _named(onnx_model, calibration_obs)
@@ -49,6 +49,10 @@ def quantise(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         step = {"scale": np.array(1.0, np.float32), "zero_point": np.array(zero, np.uint8)}
         options["TensorQuantOverrides"] = {"shifted": [{**step, "quant_type": q.QuantType.QUInt8}]}
         excluded.append("shift")
+    if len(nodes_with_weights(model)) < 2:
+        raise ValueError(
+            "int8: a network of one layer, which stays float32, has nothing to quantise; take another format"
+        )
     equalise(model, calibration_obs)
     round_weights(model, calibration_obs, levels=_LEVELS_OF_7_BITS, exact=last)
     with tempfile.TemporaryDirectory() as folder, _without_advice():
@@ -91,7 +95,7 @@ def quantise_weights(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
 
     steps = round_weights(model, calibration_obs, levels=_LEVELS_OF_8_BITS)
     weights, tensors = weights_of(model), {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in layers_with_weights(model):
+    for node in nodes_with_weights(model):
         name = node.input[1]
         if name not in steps:
             continue
@@ -156,6 +160,8 @@ def _shift_input(model: "onnx.ModelProto", zero: int) -> bool:
     from onnx import helper, numpy_helper
 
     nodes, weights = model.graph.node, weights_of(model)
+    if len(nodes) < 2:
+        return False
     cast, first = nodes[0], nodes[1]
     pads = [n for a in first.attribute if a.name == "pads" for n in a.ints]
     if cast.op_type != "Cast" or first.op_type != "Conv" or any(pads) or first.input[0] != cast.output[0]:

@@ -36,7 +36,7 @@ def values_of(model: "onnx.ModelProto", names: list[str], obs: np.ndarray) -> li
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
-def layers_with_weights(model: "onnx.ModelProto") -> list[Any]:
+def nodes_with_weights(model: "onnx.ModelProto") -> list[Any]:
     """Returns the convolutions and dense layers whose weights stand in the file."""
     held = {tensor.name for tensor in model.graph.initializer}
     return [n for n in model.graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] in held]
@@ -87,7 +87,7 @@ def _pairs(model: "onnx.ModelProto") -> list[tuple[Any, Any, str]]:
     for node in model.graph.node:
         for name in node.input:
             takers.setdefault(name, []).append(node)
-    layers, pairs = layers_with_weights(model), []
+    layers, pairs = nodes_with_weights(model), []
     for before in layers:
         name, through, kinds = before.output[0], "", []
         while len(takers.get(name, [])) == 1 and takers[name][0].op_type in ("Relu", "Flatten"):
@@ -113,7 +113,7 @@ def round_weights(model: "onnx.ModelProto", obs: np.ndarray, *, levels: int, exa
         exact: name of a node to leave alone.
     """
     steps = {}
-    for node in layers_with_weights(model):
+    for node in nodes_with_weights(model):
         weight = weights_of(model)[node.input[1]]
         if node.name == exact:
             continue

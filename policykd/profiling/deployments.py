@@ -1,5 +1,6 @@
 """A policy as the file that each runtime opens, or the reason why there is none."""
 
+import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from shutil import which
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from policykd.agents.archive import read_archive
 from policykd.agents.interrupts import check_interrupted
@@ -17,8 +19,10 @@ from policykd.agents.networks import MLP, FrameNet
 from policykd.agents.shapes import Net
 from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
+from policykd.envs.actions import action_names
 from policykd.profiling.runtimes import RuntimeName
 
+NOT_MADE = (ValueError, ImportError, OSError, RuntimeError, ArithmeticError, subprocess.TimeoutExpired)
 COMPILED_WITH = ("-std=c99", "-O3", "-march=native")
 _LIBRARY = b"""#include "policy.h"
 int act(const unsigned char *obs);
@@ -35,6 +39,16 @@ class Deployment:
     num_bytes: int | None = None
     """of what a user would ship; None where that is not a file of its own"""
     why_not: str = ""
+    int8: str = ""
+    """what is int8 in it: weights, or weights and activations"""
+
+
+@dataclass(frozen=True)
+class RealStates:
+    """What int8 is fitted to and tried on, uint8 `(num_states, 4, 84, 84)`: frames that the policy visits."""
+
+    calibration: Tensor
+    tried: Tensor
 
 
 @dataclass
@@ -43,8 +57,9 @@ class Workshop:
 
     policy: Student | Teacher
     folder: Path
-    calibration_obs: np.ndarray
-    """real frames, uint8 `(num_states, 4, 84, 84)`, for int8"""
+    game: str
+    states: RealStates | None
+    """for int8"""
 
     @cached_property
     def net(self) -> Net:
@@ -90,15 +105,23 @@ class Workshop:
 
 
 def deploy(
-    policy: Student | Teacher, folder: Path, calibration_obs: np.ndarray, runtimes: Sequence[RuntimeName]
+    policy: Student | Teacher,
+    folder: Path,
+    runtimes: Sequence[RuntimeName],
+    *,
+    game: str,
+    states: RealStates | None,
 ) -> dict[RuntimeName, Deployment]:
-    """Makes a policy's files for `runtimes` in an empty folder, or says why there is none."""
-    workshop, made = Workshop(policy, folder, calibration_obs), dict[RuntimeName, Deployment]()
+    """Makes a policy's files for `runtimes` in an empty folder, or says why there is none.
+
+    Without `states` there is no int8.
+    """
+    workshop, made = Workshop(policy, folder, game, states), dict[RuntimeName, Deployment]()
     for runtime in runtimes:
         check_interrupted()
         try:
             made[runtime] = _MAKERS[runtime](workshop)
-        except (ValueError, ImportError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        except NOT_MADE as error:
             made[runtime] = Deployment(None, why_not=(str(error).splitlines() or [type(error).__name__])[0][:200])
     return made
 
@@ -151,10 +174,17 @@ def _onnx(workshop: Workshop) -> Deployment:
 
 
 def _int8(workshop: Workshop) -> Deployment:
+    """Makes the very file that scripts/export.py writes, which chooses what is int8 and tries it on real states."""
     _needs_onnx_runtime()
-    from policykd.export.int8 import quantise
+    from policykd.export import Subject, export
 
-    return workshop.write("policy.int8.onnx", quantise(workshop.onnx, workshop.calibration_obs))
+    if workshop.states is None:
+        raise ValueError("no real states to fit it to and to try it on")
+    subject = Subject(workshop.net, workshop.game, {}, action_names(workshop.game))
+    states = workshop.states
+    done = export(subject, "int8", workshop.folder, states.tried, states.calibration, written={})
+    manifest = json.loads((workshop.folder / f"{done.path.name}.json").read_text())
+    return Deployment(done.path, done.num_bytes, int8=manifest["int8"])
 
 
 def _needs_onnx_runtime() -> None:

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from policykd.agents.interrupts import check_interrupted
 from policykd.agents.networks import num_macs, num_parameters
+from policykd.agents.policy import Policy, greedy
 from policykd.agents.teacher import Teacher
 from policykd.contenders import Contender
 from policykd.latencies import Latency, measure_latencies
-from policykd.profiling.deployments import Deployment, deploy
+from policykd.profiling.deployments import Deployment, RealStates, deploy
 from policykd.profiling.runtimes import MANY, RUNTIMES, RuntimeName
 from policykd.real_states import visited_states
 
@@ -27,7 +30,8 @@ __all__ = ["Latency", "measure_latencies", "profile", "table"]
 
 THREADS_OF = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """variables by which torch and NumPy are told how many to use"""
-NUM_CALIBRATION_STATES = 1024
+NUM_CALIBRATION_STATES, NUM_TRIED_STATES = 2000, 2000
+"""of int8: as many as scripts/export.py takes, and a fifth of those that it tries the file on"""
 PRACTICAL: RuntimeName = "sb3"
 """the runtime of the first policy that is what a user has before any of this"""
 
@@ -66,19 +70,18 @@ def profile(
     for c in contenders:
         if isinstance(c.policy, Teacher) and c.policy.algorithm == "ENSEMBLE":
             raise ValueError(f"{c.ref}: several teachers; profile each by its own name")
-    num_states = MANY + (NUM_CALIBRATION_STATES if "int8" in runtimes else 0)
-    states = visited_states(first.policy, game, num_states, seed=seed, temperature=first.temperature).numpy()
-    shuffled = np.random.default_rng(seed).permutation(len(states))
-    obs, calibration_obs = states[shuffled[:MANY]], states[shuffled[MANY:]]
+    obs = visited_states(first.policy, game, MANY, seed=2 * seed, temperature=first.temperature)
+    expected = {c.name: _acts(c.policy, obs) for c in contenders}
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         observations = Path(folder) / "observations"
-        observations.write_bytes(obs.tobytes())
+        observations.write_bytes(obs.numpy().tobytes())
         made: dict[tuple[str, RuntimeName], Deployment] = {}
         for i, contender in enumerate(contenders):
             own = Path(folder) / str(i)
             own.mkdir()
-            for runtime, deployment in deploy(contender.policy, own, calibration_obs, runtimes).items():
+            states = _states_for_int8(contender, game, seed) if "int8" in runtimes else None
+            for runtime, deployment in deploy(contender.policy, own, runtimes, game=game, states=states).items():
                 made[contender.name, runtime] = deployment
         raced = _race(made, observations, rounds, calls_per_round)
         for (name, runtime), row in raced.items():
@@ -89,7 +92,7 @@ def profile(
         rows: dict[RuntimeName, dict[str, Any]] = {}
         for runtime in runtimes:
             rows[runtime] = _row(made[c.name, runtime], raced.get((c.name, runtime)))
-        _compare_actions(rows)
+        _compare_actions(rows, expected[c.name])
         policies[c.name] = {"ref": c.ref, **_size_of(c), "runtimes": rows}
     _add_ratios(policies)
     return {
@@ -99,6 +102,21 @@ def profile(
         "how": {"seed": seed, "rounds": rounds, "calls_per_round": calls_per_round, "batch": MANY, "threads": 1},
         "machine": machine() | {"load_before": load_before, "load_after": os.getloadavg()},
     }
+
+
+def _acts(policy: Policy, obs: Tensor) -> list[int]:
+    """Returns the best actions of the policy itself, with which what each runtime does is compared."""
+    with torch.inference_mode():
+        return greedy(policy(obs)).tolist()
+
+
+def _states_for_int8(contender: Contender, game: str, seed: int) -> RealStates:
+    """Returns what scripts/export.py would calibrate on, and states to try the file on, if fewer."""
+    calibration, tried = (
+        visited_states(contender.policy, game, num, seed=s, temperature=contender.temperature)
+        for num, s in ((NUM_CALIBRATION_STATES, 2 * seed + 1), (NUM_TRIED_STATES, 2 * seed))
+    )
+    return RealStates(calibration, tried)
 
 
 def _race(
@@ -149,16 +167,14 @@ def _asked(*arguments: str) -> Any:
 def _row(deployment: Deployment, raced: Mapping[str, Any] | None) -> dict[str, Any]:
     if raced is None:
         return {"why_not": deployment.why_not}
-    return {"num_bytes": deployment.num_bytes, **raced}
+    return {"num_bytes": deployment.num_bytes, **({"int8": deployment.int8} if deployment.int8 else {}), **raced}
 
 
-def _compare_actions(rows: Mapping[RuntimeName, dict[str, Any]]) -> None:
-    """Replaces each runtime's actions by the share that equals those of the first one that is there."""
-    order: tuple[RuntimeName, ...] = ("torch", *rows)
-    acted = [rows[name]["actions"] for name in order if "actions" in rows.get(name, {})]
+def _compare_actions(rows: Mapping[RuntimeName, dict[str, Any]], expected: Sequence[int]) -> None:
+    """Replaces each runtime's actions by the share that equals those of the policy itself."""
     for row in rows.values():
         if "actions" in row:
-            row["same_actions"] = float(np.mean(np.equal(row.pop("actions"), acted[0])))
+            row["same_actions"] = float(np.mean(np.equal(row.pop("actions"), expected)))
 
 
 def _size_of(contender: Contender) -> dict[str, int | None]:
@@ -217,7 +233,8 @@ def table(found: Mapping[str, Any]) -> str:
         head = f"| {name} | {policy['num_parameters'] or 0:,} | {macs} |"
         for runtime, row in policy["runtimes"].items():
             if "why_not" not in row:
-                lines.append(f"{head} {RUNTIMES[runtime][0]} | {' | '.join(_cells(row))} |")
+                kind = f" {row['int8']}" if "int8" in row else ""
+                lines.append(f"{head} {RUNTIMES[runtime][0]}{kind} | {' | '.join(_cells(row))} |")
                 head = "| | | |"
     missing: dict[str, list[str]] = {}
     for name, policy in found["policies"].items():

@@ -15,7 +15,7 @@ from policykd.agents.files import BadFile, write_atomically
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.animation import STEPS_A_SECOND, Player, encode, film
+from policykd.animation import STEPS_A_SECOND, Player, cut_to, encode, film
 from policykd.compression.pareto import draw_pareto
 from policykd.divergences import kl_divergence_B
 from policykd.envs.actions import action_names
@@ -29,7 +29,7 @@ STEPS_A_PICTURE = 2
 NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """what the content of a file brings about that is not what we write"""
 MOST_BYTES = 1_500_000
-"""of a film; one that is larger is cut in half until it fits"""
+"""of a film; one that is larger ends earlier"""
 
 
 def write_report(
@@ -62,19 +62,18 @@ def write_report(
         KeyboardInterrupt: a signal came, see `check_interrupted`; nothing is written.
     """
     student, teacher = copy.deepcopy(student).to("cpu").eval(), teacher.to("cpu")
-    report = read_run(run, results)
+    report = replace(read_run(run, results), game=game)
+    try:
+        page(report)  # before a film is played for it
+        report = replace(report, comparison=newest_comparison(run, results, teacher.sha256))
+    except NOT_OURS as error:
+        raise BadFile(f"{run}: its results are not those of a run ({error!r}); make the run again") from error
     report = replace(
         report,
-        game=game,
         actions=compared_actions(student, teacher, game, num_states, seed=seed),
         film=filmed(student, teacher, game, seconds, seed=seed),
     )
-    try:
-        report = replace(report, comparison=newest_comparison(run, results))
-        content = page(report)
-    except NOT_OURS as error:
-        raise BadFile(f"{run}: its results are not those of a run ({error!r}); make the run again") from error
-    write_atomically(run / REPORT, content.encode())
+    write_atomically(run / REPORT, page(report).encode())
     return run / REPORT
 
 
@@ -94,21 +93,28 @@ def write_comparison_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def newest_comparison(run: Path, results: Mapping[str, Any]) -> Comparison | None:
-    """Returns the last comparison of compressors beside a run, with the run in its picture.
+def newest_comparison(run: Path, results: Mapping[str, Any], teacher_sha256: str) -> Comparison | None:
+    """Returns the last comparison of compressors beside a run that began with its teacher, the run in its picture.
 
-    A damaged one is no reason for a run to fail: a warning says so, and None is returned.
+    One that is damaged or cannot be read is no reason for a run to fail: a warning says so, and it is passed over.
     """
-    there = sorted(run.resolve().parent.glob(f"*/{COMPRESSION}"), key=lambda path: path.stat().st_mtime)
-    if not there:
-        return None
+    for path in sorted(run.resolve().parent.glob(f"*/{COMPRESSION}"), key=_changed, reverse=True):
+        try:
+            found = read_comparison(path.parent)
+            if found.about.get("teacher", {}).get("sha256") == teacher_sha256:
+                comparison = with_this_run(found, results["student"], run.resolve().name)
+                compressors(comparison)
+                return comparison
+        except (OSError, *NOT_OURS) as error:
+            print(f"warning: {path}: left out of the report ({error!r})", file=sys.stderr)
+    return None
+
+
+def _changed(path: Path) -> float:
     try:
-        comparison = with_this_run(read_comparison(there[-1].parent), results["student"], run.resolve().name)
-        compressors(comparison)
-    except NOT_OURS as error:
-        print(f"warning: {there[-1]}: left out of the report ({error!r})", file=sys.stderr)
-        return None
-    return comparison
+        return path.stat().st_mtime
+    except OSError:  # what cannot be looked at comes last
+        return 0.0
 
 
 def with_this_run(comparison: Comparison, student: Mapping[str, Any], name: str) -> Comparison:
@@ -147,8 +153,7 @@ def filmed(student: Policy, teacher: Teacher, game: str, seconds: float, *, seed
         Player("student", student, colour=colours.STUDENT),
     ]
     pictures = list(film(players, game, seed=seed, num_steps=round(seconds * STEPS_A_SECOND), every=STEPS_A_PICTURE))
-    while len(moving := encode(pictures, every=STEPS_A_PICTURE)) > MOST_BYTES and len(pictures) > 1:
-        pictures = pictures[: len(pictures) // 2]
+    moving, seconds = cut_to(encode(pictures, every=STEPS_A_PICTURE), MOST_BYTES)
     poster = io.BytesIO()
-    pictures[len(pictures) // 2].save(poster, "PNG", optimize=True)
-    return Film(moving, poster.getvalue(), len(pictures) * STEPS_A_PICTURE / STEPS_A_SECOND)
+    pictures[round(seconds * STEPS_A_SECOND / STEPS_A_PICTURE) // 2].save(poster, "PNG", optimize=True)
+    return Film(moving, poster.getvalue(), seconds)

@@ -9,9 +9,14 @@ import numpy as np
 
 from policykd.report.markup import Markup, joined, tag
 from policykd.report.text import tick as tick_text
+from policykd.spread_axis import SpreadTop
 
 WIDTH, HEIGHT = 360.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 34.0
+MOST_BARS = 64
+"""of a histogram"""
+
+Marks = Literal["both", "line", "dots"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     """what is not finite leaves a gap"""
-    marks: Literal["both", "line", "dots"] = "both"
+    marks: Marks = "both"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Axis:
     start: float
     end: float
     is_log: bool = False
+    spread: SpreadTop | None = None
+    """of returns, whose top it spreads"""
 
     def __call__(self, value: float) -> float:
         """Returns where a number stands."""
@@ -67,11 +74,15 @@ class Axis:
         return self.start + (self._scaled(value) - low) / (high - low) * (self.end - self.start)
 
     def _scaled(self, value: float) -> float:
+        if self.spread:
+            return float(self.spread.forward(np.asarray(value)))
         return math.log10(value) if self.is_log else value
 
     @property
     def ticks(self) -> list[float]:
         """Returns three to seven round numbers on the axis."""
+        if self.spread:
+            return [t for t in self.spread.ticks if self.low <= t <= self.high]
         if self.is_log and self.high > 8 * self.low:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             tens = [10.0**k for k in range(first, last + 1)]
@@ -131,24 +142,46 @@ def line_chart(
 def cost_chart(
     points: Sequence[Point], random: float, description: str, *, x_label: str, x_format: Callable[[float], str]
 ) -> Markup:
-    """Returns what policies bring (with intervals) against what they cost (logarithmic), above a line for chance."""
+    """Returns what policies bring (with intervals) against what they cost, above a line for chance.
+
+    Costs are logarithmic; the axis of returns spreads its top, where policies differ.
+    """
     x = axis_over([p.x for p in points], LEFT, WIDTH - RIGHT, is_log=True, margin=0.12)
-    y = axis_over([random, *(v for p in points for v in (p.low, p.high))], HEIGHT - BOTTOM, TOP)
+    ends = [random, *(v for p in points for v in (p.low, p.y, p.high))]
+    spread = SpreadTop.over(ends)
+    y = Axis(*spread.ends(min(ends)), HEIGHT - BOTTOM, TOP, spread=spread)
     drawn = [_frame(x, y, x_label, x_format, tick_text), _level(y(random), "random play")]
     for p in points:
         told = tag("title", f"{p.label}: {x_format(p.x)}, {p.y:.2f} [{p.low:.2f}, {p.high:.2f}]")
         bar = tag("line", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), class_=f"interval {p.label}")
         mark = tag("circle", cx=x(p.x), cy=y(p.y), r=5.0, class_=f"dot {p.label}")
         anchor, shift = ("end", -9.0) if x(p.x) > WIDTH * 0.6 else ("start", 9.0)
-        name = tag("text", p.label, x=x(p.x) + shift, y=y(p.y) + 16.0, text_anchor=anchor, class_="name")
+        below = 16.0 if y(p.y) < HEIGHT - BOTTOM - 20.0 else -8.0  # where the ticks are
+        name = tag("text", p.label, x=x(p.x) + shift, y=y(p.y) + below, text_anchor=anchor, class_="name")
         drawn.append(tag("g", told, bar, mark, name))
     return _svg(drawn, description)
 
 
+def bin_edges(returns: Sequence[float]) -> np.ndarray:
+    """Returns the edges of a histogram's bars, each of as many returns that a game can have as the others.
+
+    Returns of a game are whole multiples of a step (1 in Pong, 20 in Seaquest): a bar holds one of them, or some where
+    there are more than `MOST_BARS`.
+    """
+    low, high = min(returns), max(returns)
+    steps = {round(r - low) for r in returns}
+    if any(abs(r - low - round(r - low)) > 1e-6 for r in returns):
+        return np.linspace(low, max(high, low + 1e-9), 43)
+    step = math.gcd(*steps) or 1
+    num = round(high - low) // step + 1
+    width = step * math.ceil(num / MOST_BARS)
+    return low - step / 2 + width * np.arange(math.ceil(num * step / width) + 1)
+
+
 def games_chart(rows: Sequence[Games], description: str) -> Markup:
     """Returns how often each return occurred, a row a policy, with mean and interval below."""
-    x = axis_over([r for row in rows for r in row.returns], 70.0, WIDTH - RIGHT, margin=0.03)
-    edges = np.linspace(x.low, x.high, 43)
+    edges = bin_edges([r for row in rows for r in row.returns])
+    x = axis_over([float(edges[0]), float(edges[-1])], 70.0, WIDTH - RIGHT, margin=0.01)
     drawn, step = [], (HEIGHT - BOTTOM - TOP) / len(rows)
     for number, row in enumerate(rows):
         base = TOP + (number + 1) * step - 14.0
@@ -169,18 +202,18 @@ def games_chart(rows: Sequence[Games], description: str) -> Markup:
     return _svg(drawn, description)
 
 
-def shares_chart(names: Sequence[str], teacher: Sequence[float], student: Sequence[float], description: str) -> Markup:
-    """Returns the share of every action for teacher and student, two bars an action."""
-    step, left, right = 34.0, 16.0 + 8.2 * max(map(len, names)), 48.0
-    x = Axis(0.0, max(*teacher, *student, 1e-9), left, WIDTH - right)
+def shares_chart(shares: Sequence[tuple[str, float, float]], most: float, description: str) -> Markup:
+    """Returns actions with their shares for teacher and student, two bars an action; `most` is as long as there is."""
+    step, left, right = 34.0, 16.0 + 8.2 * max(len(name) for name, *_ in shares), 48.0
+    x = Axis(0.0, max(most, 1e-9), left, WIDTH - right)
     drawn = []
-    for number, (name, *shares) in enumerate(zip(names, teacher, student, strict=True)):
+    for number, (name, *both) in enumerate(shares):
         top = number * step + 6.0
         drawn.append(tag("text", name, x=left - 8.0, y=top + 16.0, text_anchor="end", class_="name"))
-        for look, share, y in zip(("teacher", "student"), shares, (top, top + 13.0), strict=True):
+        for look, share, y in zip(("teacher", "student"), both, (top, top + 13.0), strict=True):
             drawn.append(tag("rect", x=left, y=y, width=max(x(share) - left, 1.0), height=11.0, class_=f"bar {look}"))
             drawn.append(tag("text", f"{share:.1%}", x=x(share) + 5.0, y=y + 9.5, class_="tick"))
-    return _svg(drawn, description, height=len(names) * step + 6.0)
+    return _svg(drawn, description, height=len(shares) * step + 6.0)
 
 
 def _svg(drawn: Sequence[Markup], description: str, height: float = HEIGHT) -> Markup:

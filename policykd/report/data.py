@@ -71,6 +71,8 @@ class Report:
     """as the lines of metrics.jsonl"""
     evaluations: Sequence[tuple[int, float]] = ()
     """gradient updates, and the mean return of the games played then"""
+    scalars: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """of a run inside reinforcement learning, which has no rounds: TensorBoard's curves, (agent steps, number)"""
     actions: Actions | None = None
     film: Film | None = None
     comparison: Comparison | None = None
@@ -101,6 +103,7 @@ def read_run(run: Path, results: Mapping[str, Any] | None = None) -> Report:
         student=_object(run / "student.json") if (run / "student.json").is_file() else {},
         rounds=_rounds(run / "metrics.jsonl"),
         evaluations=_evaluations(run / "evaluations.npz"),
+        scalars={} if (run / "metrics.jsonl").is_file() else _scalars(run),
     )
 
 
@@ -134,6 +137,15 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: damaged ({error}); remove it, the report leaves its curves out") from error
     return [row for row in rows if isinstance(row, dict)]
+
+
+def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    if not any(run.glob("events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
+
+    events = EventAccumulator(str(run)).Reload()
+    return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
 def _evaluations(path: Path) -> list[tuple[int, float]]:

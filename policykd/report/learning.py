@@ -1,12 +1,18 @@
 """The sections of a report with what was learned: curves, actions, a film; one that has nothing to show is None."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from policykd.report.charts import Line, line_chart, shares_chart
+from policykd.report.charts import Line, Marks, line_chart, shares_chart
 from policykd.report.data import Report
 from policykd.report.markup import Markup, data_url, figure, joined, legend, scrolled, tag
 from policykd.report.text import NONE, short, tick
+
+Drawn = Sequence[tuple[str, str, list[Line], dict[str, Any]]]
+"""charts: name, unit, lines, and how `line_chart` draws them"""
+MOST_BESIDE = 9
+"""actions whose two pictures stand side by side; those of more take the whole width each"""
 
 
 def learning(report: Report) -> Markup | None:
@@ -18,7 +24,6 @@ def learning(report: Report) -> Markup | None:
     def curve(label: str, look: str, key: str) -> Line:
         return Line(label, look, x, [_real(row.get(key)) for row in report.rounds])
 
-    how: dict[str, Any] = {"x_label": "gradient updates", "x_format": short}
     kl = [curve("new states, before they are fitted", "student", "new_kl"), curve("fitted states", "second", "kl")]
     agreement = [
         curve(line.label, line.look, key)
@@ -26,17 +31,55 @@ def learning(report: Report) -> Markup | None:
     ]
     rate = [curve("Adam's learning rate", "student", "learning_rate")]
     played, bounds = _score_lines(report, x)
-    drawn: tuple[tuple[str, str, list[Line], dict[str, Any]], ...] = (
+    drawn: Drawn = (
         ("KL divergence from the teacher", "nats", kl, {"is_log": True, "y_format": tick}),
         ("Same best action as the teacher", "share of states", agreement, {"y_format": "{:.0%}".format}),
         ("Score of games on the way", "mean return", played, {"y_format": tick, "bounds": bounds}),
         ("Learning rate", "at the end of a round", rate, {"y_format": tick}),
     )
+    return _figures(drawn, "gradient updates")
+
+
+def taught(report: Report) -> Markup | None:
+    """Returns the curves of a run inside reinforcement learning over its agent steps."""
+    keys = ("offline/teacher_kl", "train/teacher_kl", "rollout/ep_rew_mean", "eval/mean_reward")
+    steps = [step for key in keys for step, _ in report.scalars.get(key, ())]
+    if not steps:
+        return None
+
+    def curve(label: str, look: str, key: str, marks: Marks = "line") -> Line:
+        known = report.scalars.get(key, ())
+        return Line(label, look, [float(step) for step, _ in known], [number for _, number in known], marks)
+
+    teacher, random = (report.results[who]["protocols"]["noop_sampled"]["mean"] for who in ("teacher", "random"))
+    played = [
+        Line("teacher, at the end", "teacher", [float(min(steps)), float(max(steps))], [teacher] * 2, "line"),
+        curve("student alone, 16 games", "student", "eval/mean_reward", "dots"),
+        curve("while learning, last 100 games", "second", "rollout/ep_rew_mean"),
+    ]
+    kl = [
+        curve("minibatches as they are learned from", "student", "train/teacher_kl"),
+        curve("before, on the teacher's games: updates, counted up to 0", "second", "offline/teacher_kl", "both"),
+    ]
+    weight = [curve("of the distillation in the loss", "student", "train/distillation_weight")]
+    rate = [curve("Adam's learning rate", "student", "train/learning_rate")]
+    drawn: Drawn = (
+        ("KL divergence from the teacher", "nats", kl, {"is_log": True, "y_format": tick}),
+        ("Score of games on the way", "mean return", played, {"y_format": tick, "bounds": [teacher, random]}),
+        ("Weight", "beside the reward", weight, {"y_format": tick, "bounds": [0.0]}),
+        ("Learning rate", "of the last update", rate, {"y_format": tick}),
+    )
+    shown = ((name, unit, [line for line in lines if line.y], form) for name, unit, lines, form in drawn)
+    return _figures([row for row in shown if any(line.look != "teacher" for line in row[2])], "agent steps")
+
+
+def _figures(drawn: Drawn, over: str) -> Markup:
+    """Returns charts with their names, units and lines, all over the same."""
     figures = []
     for name, unit, lines, form in drawn:
         known = [(line.label, [y for y in line.y if math.isfinite(y)]) for line in lines]
         last = ", ".join(f"{label}: {tick(float(f'{y[-1]:.3g}'))}" for label, y in known if y)
-        chart = line_chart(lines, f"{name}, {unit}, over gradient updates. Last: {last}", **how, **form)
+        chart = line_chart(lines, f"{name}, {unit}, over {over}. Last: {last}", x_label=over, x_format=short, **form)
         figures.append(figure(name, unit, legend((line.label, line.look) for line in lines), chart))
     return tag("div", *figures, class_="pictures")
 
@@ -79,7 +122,11 @@ def actions(report: Report) -> Markup | None:
         head = tag("th", name, tag("small", f"{of_row / total:.1%}"), scope="row")
         body.append(tag("tr", head, *cells, tag("td", same_share)))
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
-    chart = shares_chart(seen.names, seen.teacher_A, seen.student_A, "Mean chance of each action, teacher and student")
+    is_broad = len(seen.names) > MOST_BESIDE
+    shares, half = list(zip(seen.names, seen.teacher_A, seen.student_A, strict=True)), -(-len(seen.names) // 2)
+    most = max(*seen.teacher_A, *seen.student_A)
+    told = "Mean chance of each action, teacher and student"
+    charts = [shares_chart(part, most, told) for part in ((shares[:half], shares[half:]) if is_broad else (shares,))]
     keys = legend((who, who) for who in ("teacher", "student"))
     note = (
         f"States that the student visits in games of their own, half of them under each protocol. {agreement}, the"
@@ -90,13 +137,17 @@ def actions(report: Report) -> Markup | None:
     confusion = scrolled(
         table,
         "Best action of the teacher against that of the student",
-        class_=f"scroll shade{' many' if len(seen.names) > 8 else ''}",
+        class_=f"scroll shade{' upright' if len(seen.names) > 4 else ''}",
     )
     figures = (
-        figure("How often each action is taken", "Mean chance over the states.", keys, chart),
+        figure(
+            "How often each action is taken", "Mean chance over the states.", keys, tag("div", *charts, class_="halves")
+        ),
         figure("Which best action meets which", rows, confusion),
     )
-    return joined(tag("p", note, class_="note"), tag("div", *figures, class_="pictures"))
+    return joined(
+        tag("p", note, class_="note"), tag("div", *figures, class_=f"pictures{' stacked' if is_broad else ''}")
+    )
 
 
 def film(report: Report) -> Markup | None:

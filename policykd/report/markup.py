@@ -2,11 +2,12 @@
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
-_WITH_INTERVAL = re.compile(r"(\S+) (\[.*\])")
+_WITH_MORE = re.compile(r"(.*\d\S*(?: \S+)?) (\[.*\]|\(.*\))")
+"""a number, and what is said about it in brackets"""
 
 
 class Markup(str):
@@ -64,14 +65,22 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def blocks(text: str) -> Iterator[Markup]:
-    """Yields the Markdown that our own tables are written in: headings (as h3), tables, lists and paragraphs."""
-    last = "Table"
+def blocks(text: str, *, name: str = "Table", begins: Collection[str] = ()) -> Iterator[Markup]:
+    """Yields the Markdown that our own tables are written in: headings (as h3), tables, lists and paragraphs.
+
+    Args:
+        text: Markdown.
+        name: of a table before any heading.
+        begins: heads of columns at which a table of its own begins, with the first column again and under that name.
+    """
+    last = name
     for kind, group in groupby((line for line in text.splitlines() if line.strip()), _kind):
         lines = list(group)
         if kind == "table":
-            is_wide = lines[0].count("|") > 10
-            yield scrolled(_table(lines), last, class_="scroll wide" if is_wide else "scroll")
+            rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+            for title, part in _parts([rows[0], *rows[2:]], last, begins):
+                yield from [tag("h3", title[:1].upper() + title[1:])] if title != last else []
+                yield scrolled(_table(part), title, class_="scroll wide" if len(part[0]) > 8 else "scroll")
         elif kind == "list":
             yield tag("ul", *(tag("li", line[2:]) for line in lines))
         else:
@@ -83,15 +92,26 @@ def _kind(line: str) -> str:
     return {"|": "table", "#": "heading", "-": "list"}.get(line[0], "paragraph")
 
 
-def _table(lines: list[str]) -> Markup:
-    heads, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
-    head = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in heads)))
-    body = (tag("tr", tag("th", cells[0], scope="row"), *map(_cell, cells[1:])) for cells in rows)
-    return tag("table", head, tag("tbody", *body))
+def _parts(rows: list[list[str]], name: str, begins: Collection[str]) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yields a table, its heads first, in parts that a page has room for: the name of each, and its rows."""
+    starts = [i for i, head in enumerate(rows[0]) if head in begins]
+    yield name, [row[: starts[0]] if starts else row for row in rows]
+    for start, end in pairwise([*starts, len(rows[0])]):
+        yield rows[0][start], [[row[0], *row[start:end]] for row in rows]
 
 
-def _cell(text: str) -> Markup:
+def _table(rows: list[list[str]]) -> Markup:
+    looks = ["words" if any(cell[:1].isalpha() for cell in column[1:]) else "" for column in zip(*rows, strict=True)]
+    heads = (tag("th", cell, scope="col", class_=look or False) for cell, look in zip(rows[0], looks, strict=True))
+    body = (
+        tag("tr", tag("th", cells[0], scope="row", class_="words"), *map(_cell, cells[1:], looks[1:]))
+        for cells in rows[1:]
+    )
+    return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
+
+
+def _cell(text: str, look: str) -> Markup:
     text = text.replace("-", "\N{MINUS SIGN}") if re.match(r"-\d", text) else text
-    if match := _WITH_INTERVAL.fullmatch(text):
-        return tag("td", match[1], tag("small", match[2].replace("-", "\N{MINUS SIGN}")))
-    return tag("td", text)
+    if match := _WITH_MORE.fullmatch(text):
+        return tag("td", match[1], tag("small", match[2].replace("-", "\N{MINUS SIGN}")), class_=look or False)
+    return tag("td", text, class_=look or False)

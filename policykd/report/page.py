@@ -29,7 +29,7 @@ def page(report: Report) -> str:
         "Every game": sections.games(report),
         "Cost and return": sections.costs(report),
         "Other compressors": sections.compressors(report.comparison),
-        "Learning": learning.learning(report),
+        "Learning": learning.learning(report) or learning.taught(report),
         "Actions": learning.actions(report),
         "How it was made": origin(report),
     }
@@ -171,7 +171,7 @@ def _pairs(pairs: Mapping[str, Any]) -> Markup:
 
 def _written(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_written(v)}" for key, v in value.items())
+        return ", ".join(f"{key} {_written(v)}" for key, v in value.items() if v not in ("", None))
     if isinstance(value, list | tuple):
-        return "-".join(map(str, value))
+        return ("-" if all(isinstance(v, int) for v in value) else ", ").join(map(_written, value))
     return str(value)

@@ -30,6 +30,10 @@ COSTS: dict[str, tuple[str, Callable[[float], str], Callable[[float], str]]] = {
 """what a policy costs: name, and how it is written in a table and on an axis"""
 
 
+TIMED_IN_TURNS = ": medians, and the least times, which a busy machine does not disturb; teacher and student in turns"
+"""said of results that have least times: older ones were not taken so"""
+
+
 def result(report: Report) -> Markup:
     """Returns the headline table: what it costs, then what it plays, a column a policy."""
     rows = report.results
@@ -42,9 +46,10 @@ def result(report: Report) -> Markup:
     note = (
         "Brackets are 95% bootstrap intervals over whole games. A return is the sum of a game's unclipped rewards."
         " Few distinct returns mean that the same game was played again and again. Latency is torch, eager, one thread,"
-        " one observation. The words above: \u201cwithin\u201d where the interval of the difference lies inside"
-        f" {CLOSE:.0%} of the teacher's advantage over random play, and nothing is claimed from fewer than"
-        f" {FEWEST_GAMES} games a side."
+        " one observation"
+        f"{TIMED_IN_TURNS if rows['student'].get('latency_least_microseconds') else ''}. The words above:"
+        f" \u201cwithin\u201d where the interval of the difference lies inside {CLOSE:.0%} of the teacher's advantage"
+        f" over random play, and nothing is claimed from fewer than {FEWEST_GAMES} games a side."
     )
     table = scrolled(
         tag("table", tag("thead", columns), *groups), "What student, teacher and random play cost and bring"
@@ -65,8 +70,13 @@ def _cost_row(rows: Mapping[str, Any], key: str) -> Markup:
     teacher, student = (rows[who].get(key) for who in WHO[:2])
     share = f"{student / teacher:.1%}" if teacher and student else NONE
     texts = [written(v) if v else NONE for v in (teacher, student)]
-    cells = [tag("td", text) for text in (*texts, share, NONE)]
-    return tag("tr", tag("th", name, scope="row"), *cells)
+    below = ["", "", ""]
+    if key == "latency_microseconds":
+        least = [rows[who].get("latency_least_microseconds") for who in WHO[:2]]
+        if all(least):  # results that are older have none
+            below = [*(f"least {written(v)}" for v in least), f"of the least {least[1] / least[0]:.1%}"]
+    cells = [tag("td", t, tag("small", b) if b else "") for t, b in zip((*texts, share), below, strict=True)]
+    return tag("tr", tag("th", name, scope="row"), *cells, tag("td", NONE))
 
 
 def _play_rows(rows: Mapping[str, Any], protocol: str) -> Iterator[Markup]:
@@ -155,7 +165,8 @@ def compressors(comparison: Comparison | None) -> Markup | None:
     """Returns what scripts/compare_compression.py says, and its Pareto picture."""
     if not comparison:
         return None
-    parts = list(blocks(compression_table.report(comparison.rows)))
+    text, begins = compression_table.report(comparison.rows), compression_table.SPELLED.values()
+    parts = list(blocks(text, name="What every row costs", begins=begins))
     if comparison.pareto:
         what = "Return kept against parameters, multiply-accumulates, bytes and latency, for every compressor"
         what += "; drawn large: this run" if comparison.has_this_run else ""

@@ -57,6 +57,8 @@ def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> 
     np.testing.assert_array_equal(policy(obs), found)  # nothing is kept from call to call
     np.testing.assert_allclose(policy(np.asfortranarray(obs)[::-1]), expected[::-1], atol=1e-4, rtol=1e-5)
     assert policy.act(obs[7]) == found[7].argmax()
+    none = policy(obs[:0])
+    assert (none.shape, none.dtype.name, policy.act(obs[:0]).shape) == ((0, 6), "float32", (0,))
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ELU, nn.LeakyReLU, nn.ReLU])
@@ -156,6 +158,9 @@ def test_a_file_with_code_or_a_bomb_in_it_is_refused(tmp_path: Path) -> None:
         ({"format": 2}, "its format is 2, this numpy_policy.py reads 1"),
         ({"num_actions": 5}, r"scores of \(1, 6\), expected \(1, 5\)"),
         ({"obs_shape": [4, 80, 80]}, "not an intact policy of policykd"),
+        ({"obs_shape": [4, 20000, 20000]}, "observations of a shape that no policy has"),
+        ({"obs_shape": [4, -84, -84]}, "observations of a shape that no policy has"),
+        ({"obs_shape": [4, 500, 500], "stride": 1}, "a layer of a size that no policy has"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
@@ -164,6 +169,7 @@ def test_a_description_that_does_not_fit_is_refused(change: dict[str, object], r
     with np.load(path) as arrays:
         held = dict(arrays)
     about = json.loads(held.pop("about").tobytes()) | change
+    about["layers"][0]["stride"] = about.get("stride", 4)
     np.savez(path, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **held)
     with pytest.raises(ValueError, match=reason):
         load(path)

@@ -109,10 +109,41 @@ def test_an_animation_plays_at_the_games_speed_and_is_small(
         film.load()
         seconds.append(film.info["duration"] / 1000)
     assert film.info.get("loop") == 0
-    assert sum(seconds) == pytest.approx(60 / 15, rel=0.03)
+    assert sum(seconds) == pytest.approx(60 / 15, abs=0.006)  # a GIF counts hundredths, and must not drift
     assert film.n_frames > 20
     shown = np.asarray(film.convert("RGB"), int)  # the last
     assert np.abs(shown - np.asarray(pictures[-1], int)).mean() < (0.01 if format == "WEBP" else 2.0)
+
+
+@pytest.mark.parametrize(("tick", "every"), [(10, 1), (10, 2), (1, 1)])
+def test_a_long_film_does_not_drift(tick: int, every: int) -> None:
+    durations = animation._milliseconds(900, every, tick=tick)
+    assert {d % tick for d in durations} == {0}
+    assert sum(durations) == 900 * every * 1000 / 15
+    assert max(durations) - min(durations) == tick
+
+
+def test_a_film_is_cut_without_a_change(pictures: list[Image.Image]) -> None:
+    whole = encode(pictures, every=2)
+    assert animation.cut_to(whole, len(whole))[0] == whole
+    assert animation.cut_to(whole, len(whole))[1] == pytest.approx(4.0)
+    cut, seconds = animation.cut_to(whole, len(whole) // 2)
+    assert 0.4 * len(whole) < len(cut) <= len(whole) // 2
+    with Image.open(io.BytesIO(cut)) as film:
+        num: int = film.n_frames  # type: ignore[attr-defined]
+        assert 5 < num < 30
+        for i in range(num):
+            film.seek(i)
+            assert film.convert("RGB").tobytes() == pictures[i].tobytes()
+    assert seconds == pytest.approx(num * 2 / 15, abs=0.001)
+    with Image.open(io.BytesIO(animation.cut_to(whole, 1)[0])) as film:
+        assert film.n_frames == 1  # type: ignore[attr-defined]
+
+
+def test_a_film_says_how_much_memory_it_takes(teacher: Teacher, pictures: list[Image.Image]) -> None:
+    players = [Player("a", teacher), Player("b", teacher)]
+    taken = animation.film_bytes(players, "Pong", num_steps=60, every=2)
+    assert taken == sum(len(picture.tobytes()) for picture in pictures)
 
 
 def test_no_picture_is_no_film() -> None:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from policykd.agents.ensemble import load_teachers
 from policykd.agents.files import BadFile
 from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
@@ -56,6 +58,27 @@ def test_a_revision_is_not_forgotten(run: Path, tmp_path: Path, monkeypatch: pyt
         teacher_of(copied(run, tmp_path, teacher=said))
 
 
+def test_several_teachers_are_mixed_as_the_run_mixed_them(run: Path, tmp_path: Path) -> None:
+    mixed = load_teachers("bundled:ppo+bundled:dqn", "0.9,0.1", game="Pong")
+    folder = copied(run, tmp_path, teacher=about(mixed))
+    config = {"settings": {"teacher_weights": "0.9,0.1", "seed": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = teacher_of(folder)
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.policy(obs), mixed(obs))
+    (folder / "config.json").unlink()  # equal weights are another teacher
+    with pytest.raises(BadFile, match="not the archive"):
+        teacher_of(folder)
+
+
+def test_a_teacher_that_has_moved_is_the_same_archive(run: Path, tmp_path: Path) -> None:
+    folder, moved = copied(run, tmp_path), tmp_path / "moved.zip"
+    moved.write_bytes((PRETRAINED / "ppo-Pong.zip").read_bytes())
+    assert teacher_of(folder, ref=str(moved)).name == str(moved)
+    with pytest.raises(BadFile, match=r"bundled:dqn: not the archive .*; say where it is: --teacher REF"):
+        teacher_of(folder, ref="bundled:dqn", instead="say where it is: --teacher REF")
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -78,9 +101,11 @@ def test_the_game_is_what_is_given_or_what_the_first_says(run: Path) -> None:
         game_of(["hub:dqn"])
 
 
-def test_a_policy_of_another_game_is_refused(run: Path) -> None:
-    with pytest.raises(BadFile, match="it was made for another game"):
-        load_contender(str(run), "Breakout")
+@pytest.mark.parametrize("game", ["Breakout", "Qbert"])
+def test_a_policy_of_another_game_is_refused(game: str, run: Path) -> None:
+    """Even where that has as many actions."""
+    with pytest.raises(BadFile, match="it was made for another game, Pong"):
+        load_contender(str(run), game)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])

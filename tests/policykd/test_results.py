@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from policykd.results import FinishedGames, comparison, entry, judge, judgement,
 
 def test_the_table_and_the_comparison() -> None:
     student = make_student("4%", 6)
-    costs = measure_costs(student, (4, 84, 84), num_calls=20)
+    obs = torch.zeros((2, 4, 84, 84), dtype=torch.uint8)
+    costs = measure_costs({"student": student}, obs, rounds=1, calls_per_round=20)["student"]
     assert costs.num_parameters == num_parameters(student)
     assert costs.num_bytes == 4 * costs.num_parameters
-    assert costs.latency_microseconds > 1
+    assert costs.latency_least_microseconds is not None
+    assert 1 < costs.latency_least_microseconds <= costs.latency_microseconds
 
     games = {"teacher": [20.0, 18.0, 19.0], "student": [10.0, 8.0, 9.0], "random": [-21.0, -20.0, -21.0]}
-    results: dict[str, object] = {
+    results: dict[str, dict[str, Any]] = {
         who: entry(
             None if who == "random" else costs,
             {p: judgement(Evaluation(returns, [9] * 3, 0)) for p in ("noop_sampled", "sticky_greedy")},
@@ -41,7 +45,29 @@ def test_the_table_and_the_comparison() -> None:
     text = table({**results, "comparison": compared})
     assert "| student | 61,174 | 2.13 M | 245 kB |" in text
     assert "| random | - | - |" in text
+    assert f" us (least {costs.latency_least_microseconds:.0f}) |" in text
     assert "student minus teacher -10.00" in text
+    del results["student"]["latency_least_microseconds"]  # as results were before
+    assert f"| {costs.latency_microseconds:.0f} us | 9.00" in table({**results, "comparison": compared})
+
+
+def test_teacher_and_student_are_timed_in_turns_on_the_observations_that_are_given() -> None:
+    """One after the other, a machine that grew busy in between would be in their ratio."""
+    obs, seen = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 4, 84, 84), list[tuple[str, int]]()
+    nets = {name: make_student("0.1%", 6).train() for name in ("teacher", "student")}
+
+    def note(name: str) -> Callable[[Any, tuple[torch.Tensor]], None]:
+        return lambda _, given: seen.append((name, int(given[0][0, 0, 0, 0])))
+
+    for name, net in nets.items():
+        net.register_forward_pre_hook(note(name))
+    found = measure_costs(nets, obs, rounds=2, calls_per_round=5)
+    assert [(name, len(list(turn))) for name, turn in groupby(seen, lambda call: call[0])][:4] == [
+        ("teacher", 15), ("student", 15), ("teacher", 15), ("student", 15),
+    ]  # fmt: skip
+    assert [number for name, number in seen if name == "student"][:30] == [0, 1, 2] * 10
+    assert list(found) == ["teacher", "student"]
+    assert not nets["student"].training
 
 
 def test_a_cards_statistics_are_those_of_its_returns() -> None:

@@ -18,13 +18,24 @@ from policykd.compression.comparison import (
     INT8,
     SPARSE,
     Setting,
+    calibration_states,
     macs_without_zeros,
     make_row,
     results_of,
     stored,
 )
 from policykd.compression.compressors import Distilled, Fit, Unchanged, layers_with_weights
-from policykd.compression.rows import TEACHER, Row, Store, check_order, chosen, standard_rows
+from policykd.compression.rows import (
+    TEACHER,
+    Row,
+    Store,
+    check_order,
+    chosen,
+    lineage,
+    origin,
+    standard_rows,
+    updates_in_all,
+)
 from policykd.compression.sparse import load_sparse
 from policykd.states import DatasetStates
 
@@ -54,11 +65,39 @@ def test_a_row_is_fitted_stored_measured_and_played_once(setting: Setting, capsy
     assert "begins" not in (said := capsys.readouterr().out)
     assert "playing" not in said
     assert results_of(SMALL, replace(setting, episodes=2)) is None  # more games are asked for
+    assert results_of(SMALL, replace(setting, episodes=0))  # fewer: those that are there are kept
+    assert results_of(PLAIN, replace(setting, episodes=500))  # its card has no more
+    _without_card(setting.folder / TEACHER)
+    assert results_of(PLAIN, replace(setting, episodes=201)) is None
+    assert results_of(PLAIN, replace(setting, episodes=200))
     with pytest.raises(ValueError, match="made by Distilled"):
         results_of(replace(SMALL, make=Distilled("1%")), setting)
     (setting.folder / "small" / DONE).write_text("{}")
     with pytest.raises(BadFile, match="damaged"):
         results_of(SMALL, setting)
+
+
+def _without_card(folder: Path) -> None:
+    """Leaves a teacher's results as they were written, before `from_card` was, where its games were played."""
+    content = json.loads((folder / DONE).read_text())
+    assert content.pop("from_card") == ["noop_sampled", "sticky_greedy"]
+    (folder / DONE).write_text(json.dumps(content))
+    (folder / "games.json").write_text("{}")
+
+
+def test_a_damaged_card_of_a_fitted_row_is_named(setting: Setting) -> None:
+    (setting.folder / "small").mkdir()
+    (setting.folder / "small" / "student.json").write_text('{"made_by": ')
+    with pytest.raises(BadFile, match=r"small/student\.json: damaged .*; remove .*small, the row is made anew"):
+        make_row(SMALL, setting)
+
+
+def test_ranges_are_taken_from_no_state_held_out(fit: Fit) -> None:
+    first = len(fit.replay) - fit.replay.num_held_out
+    held_out = {fit.replay.gather(torch.tensor([row])).numpy().tobytes() for row in range(first, len(fit.replay))}
+    taken = {state.numpy().tobytes() for state in calibration_states(fit.replay, 300)}
+    assert len(taken) > 100
+    assert not taken & held_out
 
 
 def test_each_way_to_store_gives_the_bytes_of_a_real_file(
@@ -69,8 +108,9 @@ def test_each_way_to_store_gives_the_bytes_of_a_real_file(
     for layer in layers_with_weights(begin):
         layer.weight.data[::2] = 0.0
     save_student(begin, tmp_path, {})
-    ways: tuple[Store, ...] = ("sparse", "int8", "sparse-int8")
-    policies, costs = zip(*(stored(way, begin, tmp_path, fit.replay) for way in ways), strict=True)
+    ways: tuple[Store, ...] = ("int8-weights", "sparse", "int8", "sparse-int8")
+    made = [stored(way, begin, tmp_path, fit.replay) for way in ways]
+    (weights_alone, of_weights), (policies, costs) = made[0], zip(*made[1:], strict=True)
     sparse = load_sparse(tmp_path / SPARSE)
     assert all(torch.equal(t, begin.state_dict()[name]) for name, t in sparse.state_dict().items())
     num_bytes = [c["num_bytes"] for c in costs]
@@ -80,6 +120,10 @@ def test_each_way_to_store_gives_the_bytes_of_a_real_file(
     assert costs[0]["num_macs"] == pytest.approx(costs[0]["num_macs_dense"] / 2, rel=0.01)
     assert OnnxPolicy(tmp_path / INT8).sha256 == costs[1]["sha256"]
     torch.testing.assert_close(policies[0](obs), begin(obs), atol=1e-4, rtol=1e-4)
+    assert of_weights["num_bytes"] < num_bytes[0]
+    torch.testing.assert_close(weights_alone(obs), begin(obs), atol=0.05, rtol=0.05)
+    assert fit.agreement(weights_alone, begin) >= fit.agreement(policies[1], begin) > 0.5
+    assert fit.agreement(begin, begin) == 1.0
     assert float((policies[1](obs).argmax(1) == begin(obs).argmax(1)).float().mean()) > 0.7
 
 
@@ -90,7 +134,7 @@ def test_multiply_accumulates_without_zeros_are_all_where_there_are_none(size: S
 
 
 def test_the_rows_of_the_comparison() -> None:
-    rows = standard_rows(6)
+    rows = standard_rows(6, 1.0)
     check_order([*rows.values()])
     assert [row.name for row in chosen(rows, ["7pct-structured-int8"])] == [
         TEACHER,
@@ -99,9 +143,26 @@ def test_the_rows_of_the_comparison() -> None:
         "7pct-structured-int8",
     ]
     assert chosen(rows, []) == [*rows.values()]
+    assert len(rows) == 39  # as benchmarks/compression.sh says
+    assert (rows["teacher-int8-weights"].store, rows["7pct-int8-weights"].begins_with) == ("int8-weights", "7pct")
     with pytest.raises(ValueError, match="--rows nothing: choose from teacher"):
         chosen(rows, ["nothing"])
     with pytest.raises(ValueError, match="begins with 7pct"):
         check_order([rows[TEACHER], rows["7pct-int8"]])
     with pytest.raises(ValueError, match="two rows are called small"):
         check_order([PLAIN, SMALL, SMALL])
+
+
+def test_what_a_row_was_born_from_and_the_steps_behind_it() -> None:
+    rows = standard_rows(6, 1.0)
+    for name, born, begins, updates in (
+        (TEACHER, "teacher", (), 0),
+        ("7pct", "distillation", (), 30),
+        ("sharp-1pct", "distillation", (), 30),
+        ("hard-7pct", "hard labels", (), 30),
+        ("magnitude-7pct", "teacher", (TEACHER,), 30),
+        ("teacher-int8", "teacher", (TEACHER,), 0),
+        ("7pct-structured-int8", "distillation", ("7pct-structured", "7pct"), 60),
+    ):
+        row = rows[name]
+        assert (origin(row, rows), lineage(row, rows), updates_in_all(row, rows, 30)) == (born, begins, updates)

@@ -57,12 +57,23 @@ def test_the_budget_is_the_same_for_all_and_no_held_out_state_is_fitted_to(fit: 
 def test_soft_targets_and_hard_labels_are_two_students_of_one_budget(fit: Fit) -> None:
     soft, hard, new = Distilled("0.1%")(make_student("1%", 6), fit), hard_labels("0.1%"), make_student("0.1%", 6)
     told = hard(make_student("1%", 6), fit)
-    assert hard.loss == ActionNLL()
+    assert hard == replace(Distilled("0.1%"), loss=ActionNLL())  # at the same learning rate
     assert soft.shape == told.shape == new.shape
     assert not soft.training
     found = [packed_weights(student) for student in (soft, told, new)]
     assert len(set(found)) == 3
     assert packed_weights(Distilled("0.1%")(make_student("1%", 6), fit)) == found[0]
+
+
+def test_kl_is_the_students_from_the_teachers_side(fit: Fit) -> None:
+    student = make_student("1%", 6)
+    kl, _ = fit.measure(student)
+    rows_N = torch.arange(len(fit.replay) - fit.replay.num_held_out, len(fit.replay))
+    rows_N = rows_N[~torch.isin(rows_N, fit.replay.history)]
+    with torch.inference_mode():
+        p_NA, q_NA = (policy(fit.replay.gather(rows_N)).softmax(dim=1) for policy in (fit.teacher, student))
+    assert kl == pytest.approx(float((p_NA * (p_NA / q_NA).log()).sum(dim=1).mean()), rel=1e-4)
+    assert kl != pytest.approx(float((q_NA * (q_NA / p_NA).log()).sum(dim=1).mean()), rel=1e-2)
 
 
 def test_a_teacher_without_a_network_of_ours_is_refused(fit: Fit) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from policykd.compression.pruning import (
     without_channels,
 )
 from policykd.compression.sparse import pack_sparse
+from policykd.losses import ForwardKL
 
 
 def test_the_sparsity_rises_as_a_cube_and_then_stays() -> None:
@@ -59,14 +62,28 @@ def test_structured_pruning_changes_nothing_where_nothing_goes(obs: Tensor) -> N
     torch.testing.assert_close(same(obs), begin(obs), atol=1e-4, rtol=0.0)
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A loss that keeps what it is given."""
+
+    batches: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
+        self.batches.append(teacher_BA.clone())
+        return ForwardKL()(student_BA, teacher_BA)
+
+
 def test_structured_pruning_gives_a_small_dense_network(fit: Fit) -> None:
     begin = make_student("4%", 6)
-    pruned = Structured(20_000)(begin, fit)
+    loss = _Recorded()
+    pruned = Structured(20_000, loss=loss)(begin, fit)
     assert 15_000 < num_parameters(pruned) <= 20_000
     assert all(16 > width > 1 for width in pruned.shape.widths)
     assert pruned.shape.hidden[0] < 64
     assert all(int((x.weight == 0).sum()) == 0 for x in layers_with_weights(pruned))
     assert begin.shape.widths == (16, 16, 16)
+    assert len(loss.batches) == fit.updates
+    assert len({batch.numpy().tobytes() for batch in loss.batches}) == fit.updates  # each network goes on in the budget
 
 
 def test_a_unit_that_does_nothing_goes_first_with_all_that_reads_it(obs: Tensor) -> None:

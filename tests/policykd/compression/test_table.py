@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 
 from policykd.compression.pareto import draw_pareto, pareto_front
-from policykd.compression.table import compared, equal_bytes, report, smallest
+from policykd.compression.table import at_equal_bytes, compared, equal_bytes, report, smallest
 from policykd.evaluation import PROTOCOLS, Evaluation
 from policykd.results import judgement
 
+ORIGINS = {"distilled": "distillation", "hard labels": "hard labels", "magnitude": "teacher", "teacher": "teacher"}
 
-def row(label: str, family: str, num: int, mean: float, *, num_bytes: int = 0) -> dict[str, Any]:
-    returns = [mean - 1.0, mean, mean + 1.0] * 20
+
+def row(
+    label: str, family: str, num: int, mean: float, *, num_bytes: int = 0, origin: str = "", games: int = 60
+) -> dict[str, Any]:
+    returns = [mean - 1.0, mean, mean + 1.0] * (games // 3)
     costs = {
         "num_parameters": num,
         "num_macs": 10 * num,
@@ -22,8 +26,9 @@ def row(label: str, family: str, num: int, mean: float, *, num_bytes: int = 0) -
         "kl": 0.1,
         "agreement": 0.9,
     }
-    games = {p: judgement(Evaluation(returns, [9] * 60, 0)) for p in PROTOCOLS}
-    return {"label": label, "family": family, **(costs if num else {}), "protocols": games}
+    played = {p: judgement(Evaluation(returns, [9] * games, 0)) for p in PROTOCOLS}
+    born = {"origin": origin or ORIGINS[family]} if num else {}
+    return {"label": label, "family": family, **(costs if num else {}), **born, "protocols": played}
 
 
 @pytest.fixture
@@ -34,7 +39,10 @@ def rows() -> dict[str, dict[str, Any]]:
         "1pct": row("1%", "distilled", 10_000, 18.5),
         "tiny": row("0.1%", "distilled", 1_000, -10.0),
         "magnitude": row("magnitude <b>", "magnitude", 40_000, 12.0, num_bytes=280_000),
-        "int8": row("25%, int8", "int8", 250_000, 19.5, num_bytes=270_000),
+        "int8": row("teacher, int8", "int8", 250_000, 19.5, num_bytes=270_000, origin="teacher"),
+        "hard": row("7%, hard labels", "hard labels", 70_000, 19.9),
+        "7pct-int8": row("7%, int8", "int8", 70_000, 19.4, num_bytes=75_000, origin="distillation"),
+        "small": row("magnitude, small", "magnitude", 9_000, 19.9, num_bytes=70_000),
         "random": row("random play", "random", 0, -20.0),
     }
 
@@ -43,31 +51,60 @@ def test_differences_and_normalised_scores(rows: dict[str, dict[str, Any]]) -> N
     found = compared(rows)
     assert found["magnitude"]["noop_sampled"]["difference_to_teacher"] == pytest.approx(-7.0)
     assert found["7pct"]["noop_sampled"]["teacher_normalised"] == pytest.approx(39.5 / 39.0)
+    low, high = found["7pct"]["noop_sampled"]["teacher_normalised_interval"]
+    assert 0.99 < low < 39.5 / 39.0 < high < 1.04
+    assert found["7pct"]["noop_sampled"]["ratio_of_means"] == pytest.approx(19.5 / 19.0)
     assert found["teacher"]["sticky_greedy"]["difference_to_teacher"] == 0.0
 
 
+def test_a_teacher_that_may_play_no_better_than_chance_gives_no_share(rows: dict[str, dict[str, Any]]) -> None:
+    rows["teacher"] = row("teacher", "teacher", 1_000_000, -19.95, games=3)
+    found = compared(rows)["7pct"]["noop_sampled"]
+    assert (found["teacher_normalised_interval"], found["ratio_of_means"]) == (None, None)
+
+
 def test_who_wins_at_equal_bytes(rows: dict[str, dict[str, Any]]) -> None:
-    lines = equal_bytes(rows)
-    (magnitude,) = [line for line in lines if line.startswith("| magnitude")]
-    (int8,) = [line for line in lines if line.startswith("| 25%, int8")]
-    assert magnitude.count("| distilled |") == 2
-    assert "+7.50 [" in magnitude
-    assert int8.count("| cannot tell |") == 2
-    assert not any(line.startswith("Distilled 1%") for line in lines)  # nothing is near its bytes
+    """What is born from the scores, its int8 too, against what began with the teacher's weights or with hard labels."""
+    pairs = {(pair["distilled"], pair["against"]): pair for pair in at_equal_bytes(rows)}
+    assert set(pairs) == {("7pct", "magnitude"), ("7pct", "int8"), ("7pct", "hard"), ("7pct-int8", "small")}
+    assert pairs["7pct", "magnitude"]["noop_sampled"]["winner"] == "7pct"
+    assert pairs["7pct", "int8"]["noop_sampled"]["winner"] is None
+    assert pairs["7pct-int8", "small"]["sticky_greedy"]["winner"] == "small"
+    (line,) = [line for line in equal_bytes(rows) if "| magnitude <b> |" in line]
+    assert line.count("| 7% |") == 3
+    assert "+7.50 [" in line
+    (line,) = [line for line in equal_bytes(rows) if "| magnitude, small |" in line]
+    assert line.startswith("| 7%, int8 | 75,000 |")
+    assert line.count("| magnitude, small |") == 3
+    assert any(
+        "sampled, against those born from the teacher: the distilled one wins 1 of 3 pairs and loses 1" in line
+        for line in equal_bytes(rows)
+    )
+    del rows["7pct"], rows["7pct-int8"]
+    assert equal_bytes(rows)[-1] == "No row is near the bytes of a distilled one."
 
 
 def test_the_smallest_that_is_as_good(rows: dict[str, dict[str, Any]]) -> None:
     said = smallest(rows)
     assert any("on average: distilled student: 1%" in line for line in said)
     assert "1% by num_parameters" not in report(rows)
+    assert any("surely (the whole interval): distilled student: 1%" in line for line in said)
+    rows["1pct"] = row("1%", "distilled", 10_000, 18.1)  # the interval is 0.25 to either side
+    said = smallest(rows)
+    assert any("on average: distilled student: 1%" in line for line in said)
+    assert any("surely (the whole interval): distilled student: 7%" in line for line in said)
     rows["1pct"] = row("1%", "distilled", 10_000, 17.0)
     assert any("on average: distilled student: 7%" in line for line in smallest(rows))
 
 
 def test_every_row_is_in_the_table(rows: dict[str, dict[str, Any]]) -> None:
-    text = report(rows)
+    rows["7pct"] |= {"updates_in_all": 3000, "agreement_with_float": 0.98}
+    text = report(rows, ["1pct-int8"])
+    assert "Asked for and not finished: 1pct-int8\n" in text
+    assert "Asked for" not in report(rows)
     assert all(f"| {r['label']} |" in text for r in rows.values())
-    assert "| 70,000 | 0.70 M | 280,000 | 700 us (1400) | 0.1000 | 90.0% |" in text
+    assert "| 70,000 | 0.70 M | 280,000 | 700 us (1400) | 3,000 | 0.1000 | 90.0% (own float32 98.0%) | 60 |" in text
+    assert "| teacher-normalised |" in text
     header, rule, *body = text.split("\n\n", maxsplit=1)[0].splitlines()
     assert {line.count("|") for line in (header, rule, *body)} == {header.count("|")}
 
@@ -93,5 +130,7 @@ def test_the_picture_is_svg_with_every_panel_and_always_the_same(rows: dict[str,
     assert one.getvalue() == other.getvalue()
     assert text.count('<g id="axes_') == 4
     assert "<b>" not in text
+    one = row("teacher", "teacher", 1_687_206, 20.0) | {"latency_microseconds": 140.745, "num_bytes": 6_749_784}
+    draw_pareto({"teacher": one, "random": rows["random"]}, io.BytesIO())  # matplotlib warned of an axis of no width
     with pytest.raises(ValueError, match="measure one first"):
         draw_pareto({"random": rows["random"]}, io.BytesIO())

@@ -69,10 +69,35 @@ def test_what_does_not_score_alike_is_not_written(
     right = onnx_export.to_onnx
     export(subject, kind, tmp_path, frames[1::2], frames[::2], written=WRITTEN)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("policykd.export.to_onnx", lambda net: right(other))
+    monkeypatch.setattr("policykd.export.formats.to_onnx", lambda net: right(other))
     with pytest.raises(FloatingPointError, match=rf"{kind}: on 96 real states .* not written"):
         export(subject, kind, tmp_path, frames[1::2], frames[::2], written=WRITTEN)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_int8_falls_back_to_weights_alone_where_the_validation_refuses_more(
+    subject: Subject, frames: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration states that say nothing: black ones, on which every way keeps the action."""
+    monkeypatch.setattr("policykd.export.formats._INT8_SURELY", 0.0)
+    done = export(subject, "int8", tmp_path, frames[1::2], torch.zeros_like(frames[::2]), written=WRITTEN)
+    manifest = json.loads((tmp_path / f"{done.path.name}.json").read_text())
+    assert manifest["int8"] == "weights"
+    assert manifest["why"].startswith("with activations too: int8: on 96 real states it takes the float32 policy's")
+    assert manifest["validation"]["agreement"] >= 0.99
+
+
+def test_large_scores_may_differ_by_a_share_of_the_largest(subject: Subject, frames: Tensor) -> None:
+    def off_by(difference: float) -> Callable[[Tensor], np.ndarray]:
+        return lambda obs: np.asarray(net(obs).detach().numpy() + np.float32(difference))
+
+    net = subject.net
+    largest = float(net(frames).detach().abs().max())
+    assert largest > 10.0
+    tried = validate(subject, "onnx", Made("x", off_by(0.5e-4 * largest)), frames)
+    assert tried.tolerance == pytest.approx(1e-4 * largest)
+    with pytest.raises(FloatingPointError, match="is allowed"):
+        validate(subject, "onnx", Made("x", off_by(2e-4 * largest)), frames)
 
 
 @pytest.mark.parametrize("wrong", ["by a little", "nan", "shape", "alone"])
@@ -81,7 +106,7 @@ def test_a_wrong_score_is_noticed(wrong: str, subject: Subject, frames: Tensor) 
         with torch.inference_mode():
             scores: np.ndarray = subject.net(obs).numpy().copy()
         if wrong == "by a little":
-            scores[-1, 2] += 3e-4
+            scores[-1, 2] += 3e-4 * max(1.0, np.abs(scores).max())
         elif wrong == "nan":
             scores[0, 0] = np.nan
         elif wrong == "alone" and len(obs) == 1:
@@ -128,8 +153,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 def test_the_command_exports_a_run(run_here: Callable[..., tuple[int, str]], student: Student, tmp_path: Path) -> None:
     save_student(student, tmp_path, {"game": "Pong", "teacher": {"ref": "bundled:ppo"}})
     few = ("--states", "64", "--calibration", "16", "--formats")
-    code, said = run_here(str(tmp_path), *few, "onnx", "numpy")
+    code, said = run_here(str(tmp_path), *few, "onnx", "numpy", "onnx")
     assert code == 0, said
+    assert said.count("student.onnx: ") == 1
+    assert "warning: --states 64 is few to try a file on" in said
     files = {path.name for path in (tmp_path / "export").iterdir()}
     assert files == {"student.onnx", "student.onnx.json", "student.npz", "student.npz.json", "numpy_policy.py"}
     manifest = json.loads((tmp_path / "export" / "student.npz.json").read_text())
@@ -148,4 +175,34 @@ def test_the_command_says_what_is_wrong_in_one_line(run_here: Callable[..., tupl
     code, said = run_here(*teacher, "--states", "8", "--calibration", "8", "--formats", "sb3")
     assert code == 2
     assert "a teacher is one already" in said
+    assert "visiting" not in said
+    code, said = run_here(*teacher, "--prefix", "9a")
+    assert (code, "visiting" in said) == (2, False)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path / "file"))
+    assert (code, "file: not a folder" in said, "visiting" in said) == (2, True, False)
+
+
+class Own(nn.Module):
+    """A user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4 * 84 * 84, 6)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        scores: Tensor = self.head(obs.flatten(1) / 255.0)
+        return scores
+
+
+def test_a_module_of_ones_own_is_exported_from_python(
+    run_here: Callable[..., tuple[int, str]], frames: Tensor, tmp_path: Path
+) -> None:
+    save_student(Student.of(Own(), num_actions=6), tmp_path, {"game": "Pong"})
+    code, said = run_here(str(tmp_path))
+    assert code == 2
+    assert "load_student(path, module=Own()) in Python, then export(Subject(...)); docs/export.md has the lines" in said
+    net = load_student(tmp_path, module=Own()).folded_net()
+    done = export(Subject(net, "Pong", {}), "onnx", tmp_path / "export", frames[1::2], frames[::2], written=WRITTEN)
+    assert done.path.is_file()

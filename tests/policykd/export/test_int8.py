@@ -76,6 +76,8 @@ def test_equal_ranges_leave_the_function_as_it_is(frames: Tensor) -> None:
     np.testing.assert_allclose(ranges[ranges > 0], ranges.max(), rtol=1e-4)
 
 
-def test_nothing_to_calibrate_on_is_said(frames: Tensor) -> None:
+def test_nothing_to_calibrate_on_and_nothing_to_quantise_is_said(frames: Tensor) -> None:
+    with pytest.raises(ValueError, match="int8: a network of one layer, which stays float32"):
+        quantise(to_onnx(make_student((), 3, (5,)).folded_net()), np.ones((4, 5), np.float32))
     with pytest.raises(ValueError, match="quantisation needs states to calibrate on"):
         quantise(to_onnx(make_student("1%", 6).folded_net()), frames[:0].numpy())

@@ -20,7 +20,9 @@ from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import load_teacher
 from policykd.contenders import Contender
-from policykd.profiling.deployments import deploy
+from policykd.envs.actions import action_names
+from policykd.export import Subject, export
+from policykd.profiling.deployments import RealStates, deploy
 from policykd.profiling.profile import _add_ratios, _asked, _compare_actions, profile, table
 from policykd.profiling.runtimes import OBS_BYTES, RUNTIMES, RuntimeName, race
 
@@ -47,7 +49,7 @@ def test_every_runtime_plays_as_torch_does(student: Student, obs: np.ndarray, tm
     assert len(set(expected)) > 1
     names: tuple[RuntimeName, ...] = ("sb3", "torch", "onnx", "numpy", "c")
     played = {}
-    for name, deployment in deploy(student, tmp_path, obs, names).items():
+    for name, deployment in deploy(student, tmp_path, names, game="Pong", states=None).items():
         assert deployment.file is not None, deployment.why_not
         assert deployment.num_bytes
         played[name] = RUNTIMES[name][1](deployment.file)(obs).tolist()
@@ -58,7 +60,7 @@ def test_every_runtime_plays_as_torch_does(student: Student, obs: np.ndarray, tm
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_a_teacher_in_sb3_plays_as_its_archive(algorithm: str, obs: np.ndarray, tmp_path: Path) -> None:
     teacher = load_teacher(f"bundled:{algorithm}", game="Pong")
-    made = deploy(teacher, tmp_path, obs, ["sb3", "torch"])
+    made = deploy(teacher, tmp_path, ["sb3", "torch"], game="Pong", states=None)
     assert made["torch"].num_bytes == teacher.path.stat().st_size
     expected = teacher(torch.from_numpy(obs)).argmax(1).tolist()
     for name, deployment in made.items():
@@ -68,10 +70,10 @@ def test_a_teacher_in_sb3_plays_as_its_archive(algorithm: str, obs: np.ndarray, 
 
 def test_an_onnx_teacher_has_no_other_form(student: Student, obs: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    file = deploy(student, tmp_path / "made", obs, ["onnx"])["onnx"].file
+    file = deploy(student, tmp_path / "made", ["onnx"], game="Pong", states=None)["onnx"].file
     assert file is not None
     assert OnnxPolicy(file).num_actions == 6
-    made = deploy(load_teacher(file), tmp_path, obs, ["sb3", "torch", "onnx", "numpy"])
+    made = deploy(load_teacher(file), tmp_path, ["sb3", "torch", "onnx", "numpy"], game="Pong", states=None)
     assert {name: bool(deployment.file) for name, deployment in made.items()} == {
         "sb3": False,
         "torch": False,
@@ -126,13 +128,49 @@ def test_ratios_are_against_the_first_in_sb3_and_in_the_same_runtime() -> None:
 
 
 def test_a_runtime_that_plays_otherwise_is_seen() -> None:
-    rows: dict[RuntimeName, dict[str, Any]] = {"onnx": {"actions": [1, 1, 0, 1]}, "torch": {"actions": [1, 1, 1, 1]}}
-    _compare_actions(rows)
-    assert rows == {"onnx": {"same_actions": 0.75}, "torch": {"same_actions": 1.0}}
+    """By what the policy itself does: a torch that is wrong, or is not asked for, is no reference."""
+    rows: dict[RuntimeName, dict[str, Any]] = {"onnx": {"actions": [1, 1, 0, 1]}, "torch": {"actions": [1, 2, 2, 1]}}
+    _compare_actions(rows, [1, 1, 1, 1])
+    assert rows == {"onnx": {"same_actions": 0.75}, "torch": {"same_actions": 0.5}}
+
+
+@pytest.mark.parametrize(("surely", "kind"), [(0.0, "weights and activations"), (1.1, "weights")])
+def test_int8_is_the_file_that_an_export_writes(
+    surely: float, kind: str, student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the export's own choice, which the row names."""
+    monkeypatch.setattr("policykd.export.formats._INT8_SURELY", surely)
+    monkeypatch.setattr("policykd.export.INT8_AGREEMENT", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    some = [torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, generator=generator) for n in (32, 16)]
+    made = deploy(student, tmp_path, ["int8"], game="Pong", states=RealStates(*some))["int8"]
+    assert (made.int8, made.why_not) == (kind, "")
+    (tmp_path / "out").mkdir()
+    subject = Subject(student.folded_net(), "Pong", {}, action_names("Pong"))
+    written = export(subject, "int8", tmp_path / "out", some[1], some[0], written={})
+    assert made.file is not None
+    assert made.file.read_bytes() == written.path.read_bytes()
+    row = {"num_bytes": 1, "int8": kind, "median_us": 1.0, "p99_us": 1.0, "least_us": 1.0, "states_per_second": 1.0}
+    row |= {"start_seconds": 1.0, "peak_megabytes": 1.0, "same_actions": 1.0}
+    policies: dict[str, Any] = {"s": {"num_parameters": 1, "num_macs": 1, "runtimes": {"int8": row}}}
+    _add_ratios(policies)
+    machine = {"load_before": [0.0], "load_after": [0.0], "num_cores": 1, "processor": "x"}
+    found = {"ratios_against": "s", "how": {"batch": 256}, "policies": policies, "machine": machine}
+    assert f"| ONNX Runtime, int8 {kind} |" in table(found)
+
+
+def test_an_int8_that_an_export_would_refuse_is_no_row(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("policykd.export.INT8_AGREEMENT", 1.1)
+    some = torch.zeros((4, 4, 84, 84), dtype=torch.uint8)
+    made = deploy(student, tmp_path, ["int8"], game="Pong", states=RealStates(some, some))["int8"]
+    assert made.file is None
+    assert "it takes the float32 policy's action in" in made.why_not
 
 
 def test_one_runtime_that_fails_does_not_stop_the_others(student: Student, obs: np.ndarray, tmp_path: Path) -> None:
-    file = deploy(student, tmp_path, obs, ["onnx"])["onnx"].file
+    file = deploy(student, tmp_path, ["onnx"], game="Pong", states=None)["onnx"].file
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     (tmp_path / "observations").write_bytes(obs.tobytes())
     files = [str(tmp_path / "broken.onnx"), str(file)]
@@ -146,7 +184,7 @@ def test_one_runtime_that_fails_does_not_stop_the_others(student: Student, obs: 
 def test_start_up_needs_no_torch(student: Student, obs: np.ndarray, tmp_path: Path) -> None:
     """What is measured for ONNX Runtime and NumPy is their own start, not torch's."""
     (tmp_path / "observations").write_bytes(obs.tobytes()[:OBS_BYTES])
-    made = deploy(student, tmp_path, obs, ["onnx", "numpy"])
+    made = deploy(student, tmp_path, ["onnx", "numpy"], game="Pong", states=None)
     for name, deployment in made.items():
         code = (
             "import sys; sys.modules['torch'] = sys.modules['stable_baselines3'] = None\n"
@@ -173,7 +211,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_process_that_measures_too(student: Student, obs: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "observations").write_bytes(obs.tobytes())
-    entry = {"runtime": "onnx", "file": str(deploy(student, tmp_path, obs, ["onnx"])["onnx"].file)}
+    entry = {"runtime": "onnx", "file": str(deploy(student, tmp_path, ["onnx"], game="Pong", states=None)["onnx"].file)}
     how = {"observations": str(tmp_path / "observations"), "rounds": 10_000, "calls_per_round": 1000}
     (tmp_path / "race.json").write_text(json.dumps({**how, "entries": [entry]}))
     stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
@@ -193,7 +231,7 @@ def test_a_missing_package_is_named_and_the_rest_goes_on(
     monkeypatch.setattr(
         "policykd.profiling.deployments.find_spec", lambda name: None if name == missing else real(name)
     )
-    made = deploy(student, tmp_path, obs, ["sb3", "onnx", "torch"])
+    made = deploy(student, tmp_path, ["sb3", "onnx", "torch"], game="Pong", states=None)
     gone, extra = {"stable_baselines3": ("sb3", "sb3"), "onnxruntime": ("onnx", "onnx")}[missing]
     assert made[gone].why_not.endswith(f"pip install 'policykd[{extra}]'")  # type: ignore[index]
     assert [name for name, deployment in made.items() if deployment.file is None] == [gone]

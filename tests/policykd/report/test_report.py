@@ -21,16 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from policykd import report
 from policykd.agents.files import BadFile
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.costs import measure_costs
+from policykd.envs.actions import action_names
 from policykd.evaluation import Evaluation
 from policykd.report import compared_actions, filmed, newest_comparison, write_comparison_report, write_report
-from policykd.report.charts import Line, axis_over, line_chart
-from policykd.report.data import Report, read_run
+from policykd.report.charts import Games, Line, Point, axis_over, bin_edges, cost_chart, games_chart, line_chart
+from policykd.report.data import Actions, Comparison, Report, read_run
 from policykd.report.markup import blocks, tag
 from policykd.report.page import page
 from policykd.report.text import verdict
@@ -77,10 +79,8 @@ def results(teacher: Teacher, student: Student) -> dict[str, Any]:
         for who, (low, high, num) in drawn.items():
             returns = generator.integers(low, high, num).astype(float).tolist()
             protocols[who][protocol] = judgement(Evaluation(returns, [1600] * num, num_truncated=int(who == "random")))
-    costs = {
-        "teacher": measure_costs(teacher.net, teacher.obs_shape, num_calls=3),
-        "student": measure_costs(student, teacher.obs_shape, num_calls=3),
-    }
+    obs = torch.zeros((1, *teacher.obs_shape), dtype=torch.uint8)
+    costs = measure_costs({"teacher": teacher.net, "student": student}, obs, rounds=1, calls_per_round=5)
     rows: dict[str, Any] = {who: entry(costs.get(who), protocols[who]) for who in WHO}
     more = {"num_states_labelled": 960, "num_updates": 60, "wall_seconds": {"fit": 3.0}, "versions": {"policykd": "1"}}
     return {**rows, "comparison": comparison(rows, "Pong"), **more, "command": f"distill --name '{INJECTED}'"}
@@ -97,10 +97,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, student: Stu
     (folder / "metrics.jsonl").write_text("".join(json.dumps(asdict(a_round(k))) + "\n" for k in range(4)))
     np.savez(folder / "evaluations.npz", num_updates=np.array([40]), results=np.full((1, 16), -3.0))
     families = {"teacher": "teacher", "student": "distilled", "random": "random"}
-    extra = {"num_macs_dense": 1, "kl": 0.1, "agreement": 0.9, "latency_p99_microseconds": 99.0}
+    extra = {
+        "origin": "distillation",
+        "num_macs_dense": 1,
+        "kl": 0.1,
+        "agreement": 0.9,
+        "latency_p99_microseconds": 99.0,
+    }
     rows = {who: {**results[who], "label": INJECTED, "family": families[who], **extra} for who in WHO}
     (folder.parent / "compression").mkdir()
-    (folder.parent / "compression" / "compression.json").write_text(json.dumps({"game": "Pong", "rows": rows}))
+    (folder.parent / "compression" / "compression.json").write_text(
+        json.dumps({"game": "Pong", "teacher": about(teacher), "rows": rows})
+    )
     write_report(folder, results, student, teacher, "Pong", seconds=2.0, num_states=256)
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -185,6 +193,10 @@ def test_the_table_says_what_the_results_say(desktop: Page, results: dict[str, A
         == [f"{results[who]['num_parameters']:,}" for who in ("teacher", "student")]
         == ["1,687,206", "16,446"]
     )
+    least = [results[who]["latency_least_microseconds"] for who in WHO[:2]]
+    for column, time in enumerate(least):
+        assert told[4][1 + column].endswith(f"\N{MICRO SIGN}sleast {time:,.0f} \N{MICRO SIGN}s")
+    assert told[4][3].endswith(f"%of the least {least[1] / least[0]:.1%}")
     sections = {row[0]: number for number, row in enumerate(told) if len(row) == 1}
     for name, protocol in (
         ("No-op starts, sampled actions", "noop_sampled"),
@@ -224,6 +236,32 @@ def test_pictures_stand_side_by_side_where_there_is_room(desktop: Page, phone: P
         first, second = shown.eval_on_selector_all("#learning figure", tops)
         assert (first == second) is is_side_by_side
     assert desktop.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_no_table_is_wider_than_its_box_where_there_is_room(
+    desktop: Page, browser: Browser, results: dict[str, Any]
+) -> None:
+    """Neither those of the run, nor those of 18 actions and of long labels."""
+    wide = "all => all.filter(box => box.scrollWidth > box.clientWidth).map(box => box.ariaLabel)"
+    assert desktop.eval_on_selector_all(".scroll", wide) == []
+    names = action_names("Seaquest")
+    seen = Actions(names, [1 / 18] * 18, [1 / 18] * 18, [[9] * 18] * 18, 0.1)
+    costs = {"num_macs_dense": 9_346_048, "kl": 2.3288, "agreement": 0.963, "latency_p99_microseconds": 1203.0}
+    costs |= {"updates_in_all": 6600, "agreement_with_float": 0.998, "num_macs": 3_234_567}
+    born = {"teacher": "teacher", "student": "distillation", "pruned": "teacher", "random": ""}
+    label = "structured pruning to 7%, then int8 weights"
+    rows = {who: results.get(who, results["student"]) | costs | {"label": label, "origin": born[who]} for who in born}
+    rows = {who: row | {"family": "random" if who == "random" else "structured"} for who, row in rows.items()}
+    rows["random"]["num_parameters"] = 0
+    shown = browser.new_page(viewport={"width": 1280, "height": 900})
+    shown.set_content(page(Report("Seaquest", "x", results, actions=seen, comparison=Comparison(rows))))
+    assert shown.locator(".scroll").count() == 6
+    assert shown.eval_on_selector_all(".scroll", wide) == []
+    headings = shown.eval_on_selector_all("#other-compressors h3", "all => all.map(h => h.textContent)")
+    assert headings[:2] == ["No-op starts, sampled", "Sticky 0.25, greedy"]
+    first = shown.eval_on_selector_all("#actions figure", "all => all.map(f => f.getBoundingClientRect().left)")
+    assert first[0] == first[1]  # each takes the whole width
+    shown.close()
 
 
 def test_a_keyboard_scrolls_the_table(phone: Page) -> None:
@@ -329,7 +367,7 @@ def test_a_text_that_looks_like_markup_is_text(desktop: Page) -> None:
     assert desktop.text_content("pre") == f"distill --name '{INJECTED}'"
     assert desktop.evaluate("[window.owned === undefined, document.scripts.length]") == [True, 0]
     assert desktop.locator("dd", has_text=INJECTED).count() == 2
-    assert desktop.locator("#other-compressors tbody th", has_text=INJECTED).count() == 3
+    assert desktop.locator("#other-compressors tbody th", has_text=INJECTED).count() == 3 * 3  # costs, two protocols
 
 
 GAMES = {
@@ -391,13 +429,17 @@ def test_a_film_too_large_is_cut(teacher: Teacher, student: Student, monkeypatch
     monkeypatch.setattr(report, "MOST_BYTES", 8_000)
     film = filmed(student, teacher, "Pong", 1.0, seed=0)
     assert len(film.moving) <= 8_000
-    assert film.seconds < 1.0
+    with Image.open(io.BytesIO(film.moving)) as shown:
+        assert film.seconds == pytest.approx(shown.n_frames * 2 / 15, abs=0.002)  # type: ignore[attr-defined]
+        assert film.seconds < 1.0
 
 
-def test_results_of_something_else_leave_no_page(run: Path, tmp_path: Path, results: dict[str, Any]) -> None:
+def test_results_of_something_else_leave_no_page(
+    run: Path, tmp_path: Path, results: dict[str, Any], student: Student, teacher: Teacher
+) -> None:
     broken = {**results, "student": {**results["student"], "num_parameters": "many"}}
-    with pytest.raises((TypeError, ValueError)):
-        page(Report("Pong", "x", broken))
+    with pytest.raises(BadFile, match="its results are not those of a run"):
+        write_report(tmp_path, broken, student, teacher, "Nothing that could be played", num_states=8, seconds=1.0)
     shutil.copytree(run.parent / "compression", tmp_path / "Pong" / "compression")
     damaged = tmp_path / "Pong" / "compression"
     (damaged / "compression.json").write_text('{"rows": {"teacher": {}}}')
@@ -411,8 +453,31 @@ def test_a_damaged_comparison_is_left_out(
 ) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "compression.json").write_text("{")
-    assert newest_comparison(tmp_path / "run", results) is None
-    assert "compression.json: left out of the report" in capsys.readouterr().err
+    (tmp_path / "folder" / "compression.json").mkdir(parents=True)
+    assert newest_comparison(tmp_path / "run", results, "") is None
+    said = capsys.readouterr().err
+    assert said.count("compression.json: left out of the report") == said.count("\n") == 2
+
+
+def test_only_a_comparison_of_the_same_teacher_is_shown(run: Path, results: dict[str, Any], tmp_path: Path) -> None:
+    """The newest is of another one: its rows say nothing about this run."""
+    card = load_teacher(game="Pong").sha256
+    for number, (name, sha256) in enumerate({"ours": card, "theirs": "aa"}.items()):
+        shutil.copytree(run.parent / "compression", tmp_path / name)
+        path = tmp_path / name / "compression.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": {"sha256": sha256}}))
+        os.utime(path, (number, number))
+    found = newest_comparison(tmp_path / "run", results, card)
+    assert found is not None
+    assert found.source == "ours"
+    assert newest_comparison(tmp_path / "run", results, "bb") is None
+
+
+def test_results_from_before_there_were_least_times_are_shown(results: dict[str, Any]) -> None:
+    older = {who: {k: v for k, v in results[who].items() if "least" not in k} for who in WHO}
+    bare = page(Report("Pong", "older", {**results, **older}))
+    assert "of the least" not in bare
+    assert "Latency, one state" in bare
 
 
 def test_pages_without_a_part_have_no_empty_place_for_it(results: dict[str, Any], run: Path) -> None:
@@ -440,7 +505,10 @@ def test_the_command_writes_the_page_of_an_older_run(
 ) -> None:
     old = tmp_path / "Pong" / "old"
     shutil.copytree(run, old, ignore=shutil.ignore_patterns("report.html"))
-    code, out, err = command(monkeypatch, capfd, str(old), "--seconds", "1", "--threads", "1")
+    card = (old / "student.json").read_text()
+    (old / "student.json").write_text(card.replace("bundled:ppo", "moved.zip"))
+    how = ["--teacher", "bundled:ppo", "--seconds", "1", "--threads", "1"]
+    code, out, err = command(monkeypatch, capfd, str(old), *how)
     assert (code, err) == (0, "")
     assert str(old / "report.html") in out
     assert "cannot tell" not in (old / "report.html").read_text()
@@ -457,10 +525,14 @@ ERRORS: dict[str, tuple[dict[str, str], int, str]] = {
         "config.json: not what a run writes",
     ),
     "another teacher": (
-        {"results.json": "{}", "config.json": '{"settings": {"game": "Pong", "teacher": {"sha256": "0"}}}'},
+        {
+            "results.json": "{}",
+            "student.json": '{"game": "Pong", "teacher": {"ref": "bundled:ppo", "revision": "", "sha256": "0"}}',
+        },
         3,
-        "not the teacher of",
+        "any more; say where it is: --teacher REF",
     ),
+    "no student": ({"results.json": "{}"}, 3, "student.json: cannot be read"),
 }
 
 
@@ -475,6 +547,12 @@ def test_an_error_is_one_line(
     assert (code, err.count("\n")) == (expected, 1), err
     assert reason in err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_flag_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--secods", "3"], ["run", "--seed", "x"]):
+        code, _, err = command(monkeypatch, capfd, *wrong)
+        assert (code, err.count("\n")) == (2, 1), err
 
 
 def test_markup_is_escaped_unless_it_was_made_here() -> None:
@@ -494,12 +572,60 @@ def test_an_axis_has_a_few_ticks_inside(low: float, factor: float, is_log: bool)
     assert 0.0 <= axis(low) < axis(low * factor) <= 100.0
 
 
+@given(st.integers(2, 3000), st.sampled_from([1, 20, 250]), st.integers(-21, 21))
+def test_every_bar_holds_as_many_returns_as_the_others(num: int, step: int, first: int) -> None:
+    """Whatever a game can bring once each; only the last bar may be short of some."""
+    returns = [float(first + step * k) for k in range(num)]
+    counts, _ = np.histogram(returns, edges := bin_edges(returns))
+    assert len(counts) <= 64
+    assert set(counts[:-1].tolist()) <= {counts[0]}
+    assert 0 < counts[-1] <= counts[0]
+    assert counts.sum() == num
+    assert {round((r - edges[0]) / step % 1, 6) for r in returns} == {0.5}
+
+
+def test_bars_of_pong_are_all_of_one_height() -> None:
+    """0 to 42 once each: 43 returns are 43 bars."""
+    drawn = games_chart([Games("x", "student", [float(r) for r in range(43)], 21.0, 20.0, 22.0)], "x")
+    assert len(re.findall("<rect", drawn)) == 43
+    assert len(set(re.findall(r'<rect [^>]*height="([\d.]+)"', drawn))) == 1
+    assert bin_edges([3.0, 3.0]).tolist() == [2.5, 3.5]
+    assert len(bin_edges([0.25, 0.5])) > 2
+
+
+def test_a_point_of_return_is_seen_at_the_top_of_the_costs() -> None:
+    """Random play is 40 points away and the student one: on an even axis they would be one dot."""
+    points = [Point("teacher", 1e6, 19.1, 18.6, 19.5), Point("student", 1e5, 18.1, 17.6, 18.5)]
+    drawn = cost_chart(points, -20.7, "x", x_label="x", x_format=str)
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)" r="5"', drawn)]
+    level = float(re.findall(r'<line x1="46" x2="348" y1="([\d.]+)" y2="[\d.]+" class="level', drawn)[0])
+    assert 15 < heights[1] - heights[0] < 60  # evenly it would be 4
+    assert heights[1] < level < 196
+    low = cost_chart([points[0], Point("student", 1e5, -20.7, -21.0, -20.5)], -20.7, "x", x_label="x", x_format=str)
+    assert float(re.findall(r'y="([\d.]+)"[^>]*class="name">student', low)[0]) < 196  # above the ticks
+
+
 def test_a_number_that_is_none_leaves_a_gap() -> None:
     line = Line("x", "student", [1.0, 2.0, 3.0, 4.0], [1.0, float("nan"), 2.0, 3.0])
     drawn = line_chart([line], "x", x_label="x", x_format=str, y_format=str)
     assert drawn.count("<polyline") == 2
     assert drawn.count("<circle") == 3
     assert "nan" not in drawn
+
+
+def test_a_run_inside_reinforcement_learning_has_tensorboards_curves(tmp_path: Path, results: dict[str, Any]) -> None:
+    with SummaryWriter(str(tmp_path)) as board:
+        for step in (-10, 0):
+            board.add_scalar("offline/teacher_kl", 2.0 + step / 10, step)
+        for step in (256, 512):
+            board.add_scalar("train/teacher_kl", 256 / step, step)
+    read = read_run(tmp_path, results)
+    assert read.scalars == {"offline/teacher_kl": [(-10, 1.0), (0, 2.0)], "train/teacher_kl": [(256, 1.0), (512, 0.5)]}
+    text = page(read)
+    assert "nats, over agent steps. Last: minibatches as they are learned from: 0.5, before, on the teacher" in text
+    assert "Score of games on the way" not in text  # none ended
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_run(tmp_path, results).scalars == {}
 
 
 def test_a_run_without_curves_is_read(tmp_path: Path, results: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from policykd.agents.files import read_verified, write_atomically
+from policykd.agents.files import BadFile, read_verified, write_atomically
 from policykd.agents.onnx_policy import backend, open_session
 from policykd.latencies import measure_latencies
 
@@ -51,3 +51,18 @@ def measured_latencies(run: Path, rows: Mapping[str, Mapping[str, Any]], *, roun
     }
     write_atomically(run / LATENCIES, (json.dumps(kept, indent=1) + "\n").encode())
     return kept
+
+
+def latencies_known(run: Path, rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Returns whether the latencies of exactly these rows' files were measured in one go.
+
+    Raises:
+        BadFile: what was written is damaged.
+    """
+    try:
+        kept = json.loads((run / LATENCIES).read_text())["rows"]
+        return {name: row["sha256"] for name, row in kept.items()} == {n: row["sha256"] for n, row in rows.items()}
+    except FileNotFoundError:
+        return False
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadFile(f"{run / LATENCIES}: damaged ({error!r}); remove it, they are measured anew") from error
