@@ -29,7 +29,8 @@ def parse_args(kind: type[T], arguments: Sequence[str]) -> T:
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_quantity_rule)
-    words, said = spelt_out(arguments), io.StringIO()
+    has_strategies = kind.__annotations__.get("states") is not int  # of scripts/export.py: how many
+    words, said = spelt_out(arguments) if has_strategies else list(arguments), io.StringIO()
     try:
         with registry, redirect_stderr(said):
             return tyro.cli(kind, args=words, config=(tyro.conf.CascadeSubcommandArgs,))

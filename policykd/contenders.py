@@ -94,7 +94,7 @@ def teacher_of(
     said = _said(run)
     try:
         teacher, game = said["teacher"], str(said["game"])
-        then, revision, sha256 = (str(teacher[key]) for key in ("ref", "revision", "sha256"))
+        then, revision, sha256 = (_text(teacher[key]) for key in ("ref", "revision", "sha256"))
     except (LookupError, TypeError) as error:
         raise BadFile(f"{run}/student.json: does not say who its teacher was; {instead}") from error
     pinned = ref or (f"{then}@{revision}" if revision and "@" not in then else then)
@@ -107,6 +107,12 @@ def teacher_of(
     if not isinstance(found.policy, Teacher) or found.policy.sha256 != sha256:
         raise BadFile(f"{pinned}: not the archive that {run} learned from any more; {instead}")
     return found
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _mixed_by(run: Path, ref: str) -> dict[str, Any]:

@@ -147,6 +147,12 @@ def check_at_least(args: Any, least: int, *flags: str) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that not every source of chance takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be at least 0 and at most {2**32 - 1}, not {seed}")
+
+
 def check_name(name: str) -> None:
     """Raises ValueError for the name of a run that would lead out of its folder."""
     if name != Path(name).name or name in {".", ".."}:

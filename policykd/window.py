@@ -10,6 +10,13 @@ from PIL import Image
 from policykd.agents.interrupts import check_interrupted
 from policykd.colours import PAPER
 
+UNSEEN = {"offscreen", "dummy"}
+"""drivers that SDL falls back to where it reaches no screen; they draw windows that nobody sees"""
+
+
+class NoWindow(ValueError):  # noqa: N818
+    """No window can be opened here, whatever the environment says."""
+
 
 def has_screen() -> bool:
     """Returns whether there is a screen to open a window on, as far as the environment says."""
@@ -28,15 +35,18 @@ def show(pictures: Iterable[Image.Image], *, title: str, pictures_a_second: floa
         How many were shown.
 
     Raises:
-        ValueError: a window cannot be opened.
+        NoWindow: not even the first picture can be shown.
+        ValueError: the window is lost later.
         KeyboardInterrupt: a signal has come.
     """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     import pygame
 
+    num_shown, due = 0, time.monotonic()
     try:
         pygame.display.init()
-        num_shown, due = 0, time.monotonic()
+        if (driver := pygame.display.get_driver()) in UNSEEN - set(os.environ.get("SDL_VIDEODRIVER", "").split(",")):
+            raise pygame.error(f"SDL reaches no screen and draws {driver}")
         for picture in pictures:
             if num_shown == 0:
                 pygame.display.set_caption(title)
@@ -54,7 +64,9 @@ def show(pictures: Iterable[Image.Image], *, title: str, pictures_a_second: floa
                 break
         return num_shown
     except pygame.error as error:
-        raise ValueError(f"no window can be opened here ({error}); give --out FILE for an animation") from error
+        if num_shown == 0:
+            raise NoWindow(f"no window can be opened here ({error}); give --out FILE for an animation") from error
+        raise ValueError(f"the window is lost ({error}); give --out FILE for an animation") from error
     finally:
         pygame.display.quit()
 

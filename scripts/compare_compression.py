@@ -14,7 +14,7 @@ from policykd.command import exit_with_one_line, prepare_device
 from policykd.compression.collection import Collection
 from policykd.compression.study import compare
 from policykd.envs.games import canonical_name
-from policykd.runs import check_at_least, check_name, lock
+from policykd.runs import check_at_least, check_name, check_seed, lock
 from policykd.states import DatasetStates, MixedStates
 
 
@@ -60,7 +60,7 @@ class Args:
 def main(args: Args) -> None:
     """Takes the comparison's folder for this process alone."""
     check_at_least(args, 1, "updates", "batch_size", "episodes", "jobs")
-    check_at_least(args, 0, "seed")
+    check_seed(args.seed)
     check_name(args.name)
     prepare_device("cpu", 1)
     game = canonical_name(args.game)

@@ -15,11 +15,13 @@ from policykd.agents.files import write_atomically
 from policykd.agents.policy import Policy
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP
+from policykd.arguments import parse_args
 from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name, human_normalised_score
 from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate_on_atari
 from policykd.results import judgement
+from policykd.runs import check_at_least, check_seed
 from policykd.teacher_check import check_fits
 
 
@@ -59,8 +61,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Loads, plays, prints."""
-    if args.episodes < 1 or args.num_envs < 1 or args.seed < 0:
-        raise ValueError("--episodes and --num-envs must be at least 1, --seed at least 0")
+    check_at_least(args, 1, "episodes", "num_envs")
+    check_seed(args.seed)
     if args.json and not (os.path.isdir(args.json.parent) and os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json}: its folder is missing or cannot be written; make it first")
     device = prepare_device(args.device, args.threads)
@@ -112,4 +114,4 @@ def load_policy(args: Args, game: str, device: object) -> tuple[Policy, float]:
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

@@ -13,12 +13,14 @@ from policykd.agents.files import BadFile
 from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, load_teacher
+from policykd.arguments import parse_args
 from policykd.command import exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.actions import action_names
 from policykd.envs.games import canonical_name
 from policykd.export import FORMATS, Format, Subject, check_format, export
 from policykd.export.c99 import check_prefix
 from policykd.real_states import visited_states
+from policykd.runs import check_at_least, check_seed
 
 FEW_STATES = 1000
 """fewer are said to be few"""
@@ -55,8 +57,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Loads, plays, writes."""
-    if min(args.states, args.calibration) < 1 or args.seed < 0:
-        raise ValueError("--states and --calibration must be at least 1, --seed at least 0")
+    check_at_least(args, 1, "states", "calibration")
+    check_seed(args.seed)
     prepare_device("cpu", args.threads)
     subject, folder, temperature = load_subject(args)
     check_prefix(args.prefix)
@@ -131,4 +133,4 @@ def _checked(subject: Subject, args: Args) -> Subject:
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

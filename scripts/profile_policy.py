@@ -1,6 +1,7 @@
 """Measures what policies cost: parameters, arithmetic, bytes, latency, throughput, memory and start-up."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -18,7 +19,7 @@ from policykd.command import exit_with_one_line
 from policykd.contenders import game_of, load_contender, run_of
 from policykd.profiling.profile import profile, table
 from policykd.profiling.runtimes import RUNTIMES, RuntimeName
-from policykd.runs import check_at_least
+from policykd.runs import check_at_least, check_seed
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,16 @@ def main(args: Args) -> None:
     if not args.policies:
         raise ValueError("which policy? give the folder of a run, or a teacher such as bundled:ppo")
     check_at_least(args, 1, "rounds", "calls", "starts")
-    check_at_least(args, 0, "seed")
+    check_seed(args.seed)
+    check_names_runtimes(args.runtimes)
     torch.set_num_threads(1)
     where = args.json or default_json(args.policies)
+    if where.is_dir():
+        raise ValueError(f"--json {where}: a folder; give a file in it")
     if not where.parent.is_dir():
         raise ValueError(f"--json {where}: its folder is missing; make it first")
+    if not os.access(where.parent, os.W_OK):
+        raise ValueError(f"--json {where}: its folder cannot be written; give a file in another")
     game = game_of(args.policies, args.game)
     contenders = [load_contender(ref, game, trust_pickle=args.trust_pickle) for ref in args.policies]
     found = profile(
@@ -77,6 +83,14 @@ def main(args: Args) -> None:
     print(table(found))
     write_atomically(where, (json.dumps(found, indent=1) + "\n").encode())
     print(f"\n{where} has it all")
+
+
+def check_names_runtimes(names: tuple[RuntimeName, ...]) -> None:
+    """Raises ValueError for no runtime, and for one that is named twice."""
+    if not names:
+        raise ValueError(f"--runtimes: name at least one of {', '.join(RUNTIMES)}; leave it out for all of them")
+    if twice := [name for name in RUNTIMES if names.count(name) > 1]:
+        raise ValueError(f"--runtimes {' '.join(names)}: {twice[0]} is there twice; name each once")
 
 
 def default_json(refs: tuple[str, ...]) -> Path:

@@ -14,6 +14,7 @@ from policykd.command import exit_with_one_line, prepare_device
 from policykd.contenders import teacher_of
 from policykd.report import write_comparison_report, write_report
 from policykd.report.data import COMPRESSION, read_run
+from policykd.runs import check_seed
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Loads, plays, writes."""
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    check_seed(args.seed)
     if not 1.0 <= args.seconds <= 120.0:
         raise ValueError(f"--seconds must lie between 1 and 120, not {args.seconds}")
     if not args.run.is_dir():

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from policykd.agents.files import write_atomically
@@ -20,6 +19,7 @@ from policykd.agents.policy import Policy, sample
 from policykd.agents.rebuild import Algorithm
 from policykd.agents.teacher import load_teacher, policy_temperature
 from policykd.agents.trusted import Sb3Scores
+from policykd.arguments import parse_args
 from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
@@ -287,4 +287,4 @@ def write_card(
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: main(tyro.cli(Args)))
+    exit_with_one_line(lambda: main(parse_args(Args, sys.argv[1:])))

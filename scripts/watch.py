@@ -1,12 +1,14 @@
 """Plays in a window, or into an animation: teacher and student side by side, with what they think of their actions."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from PIL import Image
 
 from policykd.agents.files import write_atomically
 from policykd.agents.student import Student
@@ -16,8 +18,9 @@ from policykd.arguments import parse_args
 from policykd.colours import STUDENT, TEACHER
 from policykd.command import exit_with_one_line, needs_extra
 from policykd.contenders import Contender, game_of, load_contender, run_of, teacher_of
-from policykd.runs import check_at_least
-from policykd.window import has_screen, show
+from policykd.evaluation import ProtocolName
+from policykd.runs import check_at_least, check_seed
+from policykd.window import NoWindow, has_screen, show
 
 FORMATS: dict[str, Literal["GIF", "WEBP"]] = {".gif": "GIF", ".webp": "WEBP"}
 STEPS_OF_A_FILM = 300
@@ -29,7 +32,7 @@ MOST_BYTES, MOST_SCALE = 2_000_000_000, 16
 class Args:
     """Plays in a window, or into an animation: teacher and student side by side, with what they think of their actions.
 
-    Both play the same seed. In the window the space bar pauses; q and escape close it. Where there is no screen, or
+    Both play the same seed. In the window the space bar pauses; q and escape close it. Where none can be opened, or
     with --out, the first 20 seconds become an animation.
     """
 
@@ -39,7 +42,7 @@ class Args:
     against: str = "teacher"
     """who plays beside it: the run's own teacher, none, or another run or teacher"""
     out: Path | None = None
-    """write an animation to this .gif or .webp file instead of opening a window; where there is no screen it is
+    """write an animation to this .gif or .webp file instead of opening a window; where none can be opened it is
     watch.gif, in the run's folder or here"""
     steps: int = 0
     """agent steps to play, 15 a second; 0 for no end in a window and 300 in a file"""
@@ -63,29 +66,43 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     game = game_of([args.policy], args.game)
     players = [as_player(c) for c in contenders(args, game)]
-    out = args.out or (None if has_screen() else (run_of(args.policy) or Path()) / "watch.gif")
-    names = " and ".join(p.name for p in players)
-    num_steps = args.steps or (sys.maxsize if out is None else STEPS_OF_A_FILM)
-    if out is not None:
-        check_fits_in_memory(args, players, game, num_steps)
-    pictures = film(
-        players,
-        game,
-        seed=args.seed,
-        num_steps=num_steps,
-        every=1 if out is None else args.every,
-        protocol="sticky_greedy" if args.sticky else "noop_sampled",
-        scale=args.scale,
-    )
-    if out is None:
-        with needs_extra("watch"):
-            show(pictures, title=f"{game}: {names}", pictures_a_second=STEPS_A_SECOND)
-        return
-    if args.out is None:
-        print(f"there is no screen here, so {num_steps / STEPS_A_SECOND:.0f} seconds of play are written to a file")
+    if args.out is None and has_screen():
+        why = why_not_shown(args, players, game)
+        if not why:
+            return
+    else:
+        why = "" if args.out else "there is no screen here"
+    out = args.out or (run_of(args.policy) or Path()) / "watch.gif"
+    num_steps = args.steps or STEPS_OF_A_FILM
+    check_animation(args, players, game, num_steps)
+    if why:
+        print(f"{why}, so {num_steps / STEPS_A_SECOND:.0f} seconds of play are written to a file")
+    pictures = played(args, players, game, num_steps, every=args.every)
     content = encode(pictures, every=args.every, format=FORMATS[out.suffix.lower()])
     write_atomically(out, content)
-    print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
+    print(f"{out}: {names(players)} on {game}, {len(content) / 1e6:.1f} MB")
+
+
+def why_not_shown(args: Args, players: list[Player], game: str) -> str:
+    """Plays in a window; returns why none can be opened, or nothing once it is over."""
+    pictures = played(args, players, game, args.steps or sys.maxsize, every=1)
+    try:
+        with needs_extra("watch"):
+            show(pictures, title=f"{game}: {names(players)}", pictures_a_second=STEPS_A_SECOND)
+    except NoWindow as error:
+        return str(error).partition("; ")[0]
+    return ""
+
+
+def played(args: Args, players: list[Player], game: str, num_steps: int, *, every: int) -> Iterator[Image.Image]:
+    """Yields pictures of the game while it is played."""
+    protocol: ProtocolName = "sticky_greedy" if args.sticky else "noop_sampled"
+    return film(players, game, seed=args.seed, num_steps=num_steps, every=every, protocol=protocol, scale=args.scale)
+
+
+def names(players: list[Player]) -> str:
+    """Returns who plays."""
+    return " and ".join(p.name for p in players)
 
 
 def contenders(args: Args, game: str) -> list[Contender]:
@@ -106,8 +123,10 @@ def as_player(contender: Contender) -> Player:
     return Player(contender.name, contender.policy, contender.temperature, colour)
 
 
-def check_fits_in_memory(args: Args, players: list[Player], game: str, num_steps: int) -> None:
-    """Raises ValueError for an animation whose pictures do not, before any of it is played."""
+def check_animation(args: Args, players: list[Player], game: str, num_steps: int) -> None:
+    """Raises ValueError for one that does not move, and for pictures that do not fit, before any of it is played."""
+    if args.every > num_steps:
+        raise ValueError(f"--every {args.every}: one picture of {num_steps} steps; it must be at most --steps")
     taken = film_bytes(players, game, num_steps=num_steps, every=args.every, scale=args.scale)
     if taken > MOST_BYTES:
         raise ValueError(
@@ -118,7 +137,8 @@ def check_fits_in_memory(args: Args, players: list[Player], game: str, num_steps
 
 def check(args: Args) -> None:
     """Raises ValueError for what cannot be played or written."""
-    check_at_least(args, 0, "steps", "seed")
+    check_at_least(args, 0, "steps")
+    check_seed(args.seed)
     check_at_least(args, 1, "every", "scale")
     if args.scale > MOST_SCALE:
         raise ValueError(f"--scale must be at most {MOST_SCALE}, not {args.scale}")

@@ -40,6 +40,7 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_written(
         (["--updates", "30"], 2, "--updates 30 is not a multiple of 20"),
         (["--rows", "8pct"], 2, "--rows 8pct: choose from teacher, 25pct"),
         (["--jobs", "0"], 2, "--jobs must be at least 1"),
+        (["--seed", "99999999999999999999999"], 2, "--seed must be at least 0 and at most 4294967295"),
         (["--name", "../x"], 2, "--name must be the name of a folder"),
         (["--teacher", "nothing.zip"], 2, "nothing.zip"),
     ):

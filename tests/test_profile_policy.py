@@ -69,6 +69,15 @@ def test_teacher_and_student_in_every_runtime(run: Path, profile: Profile, tmp_p
     assert student["int8"]["num_bytes"] < student["onnx"]["num_bytes"]
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(
+    run: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
+    code, _, err = profile(str(run), "--runtimes", "onnx")
+    assert (code, len(err.splitlines())) == (USAGE, 1)
+    assert f"--json {run}/profile.json: its folder cannot be written" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -76,6 +85,10 @@ def test_teacher_and_student_in_every_runtime(run: Path, profile: Profile, tmp_p
         (["none-such"], "none-such: no such file or folder"),
         (["RUN", "--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["RUN", "--json", "none-such/p.json"], "its folder is missing; make it first"),
+        (["RUN", "--json", "RUN"], "a folder; give a file in it"),
+        (["RUN", "--runtimes"], "--runtimes: name at least one of sb3, torch, onnx"),
+        (["RUN", "--runtimes", "c", "onnx", "onnx"], "--runtimes c onnx onnx: onnx is there twice"),
+        (["RUN", "--seed", "99999999999999999999999"], "--seed must be at least 0 and at most 4294967295, not 9999"),
         (["bundled:ppo+bundled:dqn"], "several teachers; profile each by its own name"),
         (["RUN", "RUN"], "are called the same; profile them one by one"),
     ],

@@ -310,6 +310,7 @@ TRAINING_ERRORS = {
     "no room": (["--game", "Pong", "--algo", "dqn", "--hyperparams", "buffer_size:16"], "too small for 8 environments"),
     "a setting out of range": (["--game", "Pong", "--hyperparams", "batch_size:0"], "--hyperparams: ppo knows no such"),
     "a name that is a path": (["--game", "Pong", "--name", "../x"], "--name must be the name of a folder"),
+    "a flag that is none": (["--game", "Pong", "--stpes", "9"], "--stpes"),
     "another start": (["--game", "Breakout", "--start-from", "bundled"], "no teacher is bundled for Breakout"),
 }
 
@@ -437,6 +438,16 @@ def test_an_error_is_one_line_and_leaves_nothing(
     assert len(stderr.strip().splitlines()) == 1
     assert reason in stderr
     assert not runs.exists()
+
+
+def test_evaluate_says_in_one_line_what_is_no_flag(run_here: Callable[..., tuple[int, str]]) -> None:
+    for wrong, why in (
+        (["--episods", "9"], "--episods"),
+        (["--episodes", "0"], "--episodes must be at least 1, not 0"),
+        (["--seed", "99999999999999999999999"], "--seed must be at least 0 and at most 4294967295"),
+    ):
+        code, stderr = run_here("evaluate.py", "random", "--game", "Pong", *wrong)
+        assert (code, len(stderr.strip().splitlines()), why in stderr) == (2, 1, True), stderr
 
 
 def test_evaluate_refuses_what_is_not_a_policy(tmp_path: Path) -> None:

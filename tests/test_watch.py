@@ -1,5 +1,6 @@
 """scripts/watch.py on real Pong: in a window that nobody sees, and into files."""
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -82,6 +83,22 @@ def test_in_a_window(run: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -
     assert not (run / "watch.gif").exists()
 
 
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="there is always a screen")
+@pytest.mark.parametrize("driver", ["", "x11"])
+def test_a_screen_that_is_gone_is_said_and_a_file_is_written(
+    driver: str, run: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDL itself falls back to pictures that nobody sees."""
+    pytest.importorskip("pygame")
+    monkeypatch.setenv("DISPLAY", ":12345")
+    if driver:
+        monkeypatch.setenv("SDL_VIDEODRIVER", driver)
+    code, out, _ = watch(str(run), "--steps", "2", "--against", "none", "--seed", "4294967295")
+    assert code == 0
+    assert re.search(r"^no window can be opened here \(.+\), so 0 seconds of play are written to a file$", out, re.M)
+    assert (run / "watch.gif").is_file()
+
+
 def test_a_window_without_its_package_is_one_line(run: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setitem(sys.modules, "pygame", None)
@@ -99,6 +116,9 @@ def test_a_window_without_its_package_is_one_line(run: Path, watch: Watch, monke
         (["RUN", "--out", "film.gif", "--steps", "100000"], USAGE, "50,000 pictures take 68.1 GB of memory, 2 are the"),
         (["RUN", "--scale", "17"], USAGE, "--scale must be at most 16, not 17"),
         (["RUN", "--every", "0"], USAGE, "--every must be at least 1, not 0"),
+        (["RUN", "--every", "500", "--steps", "30"], USAGE, "--every 500: one picture of 30 steps; it must be at most"),
+        (["RUN", "--out", "film.gif", "--every", "301"], USAGE, "--every 301: one picture of 300 steps"),
+        (["RUN", "--seed", "99999999999999999999999"], USAGE, "--seed must be at least 0 and at most 4294967295"),
         (["RUN", "--game", "Breakout"], BAD_FILE, "it was made for another game"),
     ],
 )

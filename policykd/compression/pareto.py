@@ -1,16 +1,14 @@
 """The Pareto picture: return kept against parameters, arithmetic, bytes and time, as SVG."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from policykd.agents.files import write_atomically
 from policykd.colours import RANDOM, TEACHER
 from policykd.evaluation import ProtocolName
+from policykd.spread_axis import SpreadTop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +75,7 @@ def draw_pareto(
         rows: as in compression.json: `family`, `label`, the `COSTS`, and `protocols`.
         to: an SVG file, or a buffer for one.
         protocol: whose mean return is drawn, with its interval.
-        highlight: the name of a row to be drawn larger and named in bold.
+        highlight: the name of a row to be drawn larger and named in bold, on the front or not.
 
     Raises:
         ValueError: no row has costs and games under this protocol.
@@ -136,7 +134,8 @@ def _panel(
     front, names = pareto_front(points), list(drawn)
     x, y = [points[i][0] for i in front], [points[i][1] for i in front]
     ax.step(x, y, where="post", color=INK, linewidth=1.0, alpha=0.55, label="Pareto front", zorder=1)
-    for i in {*front, *(i for i, row in enumerate(drawn.values()) if row["family"] == "teacher")}:
+    always = (i for i, (name, row) in enumerate(drawn.items()) if name == highlight or row["family"] == "teacher")
+    for i in {*front, *always}:
         weight, is_last = "bold" if names[i] == highlight else "normal", points[i][0] == max(costs)
         where: dict[str, Any] = {"xytext": (-4 if is_last else 4, 8), "ha": "right" if is_last else "left"}
         text = drawn[names[i]]["label"]
@@ -166,16 +165,8 @@ def _spread_the_top(ax: "Axes", ends: Sequence[float]) -> None:
     """Makes the axis of returns logarithmic in the points below the best, where the rows differ."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    unit = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1e-6) / 20.0))
-    top = math.ceil(max(ends) / unit) * unit
-
-    def forward(y: np.ndarray) -> np.ndarray:
-        return np.asarray(-np.log1p(np.maximum(top - y, -0.4 * unit) / unit))
-
-    def inverse(z: np.ndarray) -> np.ndarray:
-        return np.asarray(top - unit * np.expm1(-z))
-
-    ax.set_yscale("function", functions=(forward, inverse))
-    ax.yaxis.set_major_locator(FixedLocator([top - unit * d for d in (0, 1, 2, 5, 10, 20, 40, 100, 200)]))
+    spread = SpreadTop.over(ends)
+    ax.set_yscale("function", functions=(spread.forward, spread.inverse))
+    ax.yaxis.set_major_locator(FixedLocator(spread.ticks))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(min(ends) - 0.15 * (top - min(ends)), top + 0.25 * unit)
+    ax.set_ylim(*spread.ends(min(ends)))

@@ -1,6 +1,6 @@
 """A sparse network in a file: a bit for every weight that is not zero, then those weights, deflated in an `.npz`.
 
-    mask.npy     uint8, the bits of all tensors one behind the other in the order of the student's state dict
+    mask.npy     uint8, the bits of all tensors one behind the other in the order of a new student's state dict
     values.npy   float32, the numbers behind the bits that are set
     shape.npy    uint8, the student's shape as JSON
 
@@ -26,7 +26,10 @@ _MEMBERS = ("mask", "values", "shape")
 
 def pack_sparse(student: Student) -> bytes:
     """Returns the content of a sparse network's file, always the same bytes for the same weights."""
-    flat = torch.cat([t.detach().cpu().float().flatten() for t in student.state_dict().values()]).numpy()
+    weights = student.state_dict()
+    with torch.device("meta"):  # its order: a parametrisation that was removed leaves weights behind their biases
+        names = list(Student(student.shape).state_dict())
+    flat = torch.cat([weights[name].detach().cpu().float().flatten() for name in names]).numpy()
     mask = flat != 0.0
     arrays = {
         "mask": np.packbits(mask),

@@ -131,12 +131,15 @@ def _race(
     return dict(zip(there, _asked("race", str(specification)), strict=True))
 
 
-def _started(runtime: RuntimeName, deployment: Deployment, observations: Path, starts: int) -> dict[str, float]:
-    """Returns seconds from a process's start to its first action, and its memory then; medians."""
+def _started(runtime: RuntimeName, deployment: Deployment, observations: Path, starts: int) -> dict[str, Any]:
+    """Returns seconds from a process's start to its first action, and its memory then, medians; or why it ended."""
     seconds, megabytes = [], []
     for _ in range(starts):
         began = time.monotonic()
-        found = _asked("start", runtime, str(deployment.file), str(observations))
+        try:
+            found = _asked("start", runtime, str(deployment.file), str(observations))
+        except RuntimeError as error:  # of this one alone: what was measured is not lost
+            return {"why_not": str(error)}
         seconds.append(found["monotonic"] - began)
         megabytes.append(found["peak_megabytes"])
     return {"start_seconds": float(np.median(seconds)), "peak_megabytes": float(np.median(megabytes))}

@@ -102,7 +102,7 @@ def newest_comparison(run: Path, results: Mapping[str, Any], teacher_sha256: str
         try:
             found = read_comparison(path.parent)
             if found.about.get("teacher", {}).get("sha256") == teacher_sha256:
-                comparison = with_this_run(found, results["student"], run.resolve().name)
+                comparison = with_this_run(found, results["student"], run)
                 compressors(comparison)
                 return comparison
         except (OSError, *NOT_OURS) as error:
@@ -117,13 +117,15 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def with_this_run(comparison: Comparison, student: Mapping[str, Any], name: str) -> Comparison:
+def with_this_run(comparison: Comparison, student: Mapping[str, Any], run: Path) -> Comparison:
     """Returns a comparison whose picture has a run's student in it.
 
-    Its latency stays out: it was taken in torch, those of the comparison in ONNX Runtime.
+    Its bytes are those of its file, as the comparison's are; its latency stays out: it was taken in torch, those of the
+    comparison in ONNX Runtime.
     """
-    costs = ("num_parameters", "num_macs", "num_bytes", "protocols")
-    row = {"label": f"this run: {name}", "family": "this run", **{key: student[key] for key in costs}}
+    row = {key: student[key] for key in ("num_parameters", "num_macs", "protocols")}
+    row |= {"label": f"this run: {run.resolve().name}", "family": "this run"}
+    row["num_bytes"] = (run / "student.safetensors").stat().st_size
     picture = io.BytesIO()
     draw_pareto({**comparison.rows, "this run": row}, picture, highlight="this run")
     return replace(comparison, pareto=picture.getvalue(), has_this_run=True)

@@ -1,6 +1,7 @@
 """What a report shows, and how it is read from the folder of a run."""
 
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,9 +92,11 @@ def read_run(run: Path, results: Mapping[str, Any] | None = None) -> Report:
                 f"{run}: holds no {RESULTS}; give the folder of a finished run, or finish it with --resume"
             )
         results = _object(run / RESULTS)
+    if found := _not_finite(results):
+        raise BadFile(f"{run / RESULTS}: {found}, which is no return; make the run again")
     config = _object(run / "config.json") if (run / "config.json").is_file() else {}
     settings = config.get("settings", {})
-    if not isinstance(settings, dict) or not isinstance(settings.get("teacher", {}), dict):
+    if not _is_configuration(config):
         raise BadFile(f"{run / 'config.json'}: not what a run writes; make the run again")
     return Report(
         game=str(settings.get("game") or run.resolve().parent.name),
@@ -105,6 +108,25 @@ def read_run(run: Path, results: Mapping[str, Any] | None = None) -> Report:
         evaluations=_evaluations(run / "evaluations.npz"),
         scalars={} if (run / "metrics.jsonl").is_file() else _scalars(run),
     )
+
+
+def _is_configuration(config: Mapping[str, Any]) -> bool:
+    """Returns whether what a page takes from config.json is of the kind that a run writes."""
+    settings = config.get("settings", {})
+    teacher = settings.get("teacher", {}) if isinstance(settings, dict) else None
+    if not isinstance(teacher, dict):
+        return False
+    texts = [config.get("teacher_argument", ""), *(teacher.get(key, "") for key in ("ref", "revision", "sha256"))]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _not_finite(content: object, name: str = "") -> str:
+    """Returns the name of the first number in results that is NaN or infinite, with the number, or nothing."""
+    if isinstance(content, float):
+        return "" if math.isfinite(content) else f"{name} is {content}"
+    parts = content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list) else ()
+    found = (_not_finite(part, f"{name}.{key}".strip(".")) for key, part in parts)
+    return next(filter(None, found), "")
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from policykd.agents.files import BadFile
 from policykd.agents.student import Student, make_student
@@ -31,6 +32,15 @@ def test_what_is_read_is_bit_for_bit_what_was_written(pruned: Student, tmp_path:
     assert content == pack_sparse(found)
     num = sum(p.numel() for p in pruned.parameters())
     assert len(content) < 0.2 * 4 * num  # a tenth of the values, an eighth of a byte for each weight
+
+
+def test_the_order_in_which_weights_were_registered_does_not_matter(pruned: Student, tmp_path: Path) -> None:
+    """Masks that were parametrisations and are removed leave each weight behind its bias."""
+    content = pack_sparse(pruned)
+    parametrize.register_parametrization(pruned.net.conv1, "weight", torch.nn.Identity())  # type: ignore[arg-type]
+    parametrize.remove_parametrizations(pruned.net.conv1, "weight")  # type: ignore[arg-type]
+    assert list(pruned.net.conv1.state_dict()) == ["bias", "weight"]  # type: ignore[union-attr]
+    assert pack_sparse(pruned) == content
 
 
 def _with(content: bytes, **members: np.ndarray) -> bytes:

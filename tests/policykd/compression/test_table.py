@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from policykd.compression.pareto import draw_pareto, pareto_front
 from policykd.compression.table import at_equal_bytes, compared, equal_bytes, report, smallest
@@ -121,6 +122,21 @@ def test_the_front_holds_what_nothing_cheaper_equals() -> None:
         assert i in front or beaten
 
 
+def test_a_highlighted_row_is_named_where_it_is_not_on_the_front(
+    rows: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each panel that it is in; the other rows off the front are points without a name."""
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(Axes, "annotate", lambda ax, text, at, **how: said.append((text, how["weight"])))
+    worse = {
+        name: row(name, "this run", 2_000_000, 0.0, origin="this run") | {"latency_microseconds": None}
+        for name in ("mine", "other")
+    }
+    draw_pareto({**rows, **worse}, io.BytesIO(), highlight="mine")
+    assert said.count(("mine", "bold")) == 3
+    assert "other" not in [text for text, _ in said]
+
+
 def test_the_picture_is_svg_with_every_panel_and_always_the_same(rows: dict[str, dict[str, Any]]) -> None:
     one, other = io.BytesIO(), io.BytesIO()
     draw_pareto(rows, one, highlight="7pct")
@@ -130,7 +146,7 @@ def test_the_picture_is_svg_with_every_panel_and_always_the_same(rows: dict[str,
     assert one.getvalue() == other.getvalue()
     assert text.count('<g id="axes_') == 4
     assert "<b>" not in text
-    one = row("teacher", "teacher", 1_687_206, 20.0) | {"latency_microseconds": 140.745, "num_bytes": 6_749_784}
-    draw_pareto({"teacher": one, "random": rows["random"]}, io.BytesIO())  # matplotlib warned of an axis of no width
+    alone = row("teacher", "teacher", 1_687_206, 20.0) | {"latency_microseconds": 140.745, "num_bytes": 6_749_784}
+    draw_pareto({"teacher": alone, "random": rows["random"]}, io.BytesIO())  # matplotlib warned of an axis of no width
     with pytest.raises(ValueError, match="measure one first"):
         draw_pareto({"random": rows["random"]}, io.BytesIO())

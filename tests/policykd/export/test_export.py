@@ -169,6 +169,12 @@ def test_the_command_says_what_is_wrong_in_one_line(run_here: Callable[..., tupl
     code, said = run_here(str(tmp_path))
     assert (code, said.count("error:")) == (2, 1)
     assert "not the folder of a run; a teacher needs --game and --out" in said
+    for wrong, why in (
+        (["--fromats", "onnx"], "--fromats"),
+        (["--seed", "99999999999999999999999"], "--seed must be at least 0 and at most 4294967295"),
+    ):
+        code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path), *wrong)
+        assert (code, said.strip().count("\n"), why in said) == (2, 0, True), said
     code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path), "--states", "0")
     assert code == 2
     teacher = ("bundled:ppo", "--game", "Pong", "--out", str(tmp_path))

@@ -22,8 +22,8 @@ from policykd.agents.teacher import load_teacher
 from policykd.contenders import Contender
 from policykd.envs.actions import action_names
 from policykd.export import Subject, export
-from policykd.profiling.deployments import RealStates, deploy
-from policykd.profiling.profile import _add_ratios, _asked, _compare_actions, profile, table
+from policykd.profiling.deployments import Deployment, RealStates, deploy
+from policykd.profiling.profile import _add_ratios, _asked, _compare_actions, _started, profile, table
 from policykd.profiling.runtimes import OBS_BYTES, RUNTIMES, RuntimeName, race
 
 QUICK: tuple[RuntimeName, ...] = ("onnx",)
@@ -106,6 +106,14 @@ def test_a_profile_of_a_student(student: Student) -> None:
     text = table(found).splitlines()
     assert text[2].startswith("| a | 16,446 | 0.94 M | ONNX Runtime | ")
     assert text[2].endswith(" | 100.0% | - | 1.0 (1.0) |")
+
+
+def test_a_runtime_that_does_not_start_loses_nothing_that_was_measured(obs: np.ndarray, tmp_path: Path) -> None:
+    """Its row says why, beside what it has; a profile ends with the others."""
+    (tmp_path / "observations").write_bytes(obs.tobytes())
+    found = _started("numpy", Deployment(tmp_path / "gone.npz"), tmp_path / "observations", 1)
+    assert list(found) == ["why_not"]
+    assert "measuring start numpy ended with 1: FileNotFoundError" in found["why_not"]
 
 
 def test_ratios_are_against_the_first_in_sb3_and_in_the_same_runtime() -> None:

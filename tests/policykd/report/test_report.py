@@ -459,8 +459,13 @@ def test_a_damaged_comparison_is_left_out(
     assert said.count("compression.json: left out of the report") == said.count("\n") == 2
 
 
-def test_only_a_comparison_of_the_same_teacher_is_shown(run: Path, results: dict[str, Any], tmp_path: Path) -> None:
-    """The newest is of another one: its rows say nothing about this run."""
+def test_only_a_comparison_of_the_same_teacher_is_shown(
+    run: Path, results: dict[str, Any], student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest is of another one: its rows say nothing about this run, whose file is as large as it is."""
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(report, "draw_pareto", lambda rows, to, *, highlight: drawn.append(rows[highlight]))
+    save_student(student, tmp_path / "run", {})
     card = load_teacher(game="Pong").sha256
     for number, (name, sha256) in enumerate({"ours": card, "theirs": "aa"}.items()):
         shutil.copytree(run.parent / "compression", tmp_path / name)
@@ -470,6 +475,9 @@ def test_only_a_comparison_of_the_same_teacher_is_shown(run: Path, results: dict
     found = newest_comparison(tmp_path / "run", results, card)
     assert found is not None
     assert found.source == "ours"
+    assert [row["label"] for row in drawn] == ["this run: run"]
+    assert drawn[0]["num_bytes"] == (tmp_path / "run" / "student.safetensors").stat().st_size
+    assert drawn[0]["num_bytes"] > 4 * drawn[0]["num_parameters"]
     assert newest_comparison(tmp_path / "run", results, "bb") is None
 
 
@@ -524,6 +532,26 @@ ERRORS: dict[str, tuple[dict[str, str], int, str]] = {
         3,
         "config.json: not what a run writes",
     ),
+    "a hash that is none": (
+        {"results.json": "{}", "config.json": '{"settings": {"teacher": {"sha256": 5}}}'},
+        3,
+        "config.json: not what a run writes",
+    ),
+    "an argument that is none": (
+        {"results.json": "{}", "config.json": '{"teacher_argument": [1]}'},
+        3,
+        "config.json: not what a run writes",
+    ),
+    "a mean that is none": ({"results.json": '{"student": {"mean": NaN}}'}, 3, "results.json: student.mean is nan"),
+    "a return that is none": ({"results.json": '{"a": [0, [1e999]]}'}, 3, "results.json: a.1.0 is inf"),
+    "a teacher that is none": (
+        {
+            "results.json": "{}",
+            "student.json": '{"game": "Pong", "teacher": {"ref": [1], "revision": "", "sha256": 5}}',
+        },
+        3,
+        "student.json: does not say who its teacher was",
+    ),
     "another teacher": (
         {
             "results.json": "{}",
@@ -550,7 +578,7 @@ def test_an_error_is_one_line(
 
 
 def test_a_flag_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    for wrong in (["--secods", "3"], ["run", "--seed", "x"]):
+    for wrong in (["--secods", "3"], ["run", "--seed", "x"], ["run", "--seed", "99999999999999999999999"]):
         code, _, err = command(monkeypatch, capfd, *wrong)
         assert (code, err.count("\n")) == (2, 1), err
 
