@@ -99,6 +99,9 @@ def draw_pareto(
         handles, labels = panels[0, 0].get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True))
         figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=6, frameon=False)
+        figure.draw_without_rendering()  # from here on it is known where everything stands
+        for ax in panels.flat:
+            _part_names(ax)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "policykd"})
     if isinstance(to, io.BytesIO):
@@ -159,6 +162,21 @@ def _point(ax: "Axes", row: Mapping[str, Any], cost: str, games: Mapping[str, An
         linestyle="none",
         label=row["family"],
     )
+
+
+def _part_names(ax: "Axes") -> None:
+    """Moves the names of a panel's points up or down until none lies on another."""
+    from matplotlib.text import Annotation
+
+    taken: list[Any] = []
+    for name in sorted(ax.texts, key=lambda t: t.get_window_extent().x0):
+        assert isinstance(name, Annotation)
+        for height in (8, 18, 28, 38, -14, -24, -34, -44):
+            name.xyann = (name.xyann[0], height)
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def _spread_the_top(ax: "Axes", ends: Sequence[float]) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from policykd.compression.pareto import draw_pareto, pareto_front
+from policykd.compression.pareto import _part_names, draw_pareto, pareto_front
 from policykd.compression.table import at_equal_bytes, compared, equal_bytes, report, smallest
 from policykd.evaluation import PROTOCOLS, Evaluation
 from policykd.results import judgement
@@ -150,3 +151,14 @@ def test_the_picture_is_svg_with_every_panel_and_always_the_same(rows: dict[str,
     draw_pareto({"teacher": alone, "random": rows["random"]}, io.BytesIO())  # matplotlib warned of an axis of no width
     with pytest.raises(ValueError, match="measure one first"):
         draw_pareto({"random": rows["random"]}, io.BytesIO())
+
+
+def test_names_of_points_that_lie_close_do_not_lie_on_each_other() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    for i in range(4):
+        ax.annotate("a long name", (0.5 + i / 100, 0.5), xytext=(4, 8), textcoords="offset points")
+    figure.draw_without_rendering()
+    _part_names(ax)
+    boxes = [name.get_window_extent() for name in ax.texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
