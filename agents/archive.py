@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from policykd.agents.files import BadFile
 from policykd.agents.tensors import ShortReads, read_bounded, read_state_dict
+from policykd.io.files import BadFile
 
 MAX_FILE = 64 << 20
 """bytes of a whole archive: a QR-DQN of 18 actions with its optimizer is 56 MB"""

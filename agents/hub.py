@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from policykd.agents.archive import MAX_FILE
-from policykd.agents.files import BadFile
-from policykd.agents.interrupts import interruptible
+from policykd.io.files import BadFile
+from policykd.io.signals import interruptible
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policykd.agents.files import BadFile
+from policykd.io.files import BadFile
 
 if TYPE_CHECKING:
     import onnx

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policykd.agents.files import BadFile
 from policykd.agents.networks import check_obs
 from policykd.agents.onnx_graph import OnnxGraph, one_line, read_onnx_graph
+from policykd.io.files import BadFile
 
 
 class OnnxPolicy:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.archive import Archive
-from policykd.agents.files import BadFile
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
+from policykd.io.files import BadFile
 
 Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policykd.agents.files import BadFile
 from policykd.agents.zoo import BENCHMARK, describe
 from policykd.envs.games import canonical_name
+from policykd.io.files import BadFile
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 ALGORITHMS = ("ppo", "a2c", "dqn", "qrdqn")

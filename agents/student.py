@@ -15,11 +15,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from policykd.agents.files import BadFile, write_atomically
 from policykd.agents.networks import ATARI_OBS_SHAPE, Activations
 from policykd.agents.policy import greedy, sample
 from policykd.agents.shapes import SIZES, Net, Shape, Size, check_module, draw_weights, make_net, shape_of
 from policykd.agents.user_net import UserNet
+from policykd.io.files import BadFile, write_atomically
 
 __all__ = ["SIZES", "Shape", "Size", "Student", "load_student", "make_student", "packed_weights", "save_student"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.archive import read_archive, read_members
-from policykd.agents.files import BadFile
 from policykd.agents.networks import MLP, Activations, ConvNet
 from policykd.agents.rebuild import rebuild, rebuild_critic
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
+from policykd.io.files import BadFile
 
 __all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher"]
 
@@ -114,7 +114,7 @@ class Teacher:
         installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
         if not installed or obs_BCHW.device.type != "cpu" or not isinstance(self.net, ConvNet | MLP):
             return self
-        from policykd.agents.compiled import compile_net
+        from policykd.export.compiled import compile_net
 
         return replace(self, session=compile_net(self.net, obs_BCHW, num_threads=num_threads))
 

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from policykd.agents.archive import parse_data
-from policykd.agents.files import BadFile
-from policykd.agents.interrupts import interruptible
 from policykd.agents.rebuild import Algorithm, described_kind, described_num_actions, described_shape, text
+from policykd.io.files import BadFile
+from policykd.io.signals import interruptible
 
 _EXECUTED = ("policy_class", "policy_kwargs")
 _SMALL = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0, "train_freq": 4}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from policykd.agents.files import BadFile
 from policykd.envs.games import canonical_name
+from policykd.io.files import BadFile
 
 MAX_BYTES = 1 << 14
 

@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from policykd.agents.files import write_atomically
 from policykd.agents.policy import sample
 from policykd.agents.student import Student, load_student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.command import INTERRUPTED, prepare_device
+from policykd.cli.command import INTERRUPTED, prepare_device
 from policykd.envs.atari import make_atari
-from policykd.evaluation import PROTOCOLS
+from policykd.evaluation.evaluate import PROTOCOLS
+from policykd.evaluation.statistics import RESAMPLES
+from policykd.io.files import write_atomically
 from policykd.losses import kl_divergence_B, log_policy
-from policykd.statistics import RESAMPLES
 
 GAME = "Pong"
 DISTIL, REINFORCE = "scripts/distill_atari.py", "scripts/distill_rl.py"

@@ -15,9 +15,9 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.policy import sample
 from policykd.agents.student import Shape, Student, make_student
 from policykd.agents.teacher import load_teacher
-from policykd.command import prepare_device
-from policykd.distill import compare
+from policykd.cli.command import prepare_device
 from policykd.envs.atari import make_atari
+from policykd.loop import compare
 from policykd.losses import ForwardKL
 from policykd.replay import Replay
 from policykd.schedules import WarmupCosine

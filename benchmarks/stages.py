@@ -28,17 +28,17 @@ from torch import Tensor
 from policykd.agents.networks import ConvNet, num_macs
 from policykd.agents.student import Size, make_student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.command import prepare_device, versions
-from policykd.distill import distill
+from policykd.cli.command import prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import rom_id
-from policykd.learner import Learner, make_learner
+from policykd.loop import distill
 from policykd.losses import ForwardKL
 from policykd.replay import Replay
 from policykd.schedules import WarmupCosine
 from policykd.states import MixedStates
-from policykd.store import commit, last
+from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
+from policykd.storage.generations import commit, last
+from policykd.train_state import Learner, make_learner
 
 REPETITIONS = 5
 MATRIX = 768  # rows and columns; their product is the limit of all networks

@@ -12,10 +12,10 @@ import torch
 from stable_baselines3 import PPO
 
 from policykd.agents.networks import num_macs
-from policykd.agents.onnx_export import to_onnx
 from policykd.agents.onnx_policy import open_session
 from policykd.agents.student import SIZES, Student, make_student
 from policykd.agents.teacher import load_teacher
+from policykd.export.onnx import to_onnx
 
 ROUNDS, BATCH = 9, 256
 

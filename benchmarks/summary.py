@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from policykd.evaluation import PROTOCOLS
-from policykd.statistics import difference_interval, summarise
+from policykd.evaluation.evaluate import PROTOCOLS
+from policykd.evaluation.statistics import difference_interval, summarise
 
 COLOURS = {"7%": "#1f77b4", "1%": "#d62728"}
 

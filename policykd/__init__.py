@@ -1,7 +1,7 @@
 """Distils Stable-Baselines3 Atari agents into compact policies, and proves what was lost.
 
 The names below are imported when they are first used, so that `import policykd` costs milliseconds. The loop is
-`policykd.distill.distill`: a module and a function of one name cannot both stand here.
+`policykd.loop.distill`: a module and a function of one name cannot both stand here.
 """
 
 import importlib
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from policykd.agents.student import load_student, make_student, save_student
     from policykd.agents.teacher import load_teacher
     from policykd.envs.atari import make_atari
-    from policykd.evaluation import evaluate, evaluate_on_atari
-    from policykd.learner import make_learner
+    from policykd.evaluation.evaluate import evaluate, evaluate_on_atari
+    from policykd.train_state import make_learner
 
 __all__ = [
     "evaluate",
@@ -31,9 +31,9 @@ _HOMES = {
     "save_student": "agents.student",
     "load_teacher": "agents.teacher",
     "make_atari": "envs.atari",
-    "make_learner": "learner",
-    "evaluate": "evaluation",
-    "evaluate_on_atari": "evaluation",
+    "make_learner": "train_state",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_on_atari": "evaluation.evaluate",
 }
 
 

@@ -1,10 +1,10 @@
 """What a run is told, tried before it begins: whether all of it fits, and every schedule at every round."""
 
-from policykd.beyond_logits import BeyondLogits
-from policykd.learner import Learner
 from policykd.losses import Loss
+from policykd.methods.auxiliary import BeyondLogits
 from policykd.schedules import Measured, ReturnGap, ReturnReached, at, scheduled, value
 from policykd.states import StateSource
+from policykd.train_state import Learner
 
 
 def rehearse(

@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.arguments import parse_args
-from policykd.command import exit_with_one_line, prepare_device
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line, prepare_device
 from policykd.compression.collection import Collection
 from policykd.compression.study import compare
 from policykd.envs.games import canonical_name
-from policykd.runs import check_at_least, check_name, check_seed, lock
+from policykd.runs.folder import check_at_least, check_name, check_seed, lock
 from policykd.states import DatasetStates, MixedStates
 
 

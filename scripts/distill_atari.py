@@ -14,31 +14,41 @@ import tyro
 from tqdm import tqdm
 
 from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
-from policykd.agents.files import write_atomically
 from policykd.agents.student import Size, make_student, save_student
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.animation import play_to_gif
-from policykd.arguments import parse_args
-from policykd.beyond_logits import Beyond, BeyondLogits
-from policykd.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
-from policykd.distill import distill
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.learner import make_learner
+from policykd.evaluation.results import about, evaluate_on_the_way, judge, table
+from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.io.files import write_atomically
+from policykd.loop import distill
 from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
-from policykd.manifest import open_dataset
-from policykd.offline import label_given, open_replay
-from policykd.records import Records
+from policykd.methods.auxiliary import Beyond, BeyondLogits
+from policykd.methods.state_weights import Measure, counted_by
 from policykd.rehearsal import follows_return, plays_alone, rehearse
 from policykd.report import write_report
-from policykd.results import about, evaluate_on_the_way, judge, table
-from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
+from policykd.runs.folder import (
+    again,
+    check_at_least,
+    check_name,
+    check_there,
+    goes_on,
+    lock,
+    pinned,
+    start_run,
+    started_with,
+)
+from policykd.runs.records import Records
 from policykd.schedules import Quantity, WarmupCosine
 from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
-from policykd.store import has_generations
-from policykd.teacher_check import check_fits, check_teacher, measured_return
-from policykd.weights import Measure, counted_by
+from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
+from policykd.storage.generations import has_generations
+from policykd.storage.manifest import open_dataset
+from policykd.storage.offline import label_given, open_replay
+from policykd.train_state import make_learner
+from policykd.viewer.animation import play_to_gif
 
 FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}
 """what may be changed when a run goes on: it does not decide what is learned"""

@@ -17,33 +17,43 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
-from policykd.agents.files import write_atomically
-from policykd.agents.interrupts import check_interrupted, interruptible
 from policykd.agents.policy import sample
 from policykd.agents.student import Size, Student, make_student, save_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
-from policykd.animation import play_to_gif
-from policykd.arguments import parse_args
-from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation import evaluate_on_atari
+from policykd.evaluation.evaluate import evaluate_on_atari
+from policykd.evaluation.results import about, judge, table
+from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.io.files import write_atomically
+from policykd.io.signals import check_interrupted, interruptible
 from policykd.report import write_report
-from policykd.results import about, judge, table
-from policykd.runs import again, check_at_least, check_name, check_there, goes_on, lock, pinned, start_run, started_with
+from policykd.runs.folder import (
+    again,
+    check_at_least,
+    check_name,
+    check_there,
+    goes_on,
+    lock,
+    pinned,
+    start_run,
+    started_with,
+)
 from policykd.schedules import parse
-from policykd.store import has_generations
-from policykd.teacher_check import check_fits, check_teacher, measured_return
+from policykd.storage.generations import has_generations
+from policykd.viewer.animation import play_to_gif
 
 with needs_extra("sb3"):
     from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
     from policykd.agents.sb3_student import from_sb3
     from policykd.envs.sb3_vec_env import SB3VecEnv
-    from policykd.qdagger import QDagger
-    from policykd.rl_methods import STUDENT_DRIVEN, WEIGHTS, Method, check_weight, make_model, units
-    from policykd.sb3_checkpoints import Progress, restore_training, save_training
-    from policykd.taught import Taught
+    from policykd.rl.methods import STUDENT_DRIVEN, WEIGHTS, Method, check_weight, make_model, units
+    from policykd.rl.qdagger import QDagger
+    from policykd.rl.sb3_checkpoints import Progress, restore_training, save_training
+    from policykd.rl.teacher_mixin import Taught
 
 FREE = {"steps", "device", "threads", "name", "folder", "resume", "debug"}
 FREE |= {"eval_every", "eval_episodes", "checkpoint_every"}

@@ -11,18 +11,18 @@ from typing import Annotated, Literal
 import tyro
 
 from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
-from policykd.agents.files import write_atomically
 from policykd.agents.policy import Policy
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.arguments import parse_args
-from policykd.command import DeviceName, exit_with_one_line, prepare_device, versions
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name, human_normalised_score
-from policykd.evaluation import PROTOCOLS, RandomPolicy, evaluate_on_atari
-from policykd.results import judgement
-from policykd.runs import check_at_least, check_seed
-from policykd.teacher_check import check_fits
+from policykd.evaluation.evaluate import PROTOCOLS, RandomPolicy, evaluate_on_atari
+from policykd.evaluation.results import judgement
+from policykd.evaluation.teacher_check import check_fits
+from policykd.io.files import write_atomically
+from policykd.runs.folder import check_at_least, check_seed
 
 
 @dataclass(frozen=True)

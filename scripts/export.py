@@ -9,18 +9,18 @@ from typing import Annotated
 
 import tyro
 
-from policykd.agents.files import BadFile
 from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, load_teacher
-from policykd.arguments import parse_args
-from policykd.command import exit_with_one_line, needs_extra, prepare_device, versions
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.actions import action_names
 from policykd.envs.games import canonical_name
+from policykd.evaluation.real_states import visited_states
 from policykd.export import FORMATS, Format, Subject, check_format, export
 from policykd.export.c99 import check_prefix
-from policykd.real_states import visited_states
-from policykd.runs import check_at_least, check_seed
+from policykd.io.files import BadFile
+from policykd.runs.folder import check_at_least, check_seed
 
 FEW_STATES = 1000
 """fewer are said to be few"""

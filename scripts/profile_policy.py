@@ -12,14 +12,14 @@ from typing import Annotated
 import torch
 import tyro
 
-from policykd.agents.files import write_atomically
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.arguments import parse_args
-from policykd.command import exit_with_one_line
-from policykd.contenders import game_of, load_contender, run_of
-from policykd.profiling.profile import profile, table
-from policykd.profiling.runtimes import RUNTIMES, RuntimeName
-from policykd.runs import check_at_least, check_seed
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line
+from policykd.evaluation.policies import game_of, load_contender, run_of
+from policykd.evaluation.profile import profile, table
+from policykd.evaluation.runtimes import RUNTIMES, RuntimeName
+from policykd.io.files import write_atomically
+from policykd.runs.folder import check_at_least, check_seed
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import tyro
 
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
-from policykd.arguments import parse_args
-from policykd.command import exit_with_one_line, prepare_device
-from policykd.contenders import teacher_of
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line, prepare_device
+from policykd.evaluation.policies import teacher_of
 from policykd.report import write_comparison_report, write_report
 from policykd.report.data import COMPRESSION, read_run
-from policykd.runs import check_seed
+from policykd.runs.folder import check_seed
 
 
 @dataclass(frozen=True)

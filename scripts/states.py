@@ -5,9 +5,9 @@ from pathlib import Path
 
 import tyro
 
-from policykd.command import exit_with_one_line
-from policykd.importers import import_states
-from policykd.minari import export_to_minari
+from policykd.cli.command import exit_with_one_line
+from policykd.importers.importers import import_states
+from policykd.importers.minari import export_to_minari
 
 
 @dataclass(frozen=True)

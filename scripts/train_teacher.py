@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from policykd.agents.files import write_atomically
-from policykd.agents.interrupts import check_interrupted, interruptible
 from policykd.agents.policy import Policy, sample
 from policykd.agents.rebuild import Algorithm
 from policykd.agents.teacher import load_teacher, policy_temperature
 from policykd.agents.trusted import Sb3Scores
-from policykd.arguments import parse_args
-from policykd.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation import PROTOCOLS, evaluate_on_atari
-from policykd.results import FinishedGames, judgement
-from policykd.runs import again, check_at_least, check_name, goes_on, lock, start_run
-from policykd.store import has_generations
-from policykd.teacher_check import check_fits
+from policykd.evaluation.evaluate import PROTOCOLS, evaluate_on_atari
+from policykd.evaluation.results import FinishedGames, judgement
+from policykd.evaluation.teacher_check import check_fits
+from policykd.io.files import write_atomically
+from policykd.io.signals import check_interrupted, interruptible
+from policykd.runs.folder import again, check_at_least, check_name, goes_on, lock, start_run
+from policykd.storage.generations import has_generations
 
 with needs_extra("sb3"):
     from sb3_contrib import QRDQN
@@ -38,9 +38,9 @@ with needs_extra("sb3"):
     from stable_baselines3.common.utils import LinearSchedule
 
     from policykd.envs.sb3_vec_env import SB3VecEnv
-    from policykd.frame_buffer import FrameReplayBuffer
-    from policykd.sb3_archive import centre_input, start_from, write_teacher
-    from policykd.sb3_checkpoints import Progress, restore_training
+    from policykd.rl.frame_buffer import FrameReplayBuffer
+    from policykd.rl.sb3_archive import centre_input, start_from, write_teacher
+    from policykd.rl.sb3_checkpoints import Progress, restore_training
 
 ALGORITHMS: dict[str, Algorithm] = {"ppo": "PPO", "a2c": "A2C", "dqn": "DQN", "qrdqn": "QRDQN"}
 OFF_POLICY = ("dqn", "qrdqn")

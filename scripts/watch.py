@@ -10,17 +10,17 @@ import torch
 import tyro
 from PIL import Image
 
-from policykd.agents.files import write_atomically
 from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.animation import STEPS_A_SECOND, Player, encode, film, film_bytes
-from policykd.arguments import parse_args
-from policykd.colours import STUDENT, TEACHER
-from policykd.command import exit_with_one_line, needs_extra
-from policykd.contenders import Contender, game_of, load_contender, run_of, teacher_of
-from policykd.evaluation import ProtocolName
-from policykd.runs import check_at_least, check_seed
-from policykd.window import NoWindow, has_screen, show
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line, needs_extra
+from policykd.evaluation.evaluate import ProtocolName
+from policykd.evaluation.policies import Contender, game_of, load_contender, run_of, teacher_of
+from policykd.io.files import write_atomically
+from policykd.runs.folder import check_at_least, check_seed
+from policykd.viewer.animation import STEPS_A_SECOND, Player, encode, film, film_bytes
+from policykd.viewer.colours import STUDENT, TEACHER
+from policykd.viewer.window import NoWindow, has_screen, show
 
 FORMATS: dict[str, Literal["GIF", "WEBP"]] = {".gif": "GIF", ".webp": "WEBP"}
 STEPS_OF_A_FILM = 300

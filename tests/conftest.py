@@ -37,9 +37,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from policykd.agents.policy import sample
     from policykd.agents.teacher import load_teacher
     from policykd.compression.compressors import ROUNDS, Fit, teacher_as_student
-    from policykd.dataset import load_dataset, save_dataset
     from policykd.envs.atari import make_atari
     from policykd.replay import Replay
+    from policykd.storage.dataset import load_dataset, save_dataset
 
     num_states, num_envs = 640, 8
     folder, envs = tmp_path_factory.mktemp("states"), make_atari("Pong", num_envs, 0)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from policykd import results, sb3_checkpoints, teacher_check
 from policykd.agents.student import load_student
-from policykd.teacher_check import TeacherCheck
+from policykd.evaluation import results, teacher_check
+from policykd.evaluation.teacher_check import TeacherCheck
+from policykd.rl import sb3_checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "distill_rl.py"
 SMALL = ["--game", "Pong", "--student", "1%", "--eval-every", "0", "--eval-episodes", "1", "--threads", "1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from policykd.agents.student import make_student, save_student
-from policykd.command import USAGE
+from policykd.cli.command import USAGE
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "profile_policy.py"
 Profile = Callable[..., tuple[int, str, str]]
@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 def test_what_is_not_installed_is_named_and_the_profile_is_in_the_runs_folder(
     run: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("policykd.profiling.deployments.which", lambda name: None)
+    monkeypatch.setattr("policykd.evaluation.deployments.which", lambda name: None)
     code, out, err = profile(str(run), "--runtimes", "onnx", "c", "--rounds", "1", "--calls", "5", "--starts", "1")
     assert (code, err) == (0, "")
     assert "| small | 16,446 | 0.94 M | ONNX Runtime | " in out

@@ -26,7 +26,7 @@ from policykd.agents.student import load_student, make_student, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.statistics import summarise
+from policykd.evaluation.statistics import summarise
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--threads", "1", "--rounds", "3", "--states-per-round", "320", "--updates-per-round", "20"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from policykd.agents.student import make_student, save_student
 from policykd.agents.teacher import load_teacher
-from policykd.command import BAD_FILE, USAGE
-from policykd.results import about
+from policykd.cli.command import BAD_FILE, USAGE
+from policykd.evaluation.results import about
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "watch.py"
 Watch = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,7 @@ from snapshots import Snapshots
 
 import policykd
 from policykd import load_teacher, make_atari, make_learner, make_student
-from policykd.distill import distill
+from policykd.loop import distill
 from policykd.losses import ForwardKL
 from policykd.schedules import Linear, WarmupCosine
 from policykd.states import MixedStates

@@ -8,16 +8,16 @@ from tqdm import tqdm
 
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher
-from policykd.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.distill import distill
 from policykd.envs.atari import make_atari
-from policykd.learner import make_learner
+from policykd.evaluation.results import about
+from policykd.loop import distill
 from policykd.losses import ForwardKL, at_temperature
-from policykd.results import about
-from policykd.runs import CONFIG, start_run
+from policykd.runs.folder import CONFIG, start_run
 from policykd.schedules import WarmupCosine
 from policykd.states import StateSource
-from policykd.store import has_generations
+from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
+from policykd.storage.generations import has_generations
+from policykd.train_state import make_learner
 
 
 @dataclass(frozen=True)

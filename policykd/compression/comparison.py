@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policykd.agents.compiled import compile_net
-from policykd.agents.files import BadFile, write_atomically
-from policykd.agents.layers import Layer, layers_of
 from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.onnx_export import to_onnx
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student, load_student, save_student
@@ -26,13 +22,17 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.compression.compressors import Fit, teacher_as_student
 from policykd.compression.rows import TEACHER, Row, Store
 from policykd.compression.sparse import load_sparse, pack_sparse
-from policykd.dataset import label, load_dataset
 from policykd.envs.atari import make_atari
-from policykd.evaluation import PROTOCOLS
-from policykd.manifest import open_dataset
+from policykd.evaluation.evaluate import PROTOCOLS
+from policykd.evaluation.results import FinishedGames, about, judgement, judgement_of_card
+from policykd.export.compiled import compile_net
+from policykd.export.layers import Layer, layers_of
+from policykd.export.onnx import to_onnx
+from policykd.io.files import BadFile, write_atomically
 from policykd.replay import Replay
-from policykd.results import FinishedGames, about, judgement, judgement_of_card
 from policykd.states import DatasetStates
+from policykd.storage.dataset import label, load_dataset
+from policykd.storage.manifest import open_dataset
 
 CALIBRATION = 2000
 """states that int8's ranges are taken from"""

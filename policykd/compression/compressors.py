@@ -17,15 +17,15 @@ from policykd.agents.networks import ConvNet, FrameNet
 from policykd.agents.policy import Policy
 from policykd.agents.student import Shape, Size, Student, make_student
 from policykd.agents.teacher import Teacher
-from policykd.distill import distill
 from policykd.divergences import kl_divergence_B, log_policy
 from policykd.envs.vector import VectorEnv
-from policykd.learner import Learner, Visit, make_learner
+from policykd.loop import distill
 from policykd.losses import ActionNLL, ForwardKL, Loss, at_temperature
 from policykd.replay import Replay
-from policykd.rounds import Round
 from policykd.schedules import WarmupCosine
 from policykd.states import DatasetStates
+from policykd.train_state import Learner, Visit, make_learner
+from policykd.trainer import Round
 
 ROUNDS = 20
 """into which the budget is cut: between them masks move and channels are taken out"""

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from policykd.agents.files import BadFile, write_atomically
-from policykd.command import versions
+from policykd.cli.command import versions
 from policykd.compression.collection import Collection
 from policykd.compression.comparison import Setting, kept_results
 from policykd.compression.pareto import draw_pareto
 from policykd.compression.row_latencies import LATENCIES
 from policykd.compression.rows import TEACHER, Row, lineage, origin, updates_in_all
 from policykd.compression.table import at_equal_bytes, compared, report
-from policykd.evaluation import PROTOCOLS, RandomPolicy
-from policykd.results import FinishedGames, judgement
+from policykd.evaluation.evaluate import PROTOCOLS, RandomPolicy
+from policykd.evaluation.results import FinishedGames, judgement
+from policykd.io.files import BadFile, write_atomically
 
 
 def finished_rows(setting: Setting, rows: Mapping[str, Row], asked: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from policykd.agents.files import write_atomically
-from policykd.colours import RANDOM, TEACHER
-from policykd.evaluation import ProtocolName
+from policykd.evaluation.evaluate import ProtocolName
+from policykd.io.files import write_atomically
 from policykd.spread_axis import SpreadTop
+from policykd.viewer.colours import RANDOM, TEACHER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from policykd.agents.files import BadFile, read_verified, write_atomically
 from policykd.agents.onnx_policy import backend, open_session
-from policykd.latencies import measure_latencies
+from policykd.evaluation.latencies import measure_latencies
+from policykd.io.files import BadFile, read_verified, write_atomically
 
 LATENCIES = "latencies.json"
 

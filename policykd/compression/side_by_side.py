@@ -10,10 +10,10 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from policykd.agents.interrupts import check_interrupted
-from policykd.command import INTERRUPTED, exit_with_one_line, prepare_device
+from policykd.cli.command import INTERRUPTED, exit_with_one_line, prepare_device
 from policykd.compression.comparison import Setting, make_row, results_of
 from policykd.compression.rows import TEACHER, Row, check_order
+from policykd.io.signals import check_interrupted
 
 POLL_SECONDS = 0.5
 

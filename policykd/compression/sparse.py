@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from policykd.agents.files import BadFile
 from policykd.agents.shapes import shape_of
 from policykd.agents.student import Student
-from policykd.shards import UNREADABLE, declared_arrays
+from policykd.io.files import BadFile
+from policykd.storage.shards import UNREADABLE, declared_arrays
 
 _MEMBERS = ("mask", "values", "shape")
 

@@ -16,10 +16,10 @@ from policykd.compression.pruning import Structured
 from policykd.compression.row_latencies import latencies_known, measured_latencies
 from policykd.compression.rows import TEACHER, Row, chosen, standard_rows
 from policykd.compression.side_by_side import make_rows
-from policykd.manifest import open_dataset
-from policykd.results import about
-from policykd.runs import goes_on, start_run
+from policykd.evaluation.results import about
+from policykd.runs.folder import goes_on, start_run
 from policykd.states import DatasetStates, MixedStates
+from policykd.storage.manifest import open_dataset
 
 
 def compare(

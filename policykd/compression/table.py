@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from policykd.compression.rows import TEACHER
-from policykd.evaluation import PROTOCOLS, ProtocolName
-from policykd.statistics import RESAMPLES, difference_interval, teacher_normalised_score
+from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
+from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
 
 Rows = Mapping[str, Mapping[str, Any]]
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from policykd.agents.files import write_atomically
-from policykd.agents.interrupts import check_interrupted
 from policykd.export.formats import FORMATS, MAKERS, Format, Made, Subject, check_format, scores_of
 from policykd.export.numpy_file import to_npz
+from policykd.io.files import write_atomically
+from policykd.io.signals import check_interrupted
 
 __all__ = ["FORMATS", "Export", "Format", "Made", "Subject", "check_format", "export", "to_npz", "validate"]
 

@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from policykd.agents.layers import layers_of
 from policykd.agents.networks import MLP, FrameNet
 from policykd.export.c99_layers import EMIT, Call, Source, Value
+from policykd.export.layers import layers_of
 
 _HEADER = """\
 /* A policy, written by policykd: C99, reentrant, nothing but the stack, and of libm only what tanh and ELU need.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from policykd.agents.layers import Layer
+from policykd.export.layers import Layer
 
 LANES = 16
 """outputs that are summed side by side: a vector register of AVX-512, two of AVX2, four of SSE or NEON"""

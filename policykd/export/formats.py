@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policykd.agents.interrupts import check_interrupted
 from policykd.agents.networks import MLP, FrameNet
-from policykd.agents.onnx_export import to_onnx
 from policykd.agents.policy import Policy
 from policykd.agents.shapes import Net
 from policykd.agents.student import Student
 from policykd.export.c99 import check_prefix, stack_bytes, to_c
 from policykd.export.numpy_file import runtime, to_npz
+from policykd.export.onnx import to_onnx
+from policykd.io.signals import check_interrupted
 
 Format = Literal["onnx", "int8", "numpy", "c", "sb3"]
 
@@ -143,7 +143,7 @@ def _sb3(subject: Subject, folder: Path, calibration: Tensor) -> Made:
     from stable_baselines3 import PPO
 
     from policykd.agents.trusted import Sb3Scores
-    from policykd.sb3_archive import write_teacher
+    from policykd.rl.sb3_archive import write_teacher
 
     path = folder / f"{subject.stem}.zip"
     write_teacher(student.to_sb3(), path)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from policykd.agents.interrupts import check_interrupted
 from policykd.agents.onnx_policy import open_session
+from policykd.io.signals import check_interrupted
 
 if TYPE_CHECKING:
     import onnx

@@ -1,4 +1,4 @@
-"""A network as one `.npz` for `agents/numpy_policy.py`: weights, and the list of layers as JSON."""
+"""A network as one `.npz` for `policykd/export/numpy_policy.py`: weights, and the list of layers as JSON."""
 
 import io
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from policykd.agents import numpy_policy
-from policykd.agents.layers import Layer, layers_of
 from policykd.agents.networks import MLP, FrameNet
+from policykd.export import numpy_policy
+from policykd.export.layers import Layer, layers_of
 
 _SAID = [field.name for field in fields(Layer) if field.name not in ("weight", "bias")]
 

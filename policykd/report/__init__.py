@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from policykd import colours
-from policykd.agents.files import BadFile, write_atomically
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.animation import STEPS_A_SECOND, Player, cut_to, encode, film
 from policykd.compression.pareto import draw_pareto
 from policykd.divergences import kl_divergence_B
 from policykd.envs.actions import action_names
-from policykd.real_states import visited_states
+from policykd.evaluation.real_states import visited_states
+from policykd.io.files import BadFile, write_atomically
 from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_comparison, read_run
 from policykd.report.page import comparison_page, page
 from policykd.report.sections import compressors
+from policykd.viewer import colours
+from policykd.viewer.animation import STEPS_A_SECOND, Player, cut_to, encode, film
 
 REPORT = "report.html"
 STEPS_A_PICTURE = 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policykd.agents.files import BadFile
+from policykd.io.files import BadFile
 
 RESULTS, COMPRESSION = "results.json", "compression.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from policykd.evaluation import PROTOCOLS
+from policykd.evaluation.evaluate import PROTOCOLS
 from policykd.report import learning, sections
 from policykd.report.data import Comparison, Report
 from policykd.report.markup import Markup, joined, tag

@@ -17,7 +17,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from policykd.agents.archive import read_archive
-from policykd.agents.compiled import CompiledNet
 from policykd.agents.ensemble import (
     ConfidenceWeights,
     Disagreement,
@@ -32,6 +31,7 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Algorithm, Teacher, load_teacher
 from policykd.envs.atari import make_atari
+from policykd.export.compiled import CompiledNet
 
 OBS = torch.zeros(2, 4)
 

@@ -31,7 +31,7 @@ import pytest
 import torch
 
 from policykd.agents.teacher import load_teacher
-from policykd.command import BAD_FILE, exit_with_one_line
+from policykd.cli.command import BAD_FILE, exit_with_one_line
 
 MIB = 1 << 20
 BUNDLED = Path(__file__).parents[2] / "agents" / "pretrained" / "ppo-Pong.zip"

@@ -11,10 +11,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack
 from torch import nn
 
-from policykd.agents.files import BadFile
 from policykd.agents.networks import ConvNet, num_macs, num_parameters
 from policykd.agents.student import SIZES, Shape, Size, Student, load_student, make_student, save_student
 from policykd.envs.atari import make_atari
+from policykd.io.files import BadFile
 
 # Of each size, with A actions, by hand: outputs of a convolution times what it sees for each, then the dense layers.
 _MACS: dict[Size, Callable[[int], int]] = {

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from policykd import make_learner
-from policykd.agents.files import BadFile
 from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.onnx_export import to_onnx
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, load_student, make_student, save_student
-from policykd.distill import distill
 from policykd.envs.identity import IdentityEnv
+from policykd.export.onnx import to_onnx
+from policykd.io.files import BadFile
+from policykd.loop import distill
 from policykd.losses import ForwardKL
 from policykd.schedules import Constant
 from policykd.states import MixedStates

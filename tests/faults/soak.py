@@ -21,8 +21,8 @@ from typing import NoReturn
 import torch
 import warm
 
-from policykd.agents.interrupts import check_interrupted, seconds_since_signal
 from policykd.envs.atari import make_atari
+from policykd.io.signals import check_interrupted, seconds_since_signal
 
 ARGS = (
     "--game Pong --threads 1 --student 1% --rounds 6 --states-per-round 64 --updates-per-round 4 --batch-size 32"

@@ -29,11 +29,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from policykd.checkpoints import KEYS
-from policykd.command import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
-from policykd.dataset import load_dataset
-from policykd.manifest import open_dataset
-from policykd.store import has_generations, newest
+from policykd.cli.command import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
+from policykd.storage.checkpoints import KEYS
+from policykd.storage.dataset import load_dataset
+from policykd.storage.generations import has_generations, newest
+from policykd.storage.manifest import open_dataset
 
 ROOT = Path(__file__).parents[2]
 BEGIN = "--game Pong --threads 1 --student 1% --updates-per-round 2 --batch-size 32 --eval-episodes 2 --name r"
@@ -281,13 +281,13 @@ def test_a_failure_of_any_commit_loses_nothing(code: int, warm: Warm, whole: Who
 PHASES = {
     "load": ("distill_atari:load_teacher", 1),
     "begin": ("distill_atari:start_run", 1),
-    "visit": ("policykd.distill:visit", 2),
-    "measure": ("policykd.distill:compare", 2),
+    "visit": ("policykd.loop:visit", 2),
+    "measure": ("policykd.loop:compare", 2),
     "save": ("distill_atari:save_checkpoint", 2),
     "evaluate": ("distill_atari:evaluate_on_the_way", 1),
     "student": ("distill_atari:save_student", 1),
-    "judge": ("policykd.results:evaluate_on_atari", 2),
-    "animation": ("policykd.animation:greedy", 3),
+    "judge": ("policykd.evaluation.results:evaluate_on_atari", 2),
+    "animation": ("policykd.viewer.animation:greedy", 3),
 }
 SHORT = ("visit", "animation")
 

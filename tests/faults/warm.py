@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.utils.tensorboard
 
-import policykd.animation
-import policykd.evaluation
-import policykd.results
-from policykd.arguments import parse_args
-from policykd.command import exit_with_one_line
-from policykd.costs import Costs
+import policykd.evaluation.evaluate
+import policykd.evaluation.results
+import policykd.viewer.animation
+from policykd.cli.arguments import parse_args
+from policykd.cli.command import exit_with_one_line
 from policykd.envs.vector import Episode, Step
+from policykd.evaluation.costs import Costs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_atari.py"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -203,9 +203,9 @@ def command() -> ModuleType:
     assert spec.loader
     script = sys.modules["distill_atari"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    for module in (script, policykd.evaluation, policykd.animation, policykd.results):
+    for module in (script, policykd.evaluation.evaluate, policykd.viewer.animation, policykd.evaluation.results):
         setattr(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))  # noqa: B010
-    setattr(policykd.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, Costs(1, 1, 1, 1.0)))  # noqa: B010
+    setattr(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, Costs(1, 1, 1, 1.0)))  # noqa: B010
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
     return script
 

@@ -1,0 +1,1 @@
+"""The `policykd` command: one module per subcommand."""

@@ -1,0 +1,1 @@
+"""Full episodes, statistics, the teacher check, and what a policy costs."""

@@ -1,0 +1,1 @@
+"""States that other tools recorded, as datasets."""

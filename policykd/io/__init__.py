@@ -1,0 +1,1 @@
+"""The ground floor, which everything may import: files, typed JSON, signals."""

@@ -1,1 +1,0 @@
-"""What policies cost in every runtime: `profile` asks, `deployments` makes files, `runtimes` runs them elsewhere."""

@@ -1,0 +1,1 @@
+"""Distillation inside Stable-Baselines3's algorithms, and training of teachers."""

@@ -1,0 +1,1 @@
+"""Checkpoints and datasets of states on disk."""

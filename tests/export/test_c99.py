@@ -1,0 +1,98 @@
+"""The C header compiles without a warning and scores as torch does."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from policykd.agents.networks import MLP
+from policykd.agents.student import Size, make_student
+from policykd.agents.teacher import load_teacher
+from policykd.evaluation.real_states import visited_states
+from policykd.export.c99 import stack_bytes, to_c
+
+STRICT = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+
+
+@pytest.fixture(scope="module")
+def frames() -> Tensor:
+    return visited_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 64, seed=6)
+
+
+def compiled(text: str, folder: Path, *flags: str) -> Path:
+    (folder / "policy.h").write_text(text)
+    command = [*STRICT, *flags, "-x", "c", str(folder / "policy.h"), "-o", str(folder / "program"), "-lm"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder / "program"
+
+
+def played(program: Path, obs: np.ndarray, num_actions: int) -> np.ndarray:
+    done = subprocess.run([str(program)], input=obs.tobytes(), capture_output=True, check=True)
+    return np.frombuffer(done.stdout, np.float32).reshape(-1, num_actions)
+
+
+@pytest.mark.parametrize("size", ["7%", "1%", "strided", "depthwise", "half", "impala"])
+def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
+    student, generator = make_student(size, 6), torch.Generator().manual_seed(1)
+    student.centre_on(frames[:, -1])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        expected = student(frames).numpy()
+    text = to_c(student.folded_net(), prefix="pong")  # type: ignore[arg-type]
+    assert stack_bytes(text) < 256 << 10
+    optimised = "-O3" if size == "7%" else "-O1"
+    found = played(compiled(text, tmp_path, "-DPONG_MAIN", optimised), frames.numpy(), 6)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max() / 50.0))
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ELU, nn.LeakyReLU])
+def test_vectors_too(activation: type[nn.Module], tmp_path: Path) -> None:
+    net, obs = MLP(4, (20, 70), 2, activation=activation), torch.randn(20, 4)
+    found = played(compiled(to_c(net), tmp_path, "-DPOLICYKD_MAIN"), obs.numpy(), 2)
+    np.testing.assert_allclose(found, net(obs).detach().numpy(), atol=1e-5)
+
+
+def test_two_policies_in_one_program_act(frames: Tensor, tmp_path: Path) -> None:
+    """Different prefixes do not clash, and `act` gives the best action; of a vector that is no number, none."""
+    one, net = make_student("1%", 6, seed=1), MLP(3, (8,), 4, activation=nn.ReLU)
+    (tmp_path / "one.h").write_text(to_c(one.folded_net(), prefix="one", actions=("NOOP", "*/ evil")))  # type: ignore[arg-type]
+    (tmp_path / "other.h").write_text(to_c(net, prefix="other"))
+    (tmp_path / "main.c").write_text("""
+        #include "one.h"
+        #include "other.h"
+        #include <stdio.h>
+        static uint8_t obs[4][84][84];  /* as docs/export.md calls it: no cast, no warning */
+        int main(void) {
+          const float fine[3] = {1.0f, 2.0f, 3.0f}, not_finite[3] = {1.0f, NAN, 3.0f};
+          while (fread(obs, sizeof obs, 1, stdin) == 1) printf("%d ", one_act(&obs[0][0][0]));
+          printf("%d %d", other_act(fine), other_act(not_finite));
+          return 0;
+        }""")
+    program = tmp_path / "program"
+    subprocess.run([*STRICT, "-O1", str(tmp_path / "main.c"), "-o", str(program), "-lm"], check=True)
+    done = subprocess.run([str(program)], input=frames.numpy().tobytes(), capture_output=True, check=True)
+    with torch.inference_mode():
+        expected = [*one(frames).argmax(-1).tolist(), int(net(torch.tensor([[1.0, 2.0, 3.0]])).argmax()), -1]
+    assert [int(word) for word in done.stdout.split()] == expected
+
+
+def test_weights_read_back_exactly(tmp_path: Path) -> None:
+    net = MLP(2, (), 1, activation=nn.ReLU)
+    (layer,) = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.1754944e-38, -0.1]]))
+        layer.bias.copy_(torch.tensor([0.0]))
+    obs = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    found = played(compiled(to_c(net), tmp_path, "-DPOLICYKD_MAIN"), obs, 1)
+    assert found.ravel().tolist() == layer.weight.ravel().tolist()
+
+
+@pytest.mark.parametrize("prefix", ["", "9a", "a b", "a-b", "int main(){}"])
+def test_a_prefix_that_is_no_name_is_refused(prefix: str) -> None:
+    with pytest.raises(ValueError, match="is no C identifier"):
+        to_c(MLP(2, (), 1, activation=nn.ReLU), prefix=prefix)

@@ -1,0 +1,176 @@
+"""Our networks as ONNX files, and run by ONNX Runtime: they score as torch does."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from policykd.agents.impala import ImpalaNet
+from policykd.agents.networks import MLP, ConvNet
+from policykd.agents.onnx_policy import OnnxPolicy
+from policykd.agents.shapes import Net
+from policykd.agents.student import SIZES, Size, make_student
+from policykd.agents.teacher import Teacher, load_teacher
+from policykd.envs.atari import make_atari
+from policykd.export import compiled
+from policykd.export.compiled import compile_net
+from policykd.export.onnx import to_onnx
+
+TEACHERS = ["bundled:ppo", "bundled:dqn"]
+
+
+def visited(num: int) -> Tensor:
+    """Returns observations of Pong under random play."""
+    envs, generator = make_atari("Pong", 16, seed=0), torch.Generator().manual_seed(0)
+    obs = [envs.reset()]
+    while 16 * len(obs) < num:
+        obs.append(envs.step(torch.randint(6, (16,), generator=generator)).obs)
+    return torch.cat(obs)
+
+
+@pytest.fixture(scope="module")
+def frames() -> Tensor:
+    return visited(256)
+
+
+def teacher_net(name: str) -> ConvNet:
+    net = load_teacher(name, game="Pong").net
+    assert isinstance(net, ConvNet)
+    return net
+
+
+def trained_student(size: Size, frames: Tensor) -> ConvNet | ImpalaNet:
+    """Returns a student with every number away from where it begins, the input scaling too."""
+    student = make_student(size, 6)
+    student.centre_on(frames[:, -1])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    assert isinstance(student.net, ConvNet | ImpalaNet)
+    return student.net
+
+
+def scores_agree(net: ConvNet | ImpalaNet, frames: Tensor, path: Path) -> None:
+    """Asserts that file and network score alike, and take the same action outside ties."""
+    path.write_bytes(to_onnx(net))
+    policy = OnnxPolicy(path)
+    for obs in frames.split(256):
+        with torch.inference_mode():
+            expected_BA = net(obs)
+        scores_BA = policy(obs)
+        assert (scores_BA - expected_BA).abs().max() <= 1e-4 * max(1.0, float(expected_BA.abs().max()) / 10.0)
+        best_B2 = expected_BA.topk(2, dim=1).values
+        tied_B = best_B2[:, 0] - best_B2[:, 1] <= 2e-4
+        assert tied_B.float().mean() < 0.1
+        assert ((scores_BA.argmax(dim=1) == expected_BA.argmax(dim=1)) | tied_B).all()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_exported_teacher_scores_as_torch_does(name: str, frames: Tensor, tmp_path: Path) -> None:
+    """X01, the short form."""
+    scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
+
+
+@pytest.mark.parametrize("size", ["7%", "1%", "strided", "depthwise", "half", "impala"])
+def test_an_exported_student_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
+    """X01, the short form."""
+    scores_agree(trained_student(size, frames), frames, tmp_path / "student.onnx")
+
+
+@pytest.mark.slow
+def test_ten_thousand_states_are_scored_as_torch_does(tmp_path: Path) -> None:
+    """X01, the long form."""
+    frames = visited(10_000)
+    for name in TEACHERS:
+        scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
+    for size in SIZES:
+        scores_agree(trained_student(size, frames[:256]), frames, tmp_path / "student.onnx")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU])
+def test_an_exported_mlp_scores_as_torch_does(activation: type[nn.Module], tmp_path: Path) -> None:
+    net, obs = MLP(4, (16, 8), 3, activation=activation), torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "mlp.onnx").write_bytes(to_onnx(net))
+    policy = OnnxPolicy(tmp_path / "mlp.onnx")
+    assert (policy.obs_shape, policy.num_actions) == ((4,), 3)
+    torch.testing.assert_close(policy(obs), net(obs).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_file_is_a_teacher_like_any_other(frames: Tensor, tmp_path: Path) -> None:
+    net = teacher_net("bundled:ppo")
+    content = to_onnx(net)
+    (tmp_path / "pong.onnx").write_bytes(content)
+    teacher = load_teacher(tmp_path / "pong.onnx", game="Pong")
+    assert (teacher.obs_shape, teacher.num_actions) == ((4, 84, 84), 6)
+    assert teacher.backend.startswith("onnxruntime ")
+    assert teacher.compiled(frames) is teacher
+    assert content == to_onnx(net)
+    model = onnx.load_model_from_string(content)
+    assert [(i.name, i.type.tensor_type.elem_type) for i in model.graph.input] == [("obs", onnx.TensorProto.UINT8)]
+    assert len(content) == pytest.approx(4 * 1_687_206, rel=0.001)
+
+
+def test_a_compiled_teacher_gives_the_same_bits_at_every_call(frames: Tensor) -> None:
+    """In any batch, at any address, with any number of threads and callers: an overlapped run needs no more."""
+    teacher = load_teacher("bundled", game="Pong")
+    fast = teacher.compiled(frames[:64])
+    assert isinstance(fast, Teacher)
+    assert (fast.net, fast.sha256) == (teacher.net, teacher.sha256)
+    assert (teacher.backend, fast.backend) == (f"torch {torch.__version__}", fast.backend)
+    assert fast.backend.startswith("onnxruntime ")
+    expected_BA = fast(frames)
+    torch.testing.assert_close(expected_BA, teacher(frames), atol=1e-4, rtol=1e-4)
+    assert torch.equal(fast(frames.clone()), expected_BA)
+    assert torch.equal(torch.cat([fast(obs) for obs in frames.split(16)]), expected_BA)
+    shifted = torch.zeros(frames.numel() + 3, dtype=torch.uint8)[3:].view(frames.shape).copy_(frames)
+    assert torch.equal(fast(shifted), expected_BA)
+    assert torch.equal(fast(frames.movedim(1, -1).contiguous().movedim(-1, 1)), expected_BA)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(scores_BA, expected_BA) for scores_BA in pool.map(fast, [frames] * 4))
+    assert torch.equal(teacher.compiled(frames[:64], num_threads=2)(frames), expected_BA)
+
+
+def test_a_network_that_is_compiled_wrongly_is_refused(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = trained_student("1%", frames)
+
+    def broken(net: Net) -> bytes:
+        content: bytes = to_onnx(net)
+        model = onnx.load_model_from_string(content)
+        model.graph.node[1].attribute[0].ints[:] = [4, 4]
+        del model.graph.node[-2]  # the last ReLU
+        model.graph.node[-1].input[0] = model.graph.node[-2].output[0]
+        return bytes(model.SerializeToString())
+
+    monkeypatch.setattr(compiled, "to_onnx", broken)
+    with pytest.raises(FloatingPointError, match=r"onnxruntime .* scores 256 observations differently from torch, by "):
+        compile_net(net, frames)
+
+
+def test_a_compiled_network_refuses_other_observations(frames: Tensor) -> None:
+    """X02."""
+    net = compile_net(trained_student("1%", frames), frames)
+    with pytest.raises(ValueError, match=r"observations are \(84, 84, 4\), expected a batch of \(4, 84, 84\)"):
+        net(frames.movedim(1, -1))
+    with pytest.raises(ValueError, match=r"observations are torch.float32, expected uint8 frames from 0 to 255"):
+        net(frames / 255.0)
+    mlp = compile_net(MLP(4, (8,), 2, activation=nn.ReLU), torch.eye(4))
+    with pytest.raises(ValueError, match=r"observations are \(5,\), expected a batch of \(4,\)"):
+        mlp(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="observations are NaN or infinite, expected finite numbers"):
+        mlp(torch.full((1, 4), torch.nan))
+
+
+def test_without_the_extra_torch_goes_on(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher("bundled", game="Pong")
+    for package in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            assert teacher.compiled(frames) is teacher
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"another package: pip install 'policykd\[onnx\]'"):
+        to_onnx(teacher_net("bundled"))
