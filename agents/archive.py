@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from policykd.agents.tensors import ShortReads, read_bounded, read_state_dict
+from policykd.agents.tensors import BoundedReader, read_bounded, read_state_dict
 from policykd.io.files import BadFile
 
 MAX_FILE = 64 << 20
@@ -86,7 +86,7 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
         return _sha256(io.BytesIO(sums.encode())), contents
     whole = _read_file(path, MAX_FILE)
     try:
-        with zipfile.ZipFile(ShortReads(whole)) as archive:
+        with zipfile.ZipFile(BoundedReader(whole)) as archive:
             members = _checked_members(path, archive)
             return _sha256(whole), {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
     except _BROKEN as error:

@@ -21,8 +21,8 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 
 WEIGHTS_HELP = (
-    "of several teachers: equal, return (their reported returns above random play), confidence (state by"
-    " state, the surer ones more), or numbers such as 0.7,0.3"
+    "weights of several teachers: `equal`, `return` (each teacher's reported return above random play), `confidence`"
+    " (per state, the teachers of lower entropy count more), or numbers such as 0.7,0.3"
 )
 _LEAST_CONFIDENCE = 1e-6
 """so that members that are all uniform weigh the same"""

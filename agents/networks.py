@@ -40,8 +40,8 @@ DESIGNS: dict[Design, tuple[Convolution, ...]] = {
 class Activations(NamedTuple):
     """What a network computes on the way to its scores, for losses that compare more than scores."""
 
-    scores_BA: Tensor
-    """float32 `(batch, num_actions)`"""
+    outputs_BA: Tensor
+    """logits or Q-values, float32 `(batch, num_actions)`"""
     hidden_BF: Tensor
     """of the last dense layer before the scores, float32 `(batch, features)`"""
     maps: tuple[Tensor, ...]
@@ -210,7 +210,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: observations of another shape.
         """
-        return self.activations(obs_BF).scores_BA
+        return self.activations(obs_BF).outputs_BA
 
     def activations(self, obs_BF: Tensor) -> Activations:
         """Returns the same scores as a call, and what lies on the way to them.

@@ -16,9 +16,10 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 ALGORITHMS = ("ppo", "a2c", "dqn", "qrdqn")
 """in the order in which `bundled` prefers them"""
 TEACHER_HELP = (
-    "where the teacher is: `auto` (the one bundled for the game, else hub:ppo), `bundled` or `bundled:ALGO`, an SB3"
-    " .zip, an unpacked archive, an rl-zoo folder (ALGO/ENV_1), an .onnx file, `hub:ALGO[@REVISION]` (the zoo's agent"
-    " for the game), `hub:OWNER/NAME[@REVISION]`; ALGO is ppo, a2c, dqn or qrdqn; nothing in it is executed"
+    "teacher: `auto` (the one bundled for the game, else hub:ppo), `bundled` or `bundled:ALGO`, an SB3 .zip or its"
+    " unpacked folder, an rl-zoo folder (ALGO/ENV_1), an .onnx file, `hub:ALGO[@REVISION]` (the rl-zoo agent for the"
+    " game), `hub:OWNER/NAME[@REVISION]`, or several joined by `+`; ALGO is ppo, a2c, dqn or qrdqn; no code in the file"
+    " is executed"
 )
 
 _NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"

@@ -85,7 +85,7 @@ class Student(nn.Module):
         if isinstance(self.net, UserNet):
             raise ValueError(f"{self.shape.module}: of your own module only the scores are known; learn those alone")
         found = self.net.activations(obs_BCHW)
-        return found._replace(scores_BA=self._logits(found.scores_BA))
+        return found._replace(outputs_BA=self._logits(found.outputs_BA))
 
     def values(self, obs_BCHW: Tensor) -> Tensor:
         """Returns the states' values, float32 `(batch,)`, in the unit of what the head was fitted to.
@@ -138,7 +138,7 @@ class Student(nn.Module):
         return scores_BA if self.temperature == 1.0 else scores_BA / self.temperature
 
     @torch.no_grad()
-    def centre_on(self, frames: Tensor) -> None:
+    def fit_input_normalization(self, frames: Tensor) -> None:
         """Sets the input scaling from frames `(n, 84, 84)`: the background becomes 0, the spread of the pixels 1.
 
         In [0, 1] a small network first learns the background, and may never get to the handful of pixels that is the

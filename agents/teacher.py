@@ -159,7 +159,7 @@ class Teacher:
             ValueError: no critic and no Q-values.
         """
         if self.algorithm in ("DQN", "QRDQN"):
-            return (self(obs_BCHW) if seen is None else seen.scores_BA).amax(dim=-1)
+            return (self(obs_BCHW) if seen is None else seen.outputs_BA).amax(dim=-1)
         critic, net = self.critic, self.net
         if not isinstance(critic, nn.Linear):
             return critic(obs_BCHW).squeeze(-1)  # type: ignore[no-any-return]

@@ -33,7 +33,7 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-class ShortReads:
+class BoundedReader:
     """A file for `zipfile` that refuses to give much at once, such as the directory of a million members."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -71,7 +71,7 @@ def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
         ValueError: anything else, with the reason alone.
         zipfile.BadZipFile: cut short, or its checksums do not agree.
     """
-    with zipfile.ZipFile(ShortReads(pth)) as archive:
+    with zipfile.ZipFile(BoundedReader(pth)) as archive:
         records = {m.filename.partition("/")[2]: m for m in archive.infolist()}
         if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in records.values()):
             raise ValueError("its records are compressed")

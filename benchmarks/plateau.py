@@ -56,7 +56,7 @@ def fit(
 def scaled(centre: bool, scale: bool) -> Callable[[Student, torch.Tensor], None]:
     def prepare(student: Student, frames: torch.Tensor) -> None:
         assert isinstance(student.net, ConvNet)
-        student.centre_on(frames)
+        student.fit_input_normalization(frames)
         if not centre:
             student.net.centre.zero_()
         if not scale:

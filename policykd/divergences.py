@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 from policykd.agents.policy import entropy as entropy
 from policykd.agents.policy import log_policy as log_policy
-from policykd.agents.policy import widened as widened
+from policykd.agents.policy import upcast as upcast
 
 SMALLEST_SPREAD = 1e-6
 """scores that lie closer together than this are equal to `standardised`"""
@@ -54,7 +54,7 @@ def standardised(scores_BA: Tensor) -> Tensor:
     The deviation is the population's, the root of the mean square. A row of equal scores is all zeros, with a finite
     gradient. The largest difference goes out first: the square of 1e38 would overflow, that of 1e-38 vanish.
     """
-    scores_BA = widened(scores_BA)
+    scores_BA = upcast(scores_BA)
     advantage_BA = scores_BA - scores_BA.amax(dim=-1, keepdim=True).detach()
     advantage_BA = advantage_BA / advantage_BA.detach().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SPREAD)
     centred_BA = advantage_BA - advantage_BA.mean(dim=-1, keepdim=True)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy, huber_loss
 
-from policykd.divergences import jensen_shannon_B, standardised, taken_or_not, widened, without
+from policykd.divergences import jensen_shannon_B, standardised, taken_or_not, upcast, without
 from policykd.divergences import kl_divergence_B as kl_divergence_B
 from policykd.divergences import log_policy as log_policy
 from policykd.schedules import Quantity
@@ -175,7 +175,7 @@ class ScoreMSE(_InTeacherUnits):
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns mean_a (temperature student - teacher)^2 of each row, in the teacher's units squared."""
-        return (fixed(self.temperature) * widened(student_BA) - widened(teacher_BA)).square().mean(dim=-1)
+        return (fixed(self.temperature) * upcast(student_BA) - upcast(teacher_BA)).square().mean(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class ScoreHuber(_InTeacherUnits):
 
         That is torch's convention (Huber, 1964): near the teacher's scores it is half of `ScoreMSE`.
         """
-        scaled_BA = fixed(self.temperature) * widened(student_BA)
-        return huber_loss(scaled_BA, widened(teacher_BA), reduction="none", delta=self.delta).mean(dim=-1)
+        scaled_BA = fixed(self.temperature) * upcast(student_BA)
+        return huber_loss(scaled_BA, upcast(teacher_BA), reduction="none", delta=self.delta).mean(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class ActionNLL:
 
     def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
         """Returns -log p_S(argmax_a teacher) of each row."""
-        return cross_entropy(widened(student_BA), teacher_BA.argmax(dim=-1), reduction="none")
+        return cross_entropy(upcast(student_BA), teacher_BA.argmax(dim=-1), reduction="none")
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Learner:
         """Sets a student's input scaling from the frames that there are."""
         if isinstance(self.student, Student):
             num = len(self.replay)
-            self.student.centre_on(self.replay.frames[1 : 1 + num][:: max(1, num // 256)])
+            self.student.fit_input_normalization(self.replay.frames[1 : 1 + num][:: max(1, num // 256)])
 
     def label_beyond(self) -> None:
         """Asks the teacher what is learned beyond its scores, of states in the replay that it was not asked about yet.

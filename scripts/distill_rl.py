@@ -225,7 +225,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     if not is_old:
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
     student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units(args.method))
-    student.centre_on(frames)
+    student.fit_input_normalization(frames)
     how = {name: getattr(args, name) for name in LEARNS_BY} | {"weight": weight, "device": device}
     how |= {"teacher_return": returns[0], "random_return": returns[1]}
     model = make_model(args.method, student, teacher, SB3VecEnv(envs, clip_rewards=True), **how)

@@ -184,7 +184,7 @@ def copy_of(student: Student) -> Student:
 
 @torch.no_grad()
 def recentred(student: Student, frames: Tensor) -> Student:
-    """Returns a copy with the input scaling of these frames (`Student.centre_on`) that scores as the student does.
+    """Returns a copy normalised on these frames (`Student.fit_input_normalization`) that gives the same logits.
 
     SB3's networks see pixels from 0 to 1, on which tuning is as badly conditioned as learning (docs/log.md).
     """
@@ -192,7 +192,7 @@ def recentred(student: Student, frames: Tensor) -> Student:
     net = copied.net
     assert isinstance(net, FrameNet)
     weight, bias = net.first_layer()
-    copied.centre_on(frames)
+    copied.fit_input_normalization(frames)
     net.first.weight.copy_(weight * net.scale)
     net.first.bias.copy_(bias + net.centre * weight.sum(dim=(1, 2, 3)))  # type: ignore[union-attr]
     return copied

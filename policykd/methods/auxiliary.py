@@ -151,10 +151,10 @@ class Beyond(nn.Module):
         seen = student.activations(obs_BCHW)
         losses = {}
         if now.shift:
-            losses["shift"] = shift_loss_B(seen.scores_BA, student(shifted_frames(obs_BCHW, shifts_B2)))
+            losses["shift"] = shift_loss_B(seen.outputs_BA, student(shifted_frames(obs_BCHW, shifts_B2)))
         with torch.autocast(obs_BCHW.device.type, enabled=False):
             losses |= self._compared(seen, rows_B, student, now)
-        return seen.scores_BA, losses
+        return seen.outputs_BA, losses
 
     def _compared(self, seen: Activations, rows_B: Tensor, student: Student, now: BeyondLogits) -> dict[str, Tensor]:
         """Returns the terms that compare the student with what was labelled."""

@@ -71,7 +71,7 @@ def start_from(policy: nn.Module, teacher: Teacher, centre: float, scale: float)
         policy.action_net.load_state_dict(net.dense[-1].state_dict())
 
 
-def folded(policy: nn.Module, centre: float, scale: float) -> dict[str, Tensor]:
+def fold_input_normalization(policy: nn.Module, centre: float, scale: float) -> dict[str, Tensor]:
     """Returns the state dict of a policy whose input was centred, as that of a plain one: the same function."""
     state = {name: t.detach().clone() for name, t in policy.state_dict().items()}
     for name in [n for n in state if n.endswith("cnn.0.weight")]:
@@ -97,7 +97,7 @@ def write_teacher(model: BaseAlgorithm, path: Path, *, centre: float = 0.0, scal
     """
     buffer = io.BytesIO()
     model.save(buffer, exclude=UNNEEDED)
-    state, plain = model.policy.state_dict(), folded(model.policy, centre, scale)
+    state, plain = model.policy.state_dict(), fold_input_normalization(model.policy, centre, scale)
     once: dict[int, Tensor] = {}
     policy = {n: once.setdefault(state[_source(n)].data_ptr(), plain[_source(n)].contiguous()) for n in state}
     optimizer: dict[str, Any] = model.policy.optimizer.state_dict()

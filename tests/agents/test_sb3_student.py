@@ -53,7 +53,7 @@ def student_of(kind: str, **settings: Any) -> Student:
     if kind == "vectors":
         return make_student((16, 12), 2, (4,), seed=1, **settings)
     student = make_student("1%", 6, seed=1, **settings)
-    student.centre_on(frames()[:, -1])
+    student.fit_input_normalization(frames()[:, -1])
     return student
 
 
@@ -107,7 +107,7 @@ def test_it_scores_the_same_there_and_back(algorithm: AlgorithmName, kind: str) 
 @torch.no_grad()
 def test_every_design_goes_there_and_back(size: Size, rank: int, tmp_path: Path) -> None:
     student = make_student(size, 6, seed=1, rank=rank)
-    student.centre_on(frames()[:, -1])
+    student.fit_input_normalization(frames()[:, -1])
     model = to_sb3(student, device="cpu")
     model.save(tmp_path / "agent.zip")
     loaded, scores_BA = PPO.load(tmp_path / "agent.zip", device="cpu"), student(frames())

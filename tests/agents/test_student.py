@@ -73,7 +73,7 @@ def test_the_input_scaling_is_that_of_the_pixels() -> None:
     frames = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
     student = make_student("7%", 6)
     assert isinstance(student.net, ConvNet)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     assert student.net.centre == frames[:, -1].float().median()
     assert student.net.scale == frames[:, -1].float().std()
 
@@ -94,7 +94,7 @@ def test_a_seed_decides_the_weights() -> None:
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     student = make_student("4%", 6, seed=3)
-    student.centre_on(torch.randint(0, 256, (9, 84, 84), dtype=torch.uint8))
+    student.fit_input_normalization(torch.randint(0, 256, (9, 84, 84), dtype=torch.uint8))
     save_student(student, tmp_path, {"game": "Pong"})
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     for where in (tmp_path, tmp_path / "student.json"):
@@ -128,7 +128,7 @@ def test_a_temperature_divides_the_networks_scores(size: Size, obs_shape: tuple[
     plain, sharp = (make_student(size, 6, obs_shape, seed=3, temperature=t) for t in (1.0, 0.01))
     obs = torch.randint(0, 256, (5, *obs_shape), dtype=torch.uint8 if len(obs_shape) == 3 else torch.float32)
     torch.testing.assert_close(sharp(obs), 100.0 * plain(obs), atol=1e-3, rtol=1e-4)
-    assert torch.equal(sharp.activations(obs).scores_BA, sharp(obs))
+    assert torch.equal(sharp.activations(obs).outputs_BA, sharp(obs))
     torch.testing.assert_close(sharp.folded_net()(obs), sharp(obs), atol=1e-3, rtol=1e-4)
     assert torch.equal(sharp.net(obs), plain(obs))  # folding is done on a copy
     assert plain.folded_net() is plain.net
@@ -161,13 +161,13 @@ def test_what_an_older_reader_would_play_wrongly_says_so(tmp_path: Path) -> None
 def test_every_design_is_saved_and_loaded_whole(size: Size, rank: int, tmp_path: Path) -> None:
     student = make_student(size, 6, seed=3, value=True, rank=rank)
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
-    student.centre_on(obs[:, -1])
+    student.fit_input_normalization(obs[:, -1])
     assert student.net.scale == obs[:, -1].float().std()
     save_student(student, tmp_path, {})
     loaded = load_student(tmp_path)
     assert torch.equal(loaded(obs), student(obs))
     assert torch.equal(loaded.values(obs), student.values(obs))
-    assert torch.equal(loaded.activations(obs).scores_BA, student(obs))
+    assert torch.equal(loaded.activations(obs).outputs_BA, student(obs))
     card = tmp_path / "student.json"
     lies = {"half": "whole", "strided": "impala", '"rank": 5': '"rank": -5', '"rank": 3': '"rank": "3"', "[": "[7, "}
     says = card.read_text()

@@ -67,7 +67,7 @@ def test_it_learns_by_the_same_loop() -> None:
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     student, obs = Student.of(MyNet(), 6), noise(3)
-    student.centre_on(obs[:, 0])
+    student.fit_input_normalization(obs[:, 0])
     assert student.net.module.scale == obs[:, 0].float().std()  # type: ignore[union-attr]
     save_student(student, tmp_path, {"game": "Pong"})
     loaded = load_student(tmp_path, module=MyNet())
@@ -101,7 +101,7 @@ def test_what_acts_is_counted_once() -> None:
 
 def test_its_onnx_file_gives_its_logits(tmp_path: Path) -> None:
     student, obs = Student.of(MyNet(), 6, temperature=0.1), noise(5)
-    student.centre_on(obs[:, 0])
+    student.fit_input_normalization(obs[:, 0])
     content = to_onnx(student.folded_net())
     (tmp_path / "mine.onnx").write_bytes(content)
     policy = OnnxPolicy(tmp_path / "mine.onnx")

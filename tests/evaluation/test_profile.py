@@ -40,7 +40,7 @@ def student() -> Student:
     made = make_student("1%", 6, seed=1)
     last: Any = made.folded_net().dense
     last[-1].weight.data.mul_(100.0)
-    made.centre_on(torch.tensor([[0, 255]], dtype=torch.uint8).repeat(2, 10))
+    made.fit_input_normalization(torch.tensor([[0, 255]], dtype=torch.uint8).repeat(2, 10))
     return made.eval()
 
 

@@ -37,7 +37,7 @@ def played(program: Path, obs: np.ndarray, num_actions: int) -> np.ndarray:
 @pytest.mark.parametrize("size", ["7%", "1%", "strided", "depthwise", "half", "impala"])
 def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
     student, generator = make_student(size, 6), torch.Generator().manual_seed(1)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))

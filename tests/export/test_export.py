@@ -31,7 +31,7 @@ def frames() -> Tensor:
 @pytest.fixture
 def student(frames: Tensor) -> Student:
     student = make_student("1%", 6, seed=1)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     with torch.no_grad():
         scores_BA, last = student(frames), [m for m in student.modules() if isinstance(m, nn.Linear)][-1]
         last.weight.mul_(30.0)

@@ -26,7 +26,7 @@ def frames() -> Tensor:
 def sharp(size: Size, frames: Tensor) -> Student:
     """Returns a student whose actions are not all nearly tied, as those of an untrained one are."""
     student = make_student(size, 6, seed=1)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     with torch.no_grad():
         scores_BA = student(frames)
         last = [m for m in student.modules() if isinstance(m, nn.Linear)][-1]

@@ -31,7 +31,7 @@ def frames() -> Tensor:
 def away_from_the_start(size: Size, frames: Tensor) -> Student:
     """Returns a student with every number away from where it begins, the input scaling too."""
     student, generator = make_student(size, 6), torch.Generator().manual_seed(1)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))

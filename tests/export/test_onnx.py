@@ -46,7 +46,7 @@ def teacher_net(name: str) -> ConvNet:
 def trained_student(size: Size, frames: Tensor) -> ConvNet | ImpalaNet:
     """Returns a student with every number away from where it begins, the input scaling too."""
     student = make_student(size, 6)
-    student.centre_on(frames[:, -1])
+    student.fit_input_normalization(frames[:, -1])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in student.parameters():

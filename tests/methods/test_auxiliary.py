@@ -84,7 +84,7 @@ def test_terms_are_the_formulas_of_the_rows_that_were_asked_for(frames: Tensor, 
         "attention": attention_loss_B(attention_maps(ours.maps), attention_maps(theirs.maps), 3),
         "similarity": similarity_loss_B(ours.hidden_BF, theirs.hidden_BF),
         "relational": relational_loss_B(ours.hidden_BF, theirs.hidden_BF),
-        "shift": shift_loss_B(ours.scores_BA, student(shifted_frames(obs, shifts_B2))),
+        "shift": shift_loss_B(ours.outputs_BA, student(shifted_frames(obs, shifts_B2))),
     }
     assert torch.equal(scores_BA, student(obs))
     assert found.keys() == expected.keys()

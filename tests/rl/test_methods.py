@@ -40,7 +40,7 @@ def frames() -> Tensor:
 
 def student_for(method: Method) -> Student:
     student = make_student("1%", 6, seed=1, temperature=units(method))
-    student.centre_on(frames()[:, -1])
+    student.fit_input_normalization(frames()[:, -1])
     return student
 
 
