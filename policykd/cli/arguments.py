@@ -1,104 +1,117 @@
-"""Command lines: a dataclass of arguments, with short forms for its strategies and schedules as numbers.
+"""Command lines: dataclasses of flags, with short forms for losses and state sources, and schedules for numbers.
 
 `--loss reverse-kl` and `--states dataset:PATH` mean tyro's subcommands `loss:reverse-kl` and `states:dataset-states`; a
-quantity is a number, or a schedule such as `linear:1:0` (`policykd.schedules.parse`).
+quantity is a number, or a schedule such as `linear:1:0` (`policykd.schedules`).
 """
 
 import io
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from typing import Any, TypeVar, get_args
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from policykd.losses import AnyLoss
 from policykd.schedules import Quantity, Varying, parse, spelled
 
 T = TypeVar("T")
 
-STATES = {"teacher": False, "student": False, "mixed": False, "dataset": True, "blended": True}
-"""kinds of states -> whether a path belongs to them"""
 
+def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, default: T | None = None) -> T:
+    """Returns the dataclass that a command line describes.
 
-def parse_args(kind: type[T], arguments: Sequence[str]) -> T:
-    """Returns the dataclass that a command line fills.
+    Args:
+        kind: a dataclass, or a union of dataclasses for subcommands.
+        words: the arguments.
+        prog: name of the command in its help text.
+        default: values of the flags that are not given; those of the dataclass by default.
 
     Raises:
-        ValueError: what it cannot be, with the flag.
+        SystemExit: with code 0, after --help.
+        ValueError: an invalid argument; one line that names the flag.
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_quantity_rule)
-    has_strategies = kind.__annotations__.get("states") is not int  # of scripts/export.py: how many
-    words, said = spelt_out(arguments) if has_strategies else list(arguments), io.StringIO()
+    complaint = io.StringIO()
+    more = {} if default is None else {"default": default}
     try:
-        with registry, redirect_stderr(said):
-            return tyro.cli(kind, args=words, config=(tyro.conf.CascadeSubcommandArgs,))
+        with registry, redirect_stderr(complaint):
+            expanded = expand_shorthand(kind, words)
+            return tyro.cli(kind, args=expanded, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,), **more)
     except SystemExit as ended:
-        if ended.code in (0, None):  # it was asked for help
+        if ended.code in (0, None):  # --help
             raise
-        raise ValueError(_first_sentence(said.getvalue())) from None
+        raise ValueError(_first_sentence(complaint.getvalue())) from None
 
 
-def spelt_out(arguments: Sequence[str]) -> list[str]:
-    """Returns a command line with `--loss NAME` and `--states NAME[:PATH]` as tyro's subcommands, in tyro's order."""
-    kept: list[str] = []
-    chosen: dict[str, list[str]] = {"loss": [], "states": []}
+def expand_shorthand(kind: Any, words: Sequence[str]) -> list[str]:
+    """Returns a command line with `--loss NAME` and `--states NAME[:PATH]` as tyro's subcommands, in tyro's order.
+
+    Raises:
+        ValueError: an unknown name, a missing path, or one too many.
+    """
+    choices = {field: _choices(kind, field) for field in ("loss", "states")}
+    flags: list[str] = []
+    subcommands: dict[str, list[str]] = {"loss": [], "states": []}
     options: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        flag, joined, given = word.partition("=")
-        if flag.startswith(("--states.", "--loss.")):  # belongs behind the subcommands
-            options += [word] if joined else [word, next(words, "")]
-        elif flag == "--loss":
-            chosen["loss"] = [_loss(given if joined else next(words, ""))]
-        elif flag == "--states":
-            chosen["states"] = _states(given if joined else next(words, ""))
-        elif word.startswith(("loss:", "states:")):
-            chosen[word.partition(":")[0]] = [word]
+    remaining = iter(words)
+    for word in remaining:
+        flag, joined, value = word.partition("=")
+        field = re.split("[.:]", flag.removeprefix("--"))[0]
+        if not choices.get(field):
+            flags.append(word)
+        elif flag == f"--{field}":
+            given = value if joined else next(remaining, "")
+            subcommands[field] = _subcommand(field, given, choices[field])
+        elif flag.startswith(f"--{field}."):  # an option of the subcommand, which tyro reads only after it
+            options += [word] if joined else [word, next(remaining, "")]
         else:
-            kept.append(word)
-    return [*kept, *chosen["loss"], *chosen["states"], *options]
+            subcommands[field] = [word]
+    return [*flags, *subcommands["loss"], *subcommands["states"], *options]
 
 
-def _first_sentence(said: str) -> str:
-    """Returns what tyro's frame says before its first rule, on one line."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in said.splitlines()]
+def _choices(kind: Any, field: str) -> dict[str, type]:
+    """Returns the dataclasses that a field may hold, by their short name; none if it is not a union of dataclasses."""
+    if not is_dataclass(kind) or field not in [f.name for f in fields(kind)]:
+        return {}
+    members = [member for member in get_args(get_type_hints(kind)[field]) if is_dataclass(member)]
+    kebab = [re.sub("([a-z])(?=[A-Z])", r"\1-", member.__name__).lower() for member in members]  # type: ignore[union-attr]
+    return dict(zip((name.removesuffix(f"-{field}") for name in kebab), members, strict=True))  # type: ignore[arg-type]
+
+
+def _subcommand(field: str, given: str, choices: dict[str, type]) -> list[str]:
+    name, has_path, path = given.partition(":")
+    takes_path = {name: any(f.name == "path" for f in fields(kind)) for name, kind in choices.items()}
+    if name not in choices or takes_path[name] != bool(path) or bool(has_path) != bool(path):
+        known = ", ".join(f"{name}:PATH" if takes_path[name] else name for name in choices)
+        raise ValueError(f"--{field} {given}: invalid; give one of {known}; --{field}.NAME sets its options")
+    suffix = "-states" if field == "states" else ""
+    return [f"{field}:{name}{suffix}", *([f"--{field}.path", path] if path else [])]
+
+
+def _first_sentence(complaint: str) -> str:
+    """Returns the text of tyro's error box up to its first horizontal rule, on one line."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()]
     body = [line for line in lines if line.strip("\u2500 ") and not line.startswith("\u2500")]
-    ruled = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))
-    kept = " ".join(line for line in lines[:ruled] if line in body)
+    end = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))
+    kept = " ".join(line for line in lines[:end] if line in body)
     return f"{' '.join(kept.split())}; --help lists the flags"
 
 
-def _loss(name: str) -> str:
-    known = [re.sub("([a-z])(?=[A-Z])", r"\1-", kind.__name__).lower() for kind in get_args(AnyLoss)]
-    if name not in known:
-        raise ValueError(f"--loss {name}: give one of {', '.join(known)}")
-    return f"loss:{name}"
-
-
-def _states(given: str) -> list[str]:
-    kind, _, path = given.partition(":")
-    if kind not in STATES or STATES[kind] != bool(path):
-        raise ValueError(
-            f"--states {kind}: give mixed, student, teacher, dataset:PATH or blended:PATH; --states.NAME sets more"
-        )
-    return [f"states:{kind}-states", *(["--states.path", path] if path else [])]
-
-
 def _quantity_rule(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Reads and writes what is a number or a schedule, for tyro."""
+    """Lets tyro read and print numbers that may be schedules."""
     if info.type not in (Quantity, Quantity | None):
         return None
-    optional = info.type != Quantity
+    is_optional = info.type != Quantity
 
     def is_instance(x: object) -> bool:
-        return isinstance(x, int | float | Varying) or (optional and x is None)
+        return isinstance(x, int | float | Varying) or (is_optional and x is None)
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="NUMBER|SCHEDULE",
-        instance_from_str=lambda args: None if optional and args[0] == "None" else parse(args[0]),
+        instance_from_str=lambda args: None if is_optional and args[0] == "None" else parse(args[0]),
         is_instance=is_instance,
         str_from_instance=lambda x: ["None" if x is None else spelled(x)],
     )

@@ -1,66 +1,90 @@
-"""SIGINT and SIGTERM as a question that every loop asks, so that nothing is cut in the middle."""
+"""SIGINT and SIGTERM: both raise KeyboardInterrupt in the main thread, a second one ends the process.
+
+A command runs inside `handle_signals`. What must not be cut, such as a commit of several files, runs inside
+`deferred_signals`. Python delivers signals to the main thread only, so a loop in a background thread calls
+`check_interrupted`.
+"""
 
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_signalled_at: float | None = None
-_num_interruptible = 0
+_is_signalled = False
+_num_deferring = 0
 
 
 def check_interrupted() -> None:
-    """Raises KeyboardInterrupt once SIGINT or SIGTERM has come; any thread may ask."""
-    if _signalled_at is not None:
+    """Raises KeyboardInterrupt once a signal has arrived; for loops in background threads."""
+    if _is_signalled:
         raise KeyboardInterrupt
 
 
-def seconds_since_signal() -> float:
-    """Returns how long ago the first signal came, 0.0 if none has; for loops whose next safe point is far away."""
-    return 0.0 if _signalled_at is None else max(1e-9, time.monotonic() - _signalled_at)
+def is_signalled() -> bool:
+    """Returns whether a signal has arrived since `handle_signals` began."""
+    return _is_signalled
 
 
 @contextmanager
-def noting_signals() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM a note that `check_interrupted` reads; a second signal ends the process at once.
+def handle_signals() -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt; the previous handlers are restored at the end.
 
-    For the main thread, around a whole command; the handlers before come back at the end.
+    A second signal ends the process at once. That loses nothing: every file is complete under its name or absent.
+    Only the main thread may call this.
     """
-    global _signalled_at
-    before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+    global _is_signalled
+    previous = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        _signalled_at = None
-        for number, handler in before.items():
+        _is_signalled = False
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Lets a signal stop what is inside at once, by KeyboardInterrupt: for calls that take long and do not ask.
+def deferred_signals() -> Iterator[None]:
+    """Postpones the KeyboardInterrupt of a signal to the end of the block; no effect in background threads.
 
-    Only around what may be cut anywhere, such as a download. Python interrupts the main thread alone, so another one is
-    not stopped in the middle.
+    Keep the block short: a second signal still ends the process.
     """
-    global _num_interruptible
-    is_main = threading.current_thread() is threading.main_thread()
-    _num_interruptible += is_main
+    global _num_deferring
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _num_deferring += 1
     try:
-        check_interrupted()
         yield
     finally:
-        _num_interruptible -= is_main
+        _num_deferring -= 1
+    # Also where the KeyboardInterrupt of an earlier signal was swallowed, as Python does in destructors and callbacks.
+    if not _num_deferring:
+        check_interrupted()
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    global _signalled_at
-    if _signalled_at is not None:
-        os._exit(128 + number)  # every file is under its name whole or not at all, so nothing needs to be tidied up
-    _signalled_at = time.monotonic()
-    os.write(2, b"\nstopping at the next safe point; again to stop at once\n")  # print may be what was interrupted
-    if _num_interruptible:
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _is_signalled
+    if _is_signalled:
+        os._exit(128 + number)
+    _is_signalled = True
+    # Not print: the signal may have arrived in the middle of one, whose lock is then held.
+    os.write(2, b"\nstopping; press Ctrl-C again to stop at once\n")
+    if not _num_deferring:
         raise KeyboardInterrupt
+
+
+# Former names, until the last caller is gone.
+noting_signals = handle_signals
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """No longer needed: every signal interrupts at once."""
+    yield
+
+
+def seconds_since_signal() -> float:
+    """No longer needed: returns whether a signal has arrived, as a number."""
+    return float(_is_signalled)

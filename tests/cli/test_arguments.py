@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from policykd.cli.arguments import parse_args, spelt_out
+from policykd.cli.arguments import expand_shorthand, parse_args
 from policykd.losses import AnyLoss, ForwardKL, SoftAndHard
 from policykd.methods.auxiliary import BeyondLogits
 from policykd.schedules import Cosine, Linear, Quantity, ReturnGap
+from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Args:
     weight: Quantity = 1.0
     loss: AnyLoss = ForwardKL()  # noqa: RUF009
     beyond: BeyondLogits = BeyondLogits()  # noqa: RUF009
+    states: MixedStates | StudentStates | TeacherStates | DatasetStates | BlendedStates = MixedStates()  # noqa: RUF009
 
 
 def test_numbers_and_schedules() -> None:
@@ -33,7 +35,7 @@ def test_numbers_and_schedules() -> None:
         (["--weight", "linear:1"], ["--weight", "neither a number nor a schedule"]),
         (["--weight", "inf"], ["--weight", "finite numbers are needed"]),
         (["--loss", "huber"], ["--loss huber", "forward-kl, reverse-kl"]),
-        (["--loss"], ["--loss :", "give one of"]),
+        (["--loss"], ["--loss : invalid", "give one of"]),
         (["--loss", "forward-kl", "--loss.temperature", "-1"], ["temperature must be positive"]),
         (["--beyond.value", "-1"], ["value is -1"]),
         (["--unknown", "1"], ["--unknown"]),
@@ -73,10 +75,10 @@ def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_short_forms_on_the_command_line(words: list[str], expected: list[str]) -> None:
-    assert spelt_out(words) == expected
+    assert expand_shorthand(Args, words) == expected
 
 
 @pytest.mark.parametrize("words", [["--states", "mixed:x"], ["--states", "dataset"], ["--states", "other"]])
 def test_states_that_are_none_are_refused(words: list[str]) -> None:
-    with pytest.raises(ValueError, match="give mixed, student"):
-        spelt_out(words)
+    with pytest.raises(ValueError, match="invalid; give one of mixed, student"):
+        expand_shorthand(Args, words)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from policykd.cli.command import exit_with_one_line, needs_extra
+from policykd.cli.errors import needs_extra, run_cli
 from policykd.io.files import BadFile
-from policykd.io.signals import check_interrupted
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -29,7 +28,13 @@ def too_much() -> None:
 
 def interrupted() -> None:
     signal.raise_signal(signal.SIGTERM)
-    check_interrupted()
+
+
+def interrupted_in_an_extension() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise ImportError("initialisation failed") from None
 
 
 def without_a_package() -> None:
@@ -43,11 +48,12 @@ CASES: dict[str, tuple[Callable[[], object], int, str]] = {
     "a file's content": (raising(BadFile("a.zip: truncated\nthere")), 3, "error: a.zip: truncated there"),
     "no such file": (lambda: Path("nowhere/x").read_text(), 4, "error: nowhere/x: No such file or directory"),
     "no network": (raising(ConnectionError("hub:x: not reached")), 4, "error: hub:x: not reached"),
-    "no memory": (raising(MemoryError()), 4, r"error: out of memory \(no more\); free some"),
+    "no memory": (raising(MemoryError()), 4, r"error: out of memory \(no details\); free some"),
     "no memory for torch": (too_much, 4, "error: out of memory .*; free some"),
     "numbers": (raising(FloatingPointError("round 3: loss nan")), 5, "error: round 3: loss nan"),
     "a package": (without_a_package, 2, r"error: No module named .*pip install 'policykd\[sb3\]'"),
-    "a signal": (interrupted, 75, "\n?stopping at .*\nerror: interrupted: .*run the same again"),
+    "a signal": (interrupted, 75, "\n?stopping; .*\nerror: interrupted: .*run the same command again"),
+    "a signal inside C": (interrupted_in_an_extension, 75, "\n?stopping; .*\nerror: interrupted: "),
     "a signal, saved": (raising(KeyboardInterrupt("3 are saved")), 75, "error: interrupted: 3 are saved"),
     "ours": (
         lambda: os.environ["NO_SUCH"],
@@ -62,7 +68,7 @@ CASES: dict[str, tuple[Callable[[], object], int, str]] = {
 def test_a_failure_is_one_line_and_a_code(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     work, code, line = CASES[case]
     with pytest.raises(SystemExit) as exit_:
-        exit_with_one_line(lambda: (work(), None)[1])
+        run_cli(lambda: (work(), None)[1])
     error = capfd.readouterr().err
     assert exit_.value.code == code
     assert re.match(line, error), error
@@ -75,16 +81,16 @@ def test_debug_shows_the_traceback_before_the_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command", "--debug"])
     with pytest.raises(SystemExit):
-        exit_with_one_line(raising(BadFile("a.zip: truncated")))
+        run_cli(raising(BadFile("a.zip: truncated")))
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1] == "error: a.zip: truncated"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
-@pytest.mark.parametrize("output", ["No space left on device", "nobody reads the output"])
+@pytest.mark.parametrize("output", ["No space left on device", "standard output was closed"])
 def test_output_that_goes_nowhere(output: str) -> None:
-    code = "from policykd.cli.command import exit_with_one_line; exit_with_one_line(lambda: print('x' * 99999))"
+    code = "from policykd.cli.errors import run_cli; run_cli(lambda: print('x' * 99999))"
     if output.startswith("No space"):
         target = os.open("/dev/full", os.O_WRONLY)
     else:

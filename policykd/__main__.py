@@ -1,0 +1,5 @@
+"""`python -m policykd`: the `policykd` command."""
+
+from policykd.cli.main import main
+
+main()
