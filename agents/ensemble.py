@@ -171,10 +171,9 @@ class Ensemble:
             teacher.to(device)
         return self
 
-    def compiled(self, obs_BCHW: Tensor, *, num_threads: int = 1) -> "Ensemble":
-        """Returns it with each member compiled, as `Teacher.compiled` does; both count into one disagreement."""
-        members = [t.compiled(obs_BCHW, num_threads=num_threads) for t in self.teachers]
-        return Ensemble(members, self.weights, disagreement=self._disagreement)
+    def with_members(self, teachers: Sequence[Teacher]) -> "Ensemble":
+        """Returns an ensemble of other members with the same weights; both add to one count of disagreement."""
+        return Ensemble(teachers, self.weights, disagreement=self._disagreement)
 
     @property
     def backend(self) -> str:

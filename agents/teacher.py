@@ -1,8 +1,7 @@
 """Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, from wherever a reference points."""
 
-import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -67,7 +66,7 @@ class Teacher:
     revision: str = ""
     """the commit on the Hub, empty elsewhere"""
     session: Net | None = None
-    """`net` as ONNX Runtime runs it, once `compiled`"""
+    """`net` run by ONNX Runtime, if `policykd.export.compiled.compile_policy` made this teacher"""
 
     @property
     def num_actions(self) -> int:
@@ -95,28 +94,6 @@ class Teacher:
     def backend(self) -> str:
         """What computes its scores, with its version; another backend's differ in the last bits."""
         return str(getattr(self.session or self.net, "backend", f"torch {torch.__version__}"))
-
-    def compiled(self, obs_BCHW: Tensor, *, num_threads: int = 1) -> "Teacher":
-        """Returns it with ONNX Runtime as its backend, or itself where that cannot be or would not pay.
-
-        It pays on a CPU, if onnx and onnxruntime are installed and the network was rebuilt as one of ours. Several
-        threads may call it at once; `net` stays what it was.
-
-        Args:
-            obs_BCHW: real observations on the device to come, on which both backends must agree.
-            num_threads: of one call.
-
-        Raises:
-            FloatingPointError: they do not agree.
-        """
-        if members := getattr(self.net, "compiled", None):  # of an ensemble
-            return replace(self, session=members(obs_BCHW, num_threads=num_threads))
-        installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
-        if not installed or obs_BCHW.device.type != "cpu" or not isinstance(self.net, ConvNet | MLP):
-            return self
-        from policykd.export.compiled import compile_net
-
-        return replace(self, session=compile_net(self.net, obs_BCHW, num_threads=num_threads))
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves its weights to a device and returns it."""

@@ -31,6 +31,7 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.cli.command import prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import rom_id
+from policykd.export.compiled import compile_policy
 from policykd.loop import distill
 from policykd.losses import ForwardKL
 from policykd.replay import Replay
@@ -146,7 +147,7 @@ def labelling(teacher: Teacher, obs: Tensor) -> list[Work]:
         return len(obs)
 
     assert isinstance(teacher.net, ConvNet)
-    num, compiled = num_macs(teacher.net, teacher.obs_shape), teacher.compiled(obs)
+    num, compiled = num_macs(teacher.net, teacher.obs_shape), compile_policy(teacher, obs)
     policies = [(compiled, "85%"), (teacher, "")] if compiled is not teacher else [(teacher, "")]
     return [
         Work(f"label, {policy.backend}, {size} at a time", partial(label, policy, size), num, goal)

@@ -22,6 +22,7 @@ from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation.results import about, evaluate_on_the_way, judge, table
 from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.loop import distill
 from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
@@ -165,7 +166,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     if isinstance(args.states, DatasetStates | BlendedStates):
         settings["dataset"] = open_dataset(args.states.path).sha256
     with closing(make_atari(game, 1, args.seed)) as one:
-        teacher = teacher.to(device).compiled(one.reset().to(device))
+        teacher = compile_policy(teacher.to(device), one.reset().to(device))
     machine = {"device": str(device), "threads": threads, "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)
     if is_old and (run / "results.json").is_file():

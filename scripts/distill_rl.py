@@ -27,6 +27,7 @@ from policykd.envs.games import canonical_name
 from policykd.evaluation.evaluate import evaluate_on_atari
 from policykd.evaluation.results import about, judge, table
 from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.io.signals import check_interrupted, interruptible
 from policykd.report import write_report
@@ -209,7 +210,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     check_fits(teacher, envs, args.teacher, args.game)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"teacher": about(teacher)}
     with closing(make_atari(args.game, 8, args.seed)) as few:
-        teacher = teacher.to(device).compiled(few.reset().to(device))
+        teacher = compile_policy(teacher.to(device), few.reset().to(device))
         frames = first_frames(teacher, few, args.seed, device)
     machine = {"device": str(device), "threads": torch.get_num_threads(), "labels": teacher.backend}
     is_old = goes_on(run, settings, resume=args.resume, machine=machine)

@@ -38,6 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from policykd.agents.teacher import load_teacher
     from policykd.compression.compressors import ROUNDS, Fit, teacher_as_student
     from policykd.envs.atari import make_atari
+    from policykd.export.compiled import compile_policy
     from policykd.replay import Replay
     from policykd.storage.dataset import load_dataset, save_dataset
 
@@ -45,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     folder, envs = tmp_path_factory.mktemp("states"), make_atari("Pong", num_envs, 0)
     obs, generator = envs.reset(), torch.Generator().manual_seed(0)
     teacher = load_teacher(game="Pong")
-    compiled = teacher.compiled(obs)
+    compiled = compile_policy(teacher, obs)
     replay = Replay(num_states, num_envs, 6, (4, 84, 84), stack=4, dtype=torch.uint8)
     starts_B = torch.ones(num_envs, dtype=torch.bool)
     for _ in range(num_states // num_envs):

@@ -10,6 +10,7 @@ from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.evaluation.results import about
+from policykd.export.compiled import compile_policy
 from policykd.loop import distill
 from policykd.losses import ForwardKL, at_temperature
 from policykd.runs.folder import CONFIG, start_run
@@ -40,7 +41,7 @@ class Collection:
             KeyboardInterrupt: a signal has come; the rounds before are saved.
         """
         with closing(make_atari(game, 16, seed, num_workers=threads)) as envs:
-            teacher = teacher.compiled(envs.reset())
+            teacher = compile_policy(teacher, envs.reset())
             student = make_student("7%", teacher.num_actions, seed=seed)
             learner = make_learner(student, envs, capacity=self.rounds * self.states_per_round, seed=seed)
             if has_generations(folder / "checkpoints"):

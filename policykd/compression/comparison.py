@@ -25,7 +25,7 @@ from policykd.compression.sparse import load_sparse, pack_sparse
 from policykd.envs.atari import make_atari
 from policykd.evaluation.evaluate import PROTOCOLS
 from policykd.evaluation.results import FinishedGames, about, judgement, judgement_of_card
-from policykd.export.compiled import compile_net
+from policykd.export.compiled import compile_net, compile_policy
 from policykd.export.layers import Layer, layers_of
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile, write_atomically
@@ -65,7 +65,7 @@ class Setting:
         how: dict[str, Any] = {"num_actions": teacher.num_actions, "obs_shape": teacher.obs_shape, "game": self.game}
         how["num_held_out"] = max(1, round(self.states.held_out * open_dataset(self.states.path).num_rows))
         replay = load_dataset(self.states.path, **how, teacher_sha256=teacher.sha256)
-        label(replay, teacher.compiled(envs.reset()))
+        label(replay, compile_policy(teacher, envs.reset()))
         return Fit(teacher, envs, replay, self.updates, self.batch_size, self.seed)
 
 

@@ -1,66 +1,100 @@
-"""A network of ours run by ONNX Runtime: the same scores from a CPU core in two thirds of the time or less."""
+"""A policy's network run by ONNX Runtime: the same outputs from a CPU core in two thirds of the time or less."""
+
+import importlib.util
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from policykd.agents.networks import check_obs
+from policykd.agents.ensemble import Ensemble
+from policykd.agents.networks import MLP, ConvNet, check_obs
 from policykd.agents.onnx_policy import backend, finite, open_session
 from policykd.agents.shapes import Net
+from policykd.agents.teacher import Teacher
 from policykd.export.onnx import to_onnx
 
 TOLERANCE = 1e-4
-"""the largest difference from torch's scores, as a share of the largest score"""
+"""maximum difference from torch's outputs, relative to the largest output: float32 has seven digits"""
 
 
 class CompiledNet:
-    """Scores as the network did that it was made from, on the CPU; later changes of its weights do not come through.
+    """ONNX Runtime session of a network, on the CPU; it keeps the weights that the network had when it was compiled.
 
-    The same observations give the same bits at every call. Several threads may call it at once: it holds no lock of
-    Python's while it computes.
+    The same observations give the same bits at every call, in any batch. Several threads may call it at once: it does
+    not hold Python's lock while it computes.
     """
 
     def __init__(self, net: Net, *, num_threads: int) -> None:
-        self.obs_shape, self.num_actions = net.obs_shape, net.num_actions
+        self.obs_shape = net.obs_shape
+        self.num_actions = net.num_actions
         self.backend = backend()
         self._session = open_session(to_onnx(net), num_threads)
 
     def to(self, device: torch.device | str) -> "CompiledNet":
-        """Returns itself: the session stays on the CPU, scores go to where the observations are."""
+        """Returns itself: the session stays on the CPU, outputs move to the observations' device."""
         return self
 
     def __call__(self, obs: Tensor, /) -> Tensor:
-        """Returns scores, float32 `(batch, num_actions)`, of uint8 frames or float vectors `(batch, *obs_shape)`.
+        """Returns logits or Q-values, float32 `(batch, num_actions)`.
+
+        Args:
+            obs: uint8 frames or float vectors, `(batch, *obs_shape)`.
 
         Raises:
-            ValueError: observations of another shape or kind, or vectors that are not finite.
+            ValueError: observations of another shape or dtype, or vectors that are not finite.
         """
         check_obs(obs, self.obs_shape)
         rows = obs if len(self.obs_shape) == 3 else finite(obs)
-        scores_BA = self._session.run(["scores"], {"obs": rows.contiguous().cpu().numpy()})[0]
-        return torch.from_numpy(scores_BA).to(obs.device)
+        outputs_BA = self._session.run(["scores"], {"obs": rows.contiguous().cpu().numpy()})[0]
+        return torch.from_numpy(outputs_BA).to(obs.device)
 
 
 @torch.inference_mode()
 def compile_net(net: Net, obs: Tensor, *, num_threads: int = 1) -> CompiledNet:
-    """Returns the network compiled, once it has scored these observations as torch does.
+    """Returns the compiled network, after comparing its outputs with torch's on `obs`.
 
-    A best action can then differ only where two are nearly tied: a score and its rival each move by the tolerance.
+    Within the tolerance a greedy action differs only where two actions are nearly tied.
 
     Args:
-        net: whose weights are taken as they are now.
-        obs: to try both on, `(batch, *obs_shape)`.
-        num_threads: for one call; with one, as many callers may run side by side as there are cores.
+        net: the network; its current weights are copied.
+        obs: observations to compare both on, `(batch, *obs_shape)`.
+        num_threads: CPU threads per call; with 1, as many callers may run in parallel as there are cores.
 
     Raises:
-        ValueError: the packages onnx and onnxruntime are missing.
-        FloatingPointError: another result than torch's.
+        ValueError: the packages onnx and onnxruntime are not installed.
+        FloatingPointError: the outputs differ from torch's.
     """
     compiled = CompiledNet(net, num_threads=num_threads)
-    expected_BA, found_BA = net(obs), compiled(obs)
-    difference, largest = float((found_BA - expected_BA).abs().max()), float(expected_BA.abs().max())
+    expected_BA = net(obs)
+    difference = float((compiled(obs) - expected_BA).abs().max())
+    largest = float(expected_BA.abs().max())
+    # `not <=` also catches NaN
     if not difference <= TOLERANCE * largest:
         raise FloatingPointError(
-            f"{compiled.backend} scores {len(obs)} observations differently from torch, by {difference:.2g} where the"
-            f" largest score is {largest:.2g}; take another version of it, or uninstall it to go on with torch"
+            f"{compiled.backend} differs from torch by {difference:.2g} on {len(obs)} observations (largest output"
+            f" {largest:.2g}); install another version of onnxruntime, or uninstall it to continue with torch"
         )
     return compiled
+
+
+def compile_policy(teacher: Teacher, obs: Tensor, *, num_threads: int = 1) -> Teacher:
+    """Returns the teacher with ONNX Runtime as its backend, or the teacher itself where that does not apply.
+
+    It applies on the CPU, where onnx and onnxruntime are installed, to networks that policykd rebuilt from an archive;
+    of an ensemble each member is compiled. `net` stays the torch network. Several threads may call the result at once.
+
+    Args:
+        teacher: the policy to speed up.
+        obs: real observations, on the device where the teacher will run, to compare both backends on.
+        num_threads: CPU threads per call.
+
+    Raises:
+        FloatingPointError: the backends' outputs differ.
+    """
+    if isinstance(teacher.net, Ensemble):
+        members = [compile_policy(member, obs, num_threads=num_threads) for member in teacher.net.teachers]
+        return replace(teacher, session=teacher.net.with_members(members))
+    is_installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
+    if not is_installed or obs.device.type != "cpu" or not isinstance(teacher.net, ConvNet | MLP):
+        return teacher
+    return replace(teacher, session=compile_net(teacher.net, obs, num_threads=num_threads))

@@ -31,7 +31,7 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Algorithm, Teacher, load_teacher
 from policykd.envs.atari import make_atari
-from policykd.export.compiled import CompiledNet
+from policykd.export.compiled import CompiledNet, compile_policy
 
 OBS = torch.zeros(2, 4)
 
@@ -214,7 +214,7 @@ def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
     assert shares
     assert 0.0 < shares.disagreement < math.log(2.0)
     assert shares.weights == pytest.approx((0.7, 0.3))
-    compiled = mixture.compiled(pong_frames)
+    compiled = compile_policy(mixture, pong_frames)
     assert isinstance(compiled.session, Ensemble)
     assert all(isinstance(t.session, CompiledNet) for t in compiled.session.teachers)
     assert compiled.backend.startswith("onnxruntime")
