@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic files: complete under their final name, or absent."""
 
 import contextlib
 import errno
@@ -7,67 +7,69 @@ import os
 import re
 from pathlib import Path
 
-_TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.policykd\.tmp")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_being_written: set[Path] = set()
+_TEMP_NAME = re.compile(r"\..+\.(\d{1,9})\.policykd\.tmp")
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_open_temp_files: set[Path] = set()
 
 
 class BadFile(ValueError):  # noqa: N818
-    """A user's file, folder or archive holds what is damaged, unsafe or not what it should be: one line, its name."""
+    """A user's file, folder or archive is damaged, unsafe or of another kind; one line that begins with its name."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts a file under its final name only once all of it is on the disk; the one before stays until then.
+    """Writes a file that survives a power cut once this returns; the previous content stays until then.
 
     Raises:
-        OSError: no room or no permission; nothing is left behind.
+        OSError: no space left or no permission; no temporary file stays.
     """
     replace_file(path, content)
     sync_folder(path.parent)
-    sweep(path.parent)
+    remove_stale_temp_files(path.parent)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Does as `write_atomically`, but the name may not outlive a power cut before `sync_folder`.
+    """Writes a file atomically, but a power cut may undo it until `sync_folder` is called.
 
     Raises:
-        OSError: no room or no permission; nothing is left behind.
+        OSError: no space left or no permission; no temporary file stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.policykd.tmp")
-    _being_written.add(temporary)
+    # The process's id in the name tells later processes whether the writer is still alive.
+    temp = path.with_name(f".{path.name}.{os.getpid()}.policykd.tmp")
+    _open_temp_files.add(temp)
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             sync_folder(path.parent.parent)
-        with temporary.open("wb") as file:
+        with temp.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temp.replace(path)
     except OSError as error:
-        needed = f"{len(content):,} bytes were needed, " if error.errno in _NO_ROOM else ""
+        needed = f"{len(content):,} bytes were needed, " if error.errno in _OUT_OF_SPACE else ""
         raise OSError(error.errno, f"{error.strerror}; {needed}nothing was overwritten", str(path)) from error
     finally:
-        _being_written.discard(temporary)
+        _open_temp_files.discard(temp)
         with contextlib.suppress(OSError):
-            temporary.unlink()  # which is gone where it took its final name
+            temp.unlink()  # absent after success
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder outlive a power cut."""
-    directory = os.open(folder, os.O_RDONLY)
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
+def remove_stale_temp_files(folder: Path) -> None:
     """Removes the temporary files that killed processes left in a folder."""
     for path in folder.iterdir():
-        if (match := _TEMPORARY.fullmatch(path.name)) and path not in _being_written and not _is_another(int(match[1])):
+        match = _TEMP_NAME.fullmatch(path.name)
+        if match and path not in _open_temp_files and not _is_another_process(int(match[1])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -76,7 +78,8 @@ def read_verified(path: Path, sha256: str, next_step: str) -> bytes:
     """Returns the content of a file whose sha256 is known.
 
     Raises:
-        BadFile: missing, not readable or another content; it ends with `next_step`.
+        BadFile: not found, not readable or another content; the line ends with `next_step`.
+        PermissionError: not readable for this user.
     """
     try:
         content = path.read_bytes()
@@ -85,16 +88,19 @@ def read_verified(path: Path, sha256: str, next_step: str) -> bytes:
     except OSError as error:
         raise BadFile(f"{path}: damaged ({error.strerror}){next_step}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise BadFile(f"{path}: damaged (its sha256 is not the one that was written down){next_step}")
+        raise BadFile(f"{path}: damaged (its sha256 differs from the recorded one){next_step}")
     return content
 
 
-def _is_another(pid: int) -> bool:
-    """Returns whether another process of that number lives."""
+def _is_another_process(pid: int) -> bool:
+    """Returns whether a process of that id is running that is not this one.
+
+    In containers a killed process and its successor often have the same id, so this process's own is not another.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # of another user
+        return True  # it belongs to another user
     return pid != os.getpid()

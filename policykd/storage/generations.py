@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from policykd.io.files import BadFile, read_verified, replace_file, sweep, sync_folder
+from policykd.io.files import BadFile, read_verified, remove_stale_temp_files, replace_file, sync_folder
 from policykd.storage.shards import Arrays, unpacked
 
 FORMAT = 2
@@ -173,7 +173,7 @@ def commit(
     for path in _files(folder):
         if path.name not in stay:
             path.unlink()
-    sweep(folder)
+    remove_stale_temp_files(folder)
 
 
 def read_file(generation: Generation, name: str) -> bytes:

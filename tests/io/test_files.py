@@ -1,4 +1,4 @@
-"""A file is under its name whole or not at all, whatever fails on the way, and nothing else is left."""
+"""A file is complete under its name or absent, whatever fails, and no temporary file stays."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from policykd.io.files import BadFile, read_verified, sweep, write_atomically
+from policykd.io.files import BadFile, read_verified, remove_stale_temp_files, write_atomically
 
 
 def test_written_whole(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_failure_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/below", "zero\0byte"])
-def test_a_name_that_cannot_be_is_one_line(name: str, tmp_path: Path) -> None:
+def test_an_invalid_name_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("before")
     with pytest.raises((OSError, ValueError)) as error:
         write_atomically(tmp_path / name, b"content")
@@ -42,7 +42,7 @@ def test_a_name_that_cannot_be_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 def no_room(path: Path) -> None:
-    """Writes 300 kB where there is no room for them, and checks what is said and left."""
+    """Writes 300 kB where there is no space for them, and checks the error and the folder."""
     write_atomically(path, b"before")
     with pytest.raises(OSError, match="300,000 bytes were needed, nothing was overwritten") as error:
         write_atomically(path, b"x" * 300_000)
@@ -87,7 +87,7 @@ def test_a_read_only_disk_is_one_line(small_disk: Path) -> None:
     assert (error.value.filename, path.read_bytes()) == (str(path), b"before")
 
 
-def test_what_a_killed_process_left_is_swept_and_what_another_writes_is_not(tmp_path: Path) -> None:
+def test_stale_temp_files_are_removed_and_those_of_running_processes_are_not(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for pid in (gone.pid, os.getpid(), os.getppid()):
@@ -95,7 +95,7 @@ def test_what_a_killed_process_left_is_swept_and_what_another_writes_is_not(tmp_
     (tmp_path / ".hidden.tmp").write_bytes(b"not ours")
     write_atomically(tmp_path / "new", b"content")
     assert {p.name for p in tmp_path.iterdir()} == {f".file.{os.getppid()}.policykd.tmp", ".hidden.tmp", "new"}
-    sweep(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -104,7 +104,7 @@ def test_a_file_is_read_if_it_is_the_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"hello")
     assert read_verified(tmp_path / "file", sha256, "") == b"hello"
     (tmp_path / "file").write_bytes(b"hellp")
-    with pytest.raises(BadFile, match=r"file: damaged \(its sha256 .*\); copy it again"):
+    with pytest.raises(BadFile, match=r"file: damaged \(its sha256 differs .*\); copy it again"):
         read_verified(tmp_path / "file", sha256, "; copy it again")
     with pytest.raises(BadFile, match=r"none: damaged \(No such file or directory\)"):
         read_verified(tmp_path / "none", sha256, "")
