@@ -47,7 +47,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_without_a_screen_teacher_and_student_go_into_the_runs_folder(run: Path, watch: Watch) -> None:
     code, out, err = watch(str(run), "--steps", "30")
     assert (code, err) == (0, "")
-    assert "there is no screen here, so 2 seconds of play are written to a file" in out
+    assert "no screen found, so 2 seconds of play are written to a file" in out
     assert f"{run}/watch.gif: bundled:ppo and small on Pong" in out
     with Image.open(run / "watch.gif") as film:
         assert film.size == (2 * 320 + 3 * 16, 660)
@@ -112,12 +112,16 @@ def test_a_window_without_its_package_is_one_line(run: Path, watch: Watch, monke
     [
         (["none-such"], USAGE, "none-such: no such file or folder"),
         (["RUN", "--out", "film.mp4"], USAGE, "--out film.mp4: give a name that ends in .gif or .webp"),
-        (["RUN", "--out", "none-such/film.gif"], USAGE, "its folder is missing; make it first"),
-        (["RUN", "--out", "film.gif", "--steps", "100000"], USAGE, "50,000 pictures take 68.1 GB of memory, 2 are the"),
+        (["RUN", "--out", "none-such/film.gif"], USAGE, "folder not found; create it first"),
+        (
+            ["RUN", "--out", "film.gif", "--steps", "100000"],
+            USAGE,
+            "50,000 pictures take 68.1 GB of memory, the maximum",
+        ),
         (["RUN", "--scale", "17"], USAGE, "--scale must be at most 16, not 17"),
         (["RUN", "--every", "0"], USAGE, "--every must be at least 1, not 0"),
-        (["RUN", "--every", "500", "--steps", "30"], USAGE, "--every 500: one picture of 30 steps; it must be at most"),
-        (["RUN", "--out", "film.gif", "--every", "301"], USAGE, "--every 301: one picture of 300 steps"),
+        (["RUN", "--every", "500", "--steps", "30"], USAGE, "--every 500: only one picture in 30 steps; lower it"),
+        (["RUN", "--out", "film.gif", "--every", "301"], USAGE, "--every 301: only one picture in 300 steps"),
         (["RUN", "--seed", "99999999999999999999999"], USAGE, "--seed must be at least 0 and at most 4294967295"),
         (["RUN", "--game", "Breakout"], BAD_FILE, "it was made for another game"),
     ],

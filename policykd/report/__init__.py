@@ -22,10 +22,16 @@ from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_co
 from policykd.report.page import comparison_page, page
 from policykd.report.sections import compressors
 from policykd.viewer import colours
-from policykd.viewer.animation import STEPS_A_SECOND, Player, cut_to, encode, film
+from policykd.viewer.animation import (
+    STEPS_PER_SECOND,
+    Player,
+    VideoSettings,
+    encode_animation,
+    render_video,
+    truncate_webp,
+)
 
 REPORT = "report.html"
-STEPS_A_PICTURE = 2
 NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """what the content of a file brings about that is not what we write"""
 MOST_BYTES = 1_500_000
@@ -154,8 +160,9 @@ def filmed(student: Policy, teacher: Teacher, game: str, seconds: float, *, seed
         Player("teacher", teacher, teacher.temperature, colours.TEACHER),
         Player("student", student, colour=colours.STUDENT),
     ]
-    pictures = list(film(players, game, seed=seed, num_steps=round(seconds * STEPS_A_SECOND), every=STEPS_A_PICTURE))
-    moving, seconds = cut_to(encode(pictures, every=STEPS_A_PICTURE), MOST_BYTES)
+    settings = VideoSettings(game, seed=seed, num_steps=round(seconds * STEPS_PER_SECOND))
+    pictures = list(render_video(players, settings))
+    moving, seconds = truncate_webp(encode_animation(pictures, settings.steps_per_picture), MOST_BYTES)
     poster = io.BytesIO()
-    pictures[round(seconds * STEPS_A_SECOND / STEPS_A_PICTURE) // 2].save(poster, "PNG", optimize=True)
+    pictures[round(seconds * STEPS_PER_SECOND / 2) // 2].save(poster, "PNG", optimize=True)
     return Film(moving, poster.getvalue(), seconds)

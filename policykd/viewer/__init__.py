@@ -1,1 +1,1 @@
-"""Films and windows that show a policy play."""
+"""Films and windows that show policies playing."""

@@ -1,4 +1,4 @@
-"""Films of policies at play: several side by side on the same seed, with what each thinks of its actions."""
+"""Films of policies: several side by side on the same seed, with their action probabilities."""
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,170 +17,187 @@ from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.io.files import write_atomically
-from policykd.io.signals import check_interrupted
 from policykd.viewer.colours import TEACHER
 from policykd.viewer.scoreboard import Moment, Scoreboard
 
-STEPS_A_SECOND = 15
-"""agent steps: an Atari draws 60 frames a second, an action lasts 4 of them"""
-PROTOCOL_TEXTS: dict[ProtocolName, str] = {
+STEPS_PER_SECOND = 15
+"""agent steps: an Atari draws 60 frames per second, and an action lasts 4 of them"""
+
+PROTOCOL_TITLES: dict[ProtocolName, str] = {
     "noop_sampled": "no-op starts, sampled actions",
     "sticky_greedy": "sticky actions, greedy play",
 }
 
+AnimationFormat = Literal["WEBP", "GIF"]
+
 
 @dataclass(frozen=True)
 class Player:
-    """A policy under the name and in the colour that a film shows."""
+    """A policy with its name and colour in a film; `temperature` turns its outputs into action probabilities."""
 
     name: str
     policy: Policy
     temperature: float = 1.0
-    """what its scores are divided by to get probabilities"""
     colour: str = TEACHER
 
 
+@dataclass(frozen=True)
+class VideoSettings:
+    """Content and size of a film."""
+
+    game: str
+    seed: int = 0
+    """seed of no-op starts, sticky and sampled actions, the same for every player"""
+    num_steps: int = 300
+    """agent steps, `STEPS_PER_SECOND` of them per second"""
+    steps_per_picture: int = 2
+    protocol: ProtocolName = "sticky_greedy"
+    scale: int = 2
+    """pixels per pixel of the emulator, along each side"""
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of pictures in the film."""
+        return -(-self.num_steps // self.steps_per_picture)
+
+
 def play(player: Player, game: str, *, seed: int, protocol: ProtocolName) -> Iterator[Moment]:
-    """Yields a policy's play, step for step and game after game, without end.
+    """Yields every agent step of a policy, game after game, without end.
 
     Raises:
-        ValueError: an unknown game.
-        FloatingPointError: scores that are not finite.
+        ValueError: unknown game.
+        FloatingPointError: the policy's outputs are not finite.
     """
-    how = PROTOCOLS[protocol]
-    noops, sticky = how.noop_max, how.repeat_action_probability
-    generator, finished, brought = torch.Generator().manual_seed(seed), list[float](), 0.0
-    policy, device = player.policy, _device_of(player.policy)
-    with closing(make_atari(game, 1, seed, noop_max=noops, repeat_action_probability=sticky)) as envs:
+    rules = PROTOCOLS[protocol]
+    device = _device_of(player.policy)
+    generator = torch.Generator().manual_seed(seed)
+    finished: tuple[float, ...] = ()
+    episodic_return = 0.0
+    envs = make_atari(game, 1, seed, noop_max=rules.noop_max, repeat_action_probability=rules.repeat_action_probability)
+    with closing(envs):
         obs = envs.reset()
         while True:
-            check_interrupted()
             with torch.inference_mode():
-                scores_BA = policy(obs.to(device)).cpu()
-                probabilities_BA = log_policy(scores_BA, player.temperature).exp()
+                outputs_BA = player.policy(obs.to(device)).cpu()
+                probabilities_BA = log_policy(outputs_BA, player.temperature).exp()
             if not probabilities_BA.isfinite().all():
-                raise FloatingPointError(f"{player.name}: scores that are not finite; the policy is broken")
-            action_B = greedy(scores_BA) if how.deterministic else sample(probabilities_BA.log(), generator)
-            yield Moment(envs.screens()[0], probabilities_BA[0].numpy(), int(action_B), brought, tuple(finished))
+                raise FloatingPointError(f"{player.name}: outputs that are not finite; the policy is broken")
+            action_B = greedy(outputs_BA) if rules.deterministic else sample(probabilities_BA.log(), generator)
+            # The moment is shown before its action: screen, probabilities and return belong to the same step.
+            yield Moment(envs.screens()[0], probabilities_BA[0].numpy(), int(action_B), episodic_return, finished)
             step = envs.step(action_B)
-            obs, brought = step.obs, brought + float(step.rewards_B)
+            obs = step.obs
+            episodic_return += float(step.rewards_B)
             if step.episodes:
-                finished, brought = [*finished, step.episodes[0].episodic_return], 0.0
+                finished = (*finished, step.episodes[0].episodic_return)
+                episodic_return = 0.0
 
 
-def film(
-    players: Sequence[Player],
-    game: str,
-    *,
-    seed: int = 0,
-    num_steps: int = 300,
-    every: int = 1,
-    protocol: ProtocolName = "sticky_greedy",
-    scale: int = 2,
-) -> Iterator[Image.Image]:
-    """Yields RGB pictures of policies that play the same seed side by side; what one does never moves another's game.
-
-    Args:
-        players: from left to right.
-        game: what they play.
-        seed: of no-op starts, sticky and sampled actions.
-        num_steps: agent steps, of which `STEPS_A_SECOND` are a second.
-        every: steps a picture.
-        protocol: under which rules.
-        scale: pixels a pixel of the emulator takes along each side.
+def render_video(players: Sequence[Player], settings: VideoSettings) -> Iterator[Image.Image]:
+    """Yields RGB pictures of policies that play the same seed side by side, each in a game of its own.
 
     Raises:
-        ValueError: an unknown game.
-        FloatingPointError: scores that are not finite.
+        ValueError: unknown game.
+        FloatingPointError: a policy's outputs are not finite.
     """
-    draw = _scoreboard(players, game, scale)
-    title = f"{canonical_name(game)}   seed {seed}   {PROTOCOL_TEXTS[protocol]}"
-    playing = [play(player, game, seed=seed, protocol=protocol) for player in players]
-    moments_of_all = zip(*playing, strict=True)
-    for i, moments in enumerate(islice(moments_of_all, num_steps)):
-        if i % every == 0:
-            yield draw(moments, f"{title}   {i / STEPS_A_SECOND:.1f} s")
+    draw = _scoreboard(players, settings)
+    title = f"{canonical_name(settings.game)}   seed {settings.seed}   {PROTOCOL_TITLES[settings.protocol]}"
+    games = [play(player, settings.game, seed=settings.seed, protocol=settings.protocol) for player in players]
+    for i, moments in enumerate(islice(zip(*games, strict=True), settings.num_steps)):
+        if i % settings.steps_per_picture == 0:
+            yield draw(moments, f"{title}   {i / STEPS_PER_SECOND:.1f} s")
 
 
-def film_bytes(players: Sequence[Player], game: str, *, num_steps: int, every: int = 1, scale: int = 2) -> int:
-    """Returns how much memory the pictures of a film take before they are encoded."""
-    width, height = _scoreboard(players, game, scale).size()
-    return -(-num_steps // every) * width * height * 3
+def video_bytes(players: Sequence[Player], settings: VideoSettings) -> int:
+    """Returns the memory that the pictures of a film take before they are encoded, in bytes."""
+    width, height = _scoreboard(players, settings).size()
+    return settings.num_pictures * width * height * 3
 
 
-def _scoreboard(players: Sequence[Player], game: str, scale: int) -> Scoreboard:
-    return Scoreboard([p.name for p in players], [p.colour for p in players], action_names(game), scale)
+def _scoreboard(players: Sequence[Player], settings: VideoSettings) -> Scoreboard:
+    names = [player.name for player in players]
+    colours = [player.colour for player in players]
+    return Scoreboard(names, colours, action_names(settings.game), settings.scale)
 
 
-def encode(pictures: Iterable[Image.Image], *, every: int = 1, format: Literal["WEBP", "GIF"] = "WEBP") -> bytes:
-    """Returns an animation that loops for ever at the game's own speed, from pictures of `every` steps each.
+def encode_animation(
+    pictures: Iterable[Image.Image], steps_per_picture: int, format: AnimationFormat = "WEBP"
+) -> bytes:
+    """Returns an animation that loops forever at the speed of the game.
+
+    WebP is lossless and takes a third of the bytes; GIF is reduced to 64 colours and opens everywhere.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no pictures.
     """
-    films = list(pictures)
-    if not films:
-        raise ValueError("a film needs at least one picture; let it play for more steps")
-    first, *others = _in_few_colours(films) if format == "GIF" else films
+    frames = list(pictures)
+    if not frames:
+        raise ValueError("an animation needs at least one picture; play for more steps")
+    if format == "GIF":
+        frames = _quantize(frames)
+        options = {"optimize": False}
+    else:
+        # In lossless files "quality" is the effort: 50 with method 2 comes close to the smallest size.
+        options = {"lossless": True, "quality": 50, "method": 2}
+    durations = _durations(len(frames), steps_per_picture, tick=10 if format == "GIF" else 1)
     buffer = io.BytesIO()
-    how = {"lossless": True, "quality": 50, "method": 2} if format == "WEBP" else {"optimize": False}
-    durations = _milliseconds(len(films), every, tick=10 if format == "GIF" else 1)
-    first.save(buffer, format, save_all=True, append_images=others, duration=durations, loop=0, **how)
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
     return buffer.getvalue()
 
 
-def _milliseconds(num_pictures: int, every: int, *, tick: int) -> list[int]:
-    """Returns how long each picture is shown, whole ticks of the format that never drift from the game's speed."""
-    ends = [round(i * every * 1000 / STEPS_A_SECOND / tick) for i in range(num_pictures + 1)]
+def _durations(num_pictures: int, steps_per_picture: int, *, tick: int) -> list[int]:
+    """Returns each picture's duration in milliseconds: multiples of the format's `tick` whose sum never drifts."""
+    seconds_per_picture = steps_per_picture / STEPS_PER_SECOND
+    ends = [round(i * seconds_per_picture * 1000 / tick) for i in range(num_pictures + 1)]
     return [tick * (end - begin) for begin, end in pairwise(ends)]
 
 
-def cut_to(webp: bytes, most_bytes: int) -> tuple[bytes, float]:
-    """Returns an animated WebP without its end, as much of it as fits but its first picture at least, and its seconds.
+def truncate_webp(webp: bytes, max_bytes: int) -> tuple[bytes, float]:
+    """Returns an animated WebP cut off after the pictures that fit, at least the first, and its duration in seconds.
 
-    Nothing is encoded again: a picture in the file depends on those before it alone. A file is `RIFF`, its size and
-    `WEBP`, then chunks: a name, a size, content, and a byte more where the size is odd (RFC 9649, section 2.3).
+    Nothing is encoded again, because a picture depends only on those before it. A file is `RIFF`, its size and `WEBP`,
+    then chunks of a name, a size, the content and a padding byte if the size is odd (RFC 9649, section 2.3).
     """
-    kept, milliseconds, at = bytearray(webp[:12]), 0, 12
-    while at < len(webp):
-        end = at + 8 + (size := int.from_bytes(webp[at + 4 : at + 8], "little")) + size % 2
-        if webp[at : at + 4] == b"ANMF":  # 12 bytes of corner and size, then 3 of duration
-            if milliseconds and len(kept) + end - at > most_bytes:
+    kept = bytearray(webp[:12])
+    milliseconds = 0
+    start = 12
+    while start < len(webp):
+        size = int.from_bytes(webp[start + 4 : start + 8], "little")
+        end = start + 8 + size + size % 2
+        if webp[start : start + 4] == b"ANMF":
+            if milliseconds and len(kept) + end - start > max_bytes:
                 break
-            milliseconds += int.from_bytes(webp[at + 20 : at + 23], "little")
-        kept += webp[at:end]
-        at = end
+            # An animation frame begins with 12 bytes of position and size, followed by 3 bytes of duration.
+            milliseconds += int.from_bytes(webp[start + 20 : start + 23], "little")
+        kept += webp[start:end]
+        start = end
     kept[4:8] = (len(kept) - 8).to_bytes(4, "little")
     return bytes(kept), milliseconds / 1000
 
 
-def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_steps: int = 600, every: int = 2) -> None:
-    """Writes the first `num_steps` agent steps (15 a second) of one sticky, greedy game, the emulator's screen alone.
-
-    Every `every`th is a picture.
-    """
-    screens = list[Image.Image]()
+def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_steps: int = 600) -> None:
+    """Writes up to `num_steps` agent steps of one sticky, greedy game as a GIF of the emulator's screen alone."""
+    steps_per_picture = 2
+    screens: list[Image.Image] = []
     for i, moment in enumerate(play(Player("", policy), game, seed=seed, protocol="sticky_greedy")):
         if i == num_steps or moment.finished:
             break
-        if i % every == 0:
+        if i % steps_per_picture == 0:
             screens.append(Image.fromarray(moment.screen))
-    write_atomically(path, encode(screens, every=every, format="GIF"))
+    write_atomically(path, encode_animation(screens, steps_per_picture, "GIF"))
 
 
-def _in_few_colours(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Returns pictures that share a palette, so that what stands still is not written again."""
-    chosen = pictures[:: max(1, len(pictures) // 8)]
-    sheet = Image.new("RGB", (chosen[0].width, sum(p.height for p in chosen)))
-    for i, picture in enumerate(chosen):
+def _quantize(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Returns pictures that share a palette of 64 colours, so that GIF stores only the pixels that change."""
+    samples = pictures[:: max(1, len(pictures) // 8)]
+    sheet = Image.new("RGB", (samples[0].width, sum(picture.height for picture in samples)))
+    for i, picture in enumerate(samples):
         sheet.paste(picture, (0, i * picture.height))
-    palette, reduced = sheet.quantize(64), list[Image.Image]()
-    for picture in pictures:
-        check_interrupted()
-        reduced.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
-    return reduced
+    palette = sheet.quantize(64)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
 
 
 def _device_of(policy: Policy) -> torch.device:
-    policy = getattr(policy, "net", policy)
-    return next((p.device for p in getattr(policy, "parameters", list)()), torch.device("cpu"))
+    network = getattr(policy, "net", policy)
+    parameters = getattr(network, "parameters", list)
+    return next((p.device for p in parameters()), torch.device("cpu"))

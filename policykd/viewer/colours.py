@@ -1,6 +1,12 @@
-"""The colours in which policies are drawn, everywhere the same: films, pictures and reports."""
+"""Colours of the policies, the same in films, pictures and reports."""
 
-TEACHER, STUDENT, RANDOM = "#3b82f6", "#f59e0b", "#94a3b8"
-"""blue, amber and grey: told apart by eyes that do not tell red from green"""
-PAPER, PANEL, INK, FAINT = "#0f172a", "#1e293b", "#f1f5f9", "#94a3b8"
-"""of a film: background, its raised parts, text, lesser text; text on either background has a contrast above 5"""
+# Blue, amber and grey stay distinguishable with red-green colour blindness.
+TEACHER = "#3b82f6"
+STUDENT = "#f59e0b"
+RANDOM = "#94a3b8"
+
+# Background, raised parts, text and secondary text of a film. Text on PAPER has a contrast above 4.5 (WCAG 2.2, AA).
+PAPER = "#0f172a"
+PANEL = "#1e293b"
+INK = "#f1f5f9"
+FAINT = "#94a3b8"

@@ -1,4 +1,4 @@
-"""One picture of a film: each player's screen, what it thinks of its actions, and its return so far."""
+"""One picture of a film: the screen, the action probabilities and the return of each player."""
 
 import functools
 from collections.abc import Sequence
@@ -9,23 +9,27 @@ from PIL import Image, ImageDraw, ImageFont
 
 from policykd.viewer.colours import FAINT, INK, PANEL, PAPER
 
-MARGIN, BAR, MOST_BARS, ROOMY = 16, 22, 9, 240
-"""pixels around everything, pixels an action's bar takes, bars under each other before there are two columns, pixels
-across from which on there is room for numbers beside bars"""
+# Pixels.
+MARGIN = 16
+TITLE_HEIGHT = 36
+BAR_HEIGHT = 22
+CAPTION_HEIGHT = 24
+MIN_WIDTH_FOR_NUMBERS = 240
+
+MAX_BARS_PER_COLUMN = 9
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One agent step (4 frames) of a game, before the action is taken."""
+    """State of one player before it takes an action."""
 
     screen: np.ndarray
-    """RGB uint8 `(210, 160, 3)`; a few games have more rows"""
+    """RGB, uint8 `(210, 160, 3)`; a few games have more rows"""
     probabilities_A: np.ndarray
-    """of the policy, float32 `(num_actions,)`"""
+    """the policy's action probabilities, float32 `(num_actions,)`"""
     action: int
-    """that is taken"""
     episodic_return: float
-    """of the game so far"""
+    """rewards of the current game so far"""
     finished: tuple[float, ...] = ()
     """episodic returns of the games before it"""
 
@@ -36,73 +40,84 @@ class Scoreboard:
 
     names: Sequence[str]
     colours: Sequence[str]
-    """of the players, as Pillow reads them"""
+    """one per player, as Pillow reads them"""
     actions: Sequence[str]
-    """what the actions are called"""
     scale: int = 2
-    """pixels a pixel of the emulator takes along each side"""
+    """pixels per pixel of the emulator, along each side"""
 
     def size(self, rows: int = 210, columns: int = 160) -> tuple[int, int]:
-        """Returns the width and height of a picture, pixels, of a game whose screen has so many."""
-        num_bars = min(len(self.actions), MOST_BARS)
-        return (
-            MARGIN + len(self.names) * (columns * self.scale + MARGIN),
-            MARGIN + 36 + rows * self.scale + MARGIN + num_bars * BAR + MARGIN + 16 + MARGIN // 2,
-        )
+        """Returns the width and height of a picture in pixels, for a screen of `rows` by `columns`."""
+        num_bars = min(len(self.actions), MAX_BARS_PER_COLUMN)
+        width = MARGIN + len(self.names) * (columns * self.scale + MARGIN)
+        height = MARGIN + TITLE_HEIGHT + rows * self.scale + MARGIN + num_bars * BAR_HEIGHT + MARGIN + CAPTION_HEIGHT
+        return width, height
 
     def __call__(self, moments: Sequence[Moment], caption: str) -> Image.Image:
-        """Returns an RGB picture; its size depends on the game, the number of players and the scale alone."""
+        """Returns an RGB picture; its size depends only on the game, the number of players and the scale."""
         rows, columns, _ = moments[0].screen.shape
-        width, height = columns * self.scale, rows * self.scale
-        size = self.size(rows, columns)
-        picture = Image.new("RGB", size, PAPER)
+        width = columns * self.scale
+        height = rows * self.scale
+        picture = Image.new("RGB", self.size(rows, columns), PAPER)
         draw = ImageDraw.Draw(picture)
-        for i, moment in enumerate(moments):
-            left, top = MARGIN + i * (width + MARGIN), MARGIN
-            self._title(draw, (left, top), width, i, moment)
+        for player, moment in enumerate(moments):
+            left = MARGIN + player * (width + MARGIN)
+            top = MARGIN + TITLE_HEIGHT
+            self._draw_title(draw, left, width, player, moment)
             screen = Image.fromarray(moment.screen).resize((width, height), Image.Resampling.NEAREST)
-            picture.paste(screen, (left, top + 36))
-            self._bars(draw, (left, top + 36 + height + MARGIN), width, i, moment)
-        draw.text((MARGIN, size[1] - MARGIN // 2), caption, FAINT, _font(13), "ls")
+            picture.paste(screen, (left, top))
+            self._draw_bars(draw, (left, top + height + MARGIN), width, player, moment)
+        draw.text((MARGIN, picture.height - MARGIN // 2), caption, FAINT, _font(13), "ls")
         return picture
 
-    def _title(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, i: int, moment: Moment) -> None:
-        left, bottom = at[0], at[1] + 24
+    def _draw_title(self, draw: ImageDraw.ImageDraw, left: int, width: int, player: int, moment: Moment) -> None:
+        # From the right: the return so far, the return of the previous game, then the name in what is left.
+        baseline = MARGIN + 24
         score = f"{moment.episodic_return:+.0f}" if moment.episodic_return else "0"
-        draw.text((left + width, bottom), score, INK, _font(26), "rs")
+        draw.text((left + width, baseline), score, INK, _font(26), "rs")
         room = width - draw.textlength(score, _font(26)) - 12
-        if moment.finished and width >= ROOMY:
-            before = f"game {len(moment.finished) + 1}, before {moment.finished[-1]:+.0f}"
-            draw.text((left + room, bottom), before, FAINT, _font(13), "rs")
-            room -= draw.textlength(before, _font(13)) + 12
-        draw.text((left, bottom), _shortened(draw, self.names[i], room), self.colours[i], _font(20), "ls")
+        if moment.finished and width >= MIN_WIDTH_FOR_NUMBERS:
+            previous = f"game {len(moment.finished) + 1}, before {moment.finished[-1]:+.0f}"
+            draw.text((left + room, baseline), previous, FAINT, _font(13), "rs")
+            room -= draw.textlength(previous, _font(13)) + 12
+        draw.text((left, baseline), _shorten(draw, self.names[player], room), self.colours[player], _font(20), "ls")
 
-    def _bars(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, i: int, moment: Moment) -> None:
-        num_columns = -(-len(self.actions) // MOST_BARS)
-        column = (width - MARGIN * (num_columns - 1)) // num_columns
-        is_roomy = column >= ROOMY
-        font, for_name, for_share = (_font(13), 96, 40) if is_roomy else (_font(10), 92, 0)
-        for a, (name, share) in enumerate(zip(self.actions, moment.probabilities_A.tolist(), strict=True)):
-            left = at[0] + a // MOST_BARS * (column + MARGIN)
-            middle = at[1] + a % MOST_BARS * BAR + BAR // 2
-            taken = a == moment.action
-            begin, end = left + for_name, left + column - for_share
-            draw.text((left, middle), name, INK if taken else FAINT, font, "lm")
-            draw.rounded_rectangle((begin, middle - 6, end, middle + 6), 3, PANEL)
-            if (filled := round(share * (end - begin))) > 0:
-                shade = self.colours[i] if taken else _dimmed(self.colours[i])
-                draw.rounded_rectangle((begin, middle - 6, begin + filled, middle + 6), min(3, filled // 2), shade)
-            if is_roomy:
-                draw.text((left + column, middle), f"{share:.0%}", INK if taken else FAINT, font, "rm")
+    def _draw_bars(
+        self, draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, player: int, moment: Moment
+    ) -> None:
+        # Games with all 18 actions take two columns, whose names need a smaller font and leave no room for numbers.
+        num_columns = -(-len(self.actions) // MAX_BARS_PER_COLUMN)
+        column_width = (width - MARGIN * (num_columns - 1)) // num_columns
+        has_numbers = column_width >= MIN_WIDTH_FOR_NUMBERS
+        font = _font(13) if has_numbers else _font(10)
+        name_width = 96 if has_numbers else 92
+        number_width = 40 if has_numbers else 0
+        for a, (name, probability) in enumerate(zip(self.actions, moment.probabilities_A.tolist(), strict=True)):
+            column, row = divmod(a, MAX_BARS_PER_COLUMN)
+            left = corner[0] + column * (column_width + MARGIN)
+            middle = corner[1] + row * BAR_HEIGHT + BAR_HEIGHT // 2
+            # The action that is taken is drawn in the player's full colour, the others dimmed.
+            is_taken = a == moment.action
+            text_colour = INK if is_taken else FAINT
+            bar_colour = self.colours[player] if is_taken else _dim(self.colours[player])
+            start = left + name_width
+            end = left + column_width - number_width
+            draw.text((left, middle), name, text_colour, font, "lm")
+            draw.rounded_rectangle((start, middle - 6, end, middle + 6), 3, PANEL)
+            length = round(probability * (end - start))
+            if length > 0:
+                draw.rounded_rectangle((start, middle - 6, start + length, middle + 6), min(3, length // 2), bar_colour)
+            if has_numbers:
+                draw.text((left + column_width, middle), f"{probability:.0%}", text_colour, font, "rm")
 
 
-def _shortened(draw: ImageDraw.ImageDraw, name: str, room: float) -> str:
-    """Returns a name without its middle where it takes more than `room` pixels."""
-    kept = len(name)
+def _shorten(draw: ImageDraw.ImageDraw, name: str, room: float) -> str:
+    """Returns a name with its middle replaced by dots if it is wider than `room` pixels."""
     shorter = name
+    kept = len(name)
     while kept > 2 and draw.textlength(shorter, _font(20)) > room:
         kept -= 1
-        shorter = f"{name[: kept // 2]}...{name[len(name) - (kept - kept // 2) :]}"
+        head = kept // 2
+        shorter = f"{name[:head]}...{name[len(name) - (kept - head) :]}"
     return shorter
 
 
@@ -112,8 +127,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 @functools.cache
-def _dimmed(colour: str) -> tuple[int, int, int]:
-    """Returns a colour half way to the panel behind it."""
-    front, back = (Image.new("RGB", (1, 1), c) for c in (colour, PANEL))
+def _dim(colour: str) -> tuple[int, int, int]:
+    """Returns the colour half way to the panel behind it."""
+    front = Image.new("RGB", (1, 1), colour)
+    back = Image.new("RGB", (1, 1), PANEL)
     red, green, blue = np.asarray(Image.blend(front, back, 0.5))[0, 0].tolist()
     return red, green, blue

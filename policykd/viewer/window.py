@@ -7,60 +7,62 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from policykd.io.signals import check_interrupted
 from policykd.viewer.colours import PAPER
 
-UNSEEN = {"offscreen", "dummy"}
-"""drivers that SDL falls back to where it reaches no screen; they draw windows that nobody sees"""
+# SDL falls back to these drivers if it finds no screen; they draw windows that nobody sees.
+INVISIBLE_DRIVERS = {"offscreen", "dummy"}
 
 
 class NoWindow(ValueError):  # noqa: N818
-    """No window can be opened here, whatever the environment says."""
+    """No window can be opened, whatever the environment promises."""
 
 
 def has_screen() -> bool:
-    """Returns whether there is a screen to open a window on, as far as the environment says."""
+    """Returns whether the environment names a screen to open a window on."""
     if sys.platform in ("darwin", "win32"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"))
 
 
-def show(pictures: Iterable[Image.Image], *, title: str, pictures_a_second: float) -> int:
-    """Shows pictures until there are no more or the window is closed; needs the package pygame-ce.
+def show(pictures: Iterable[Image.Image], *, title: str, pictures_per_second: float) -> int:
+    """Shows pictures until they end or the window is closed, and returns how many were shown.
 
-    The space bar pauses and goes on; q, escape and the window's own button close it. A picture that comes late is shown
-    at once, none is left out.
-
-    Returns:
-        How many were shown.
+    The space bar pauses and resumes; q, escape and the window's close button close it. A late picture is shown at
+    once; none is skipped. Needs the package pygame-ce.
 
     Raises:
         NoWindow: not even the first picture can be shown.
         ValueError: the window is lost later.
-        KeyboardInterrupt: a signal has come.
     """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     import pygame
 
-    num_shown, due = 0, time.monotonic()
+    num_shown = 0
     try:
         pygame.display.init()
-        if (driver := pygame.display.get_driver()) in UNSEEN - set(os.environ.get("SDL_VIDEODRIVER", "").split(",")):
-            raise pygame.error(f"SDL reaches no screen and draws {driver}")
+        driver = pygame.display.get_driver()
+        requested = os.environ.get("SDL_VIDEODRIVER", "").split(",")
+        if driver in INVISIBLE_DRIVERS.difference(requested):
+            raise pygame.error(f"SDL finds no screen and draws {driver}")
+        clock = pygame.time.Clock()
         for picture in pictures:
             if num_shown == 0:
                 pygame.display.set_caption(title)
                 pygame.display.set_mode(picture.size, pygame.RESIZABLE)
-            window = pygame.display.get_surface()  # another one where the window has another size
+            # SDL replaces the surface when the window is resized, so ask for it each time.
+            window = pygame.display.get_surface()
             assert window is not None
-            size, corner = _fitted(picture.size, window.get_size())
-            drawn = pygame.image.frombytes(picture.tobytes(), picture.size, "RGB")
+            image = pygame.image.frombytes(picture.tobytes(), picture.size, "RGB")
+            # The largest rectangle of the picture's shape that fits into the window, in its centre.
+            place = image.get_rect().fit(window.get_rect())
+            if place.size != picture.size:
+                image = pygame.transform.smoothscale(image, place.size)
             window.fill(PAPER)
-            window.blit(pygame.transform.smoothscale(drawn, size) if size != picture.size else drawn, corner)
+            window.blit(image, place)
             pygame.display.flip()
             num_shown += 1
-            due = max(due + 1.0 / pictures_a_second, time.monotonic() - 0.1)
-            if _closed_before(due):
+            clock.tick(pictures_per_second)
+            if _is_closed():
                 break
         return num_shown
     except pygame.error as error:
@@ -71,27 +73,18 @@ def show(pictures: Iterable[Image.Image], *, title: str, pictures_a_second: floa
         pygame.display.quit()
 
 
-def _fitted(size: tuple[int, int], room: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the largest size of the same shape that fits into a room, and the corner that puts it in the middle."""
-    scale = min(room[0] / size[0], room[1] / size[1])
-    width, height = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
-    return (width, height), ((room[0] - width) // 2, (room[1] - height) // 2)
-
-
-def _closed_before(due: float) -> bool:
-    """Waits until a picture's time is over, longer while paused; returns whether the window was closed."""
+def _is_closed() -> bool:
+    """Handles key presses, waits while paused, and returns whether the window was closed."""
     import pygame
 
-    paused = False
+    is_paused = False
     while True:
-        check_interrupted()
         for event in pygame.event.get():
             key = event.key if event.type == pygame.KEYDOWN else None
             if event.type == pygame.QUIT or key in (pygame.K_q, pygame.K_ESCAPE):
                 return True
             if key == pygame.K_SPACE:
-                paused = not paused
-        left = due - time.monotonic()
-        if left <= 0.0 and not paused:
+                is_paused = not is_paused
+        if not is_paused:
             return False
-        time.sleep(0.02 if paused else min(left, 0.02))
+        time.sleep(0.02)

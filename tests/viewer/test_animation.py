@@ -16,11 +16,12 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
 from policykd.evaluation.evaluate import RandomPolicy
 from policykd.viewer import animation, colours
-from policykd.viewer.animation import Player, encode, film, play
-from policykd.viewer.scoreboard import Moment, Scoreboard, _dimmed
+from policykd.viewer.animation import Player, VideoSettings, encode_animation, play, render_video
+from policykd.viewer.scoreboard import Moment, Scoreboard, _dim
 
 ACTIONS = ("NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE")
 RIGHT = 2
+VIDEO = VideoSettings("Pong", num_steps=60)
 
 
 def always(action: int, score: float = 9.0) -> Callable[[Tensor], Tensor]:
@@ -78,7 +79,7 @@ def test_sampled_play_repeats_itself_with_its_seed_and_differs_with_another() ->
 def test_players_on_one_seed_have_the_same_start_and_the_same_chances() -> None:
     """So that what differs between them is the policies' doing: the same policy twice is the same picture twice."""
     same = [Player("x", RandomPolicy(6)), Player("x", RandomPolicy(6))]
-    for picture in film(same, "Pong", seed=5, num_steps=40, every=13, protocol="noop_sampled"):
+    for picture in render_video(same, VideoSettings("Pong", 5, 40, 13, "noop_sampled")):
         half = (picture.width - 16) // 2
         left, right = picture.crop((0, 0, half, 600)), picture.crop((half, 0, 2 * half, 600))
         assert left.tobytes() == right.tobytes()
@@ -86,21 +87,21 @@ def test_players_on_one_seed_have_the_same_start_and_the_same_chances() -> None:
 
 def test_scores_that_are_no_numbers_name_the_player() -> None:
     player = Player("broken", lambda obs: torch.full((len(obs), 6), torch.nan))
-    with pytest.raises(FloatingPointError, match="broken: scores that are not finite"):
+    with pytest.raises(FloatingPointError, match="broken: outputs that are not finite"):
         next(play(player, "Pong", seed=0, protocol="sticky_greedy"))
 
 
 @pytest.fixture(scope="module")
 def pictures(teacher: Teacher) -> list[Image.Image]:
     players = [Player("teacher", teacher), Player("random", RandomPolicy(6), colour=colours.STUDENT)]
-    return list(film(players, "Pong", num_steps=60, every=2))
+    return list(render_video(players, VIDEO))
 
 
 @pytest.mark.parametrize("format", ["WEBP", "GIF"])
 def test_an_animation_plays_at_the_games_speed_and_is_small(
     format: Literal["WEBP", "GIF"], pictures: list[Image.Image]
 ) -> None:
-    content = encode(pictures, every=2, format=format)
+    content = encode_animation(pictures, 2, format)
     assert len(content) * 300 / 60 < 1.5e6  # as 20 seconds
     film: Any = Image.open(io.BytesIO(content))  # in memory, nothing to close
     seconds = []
@@ -117,17 +118,17 @@ def test_an_animation_plays_at_the_games_speed_and_is_small(
 
 @pytest.mark.parametrize(("tick", "every"), [(10, 1), (10, 2), (1, 1)])
 def test_a_long_film_does_not_drift(tick: int, every: int) -> None:
-    durations = animation._milliseconds(900, every, tick=tick)
+    durations = animation._durations(900, every, tick=tick)
     assert {d % tick for d in durations} == {0}
     assert sum(durations) == 900 * every * 1000 / 15
     assert max(durations) - min(durations) == tick
 
 
 def test_a_film_is_cut_without_a_change(pictures: list[Image.Image]) -> None:
-    whole = encode(pictures, every=2)
-    assert animation.cut_to(whole, len(whole))[0] == whole
-    assert animation.cut_to(whole, len(whole))[1] == pytest.approx(4.0)
-    cut, seconds = animation.cut_to(whole, len(whole) // 2)
+    whole = encode_animation(pictures, 2)
+    assert animation.truncate_webp(whole, len(whole))[0] == whole
+    assert animation.truncate_webp(whole, len(whole))[1] == pytest.approx(4.0)
+    cut, seconds = animation.truncate_webp(whole, len(whole) // 2)
     assert 0.4 * len(whole) < len(cut) <= len(whole) // 2
     with Image.open(io.BytesIO(cut)) as film:
         num: int = film.n_frames  # type: ignore[attr-defined]
@@ -136,19 +137,19 @@ def test_a_film_is_cut_without_a_change(pictures: list[Image.Image]) -> None:
             film.seek(i)
             assert film.convert("RGB").tobytes() == pictures[i].tobytes()
     assert seconds == pytest.approx(num * 2 / 15, abs=0.001)
-    with Image.open(io.BytesIO(animation.cut_to(whole, 1)[0])) as film:
+    with Image.open(io.BytesIO(animation.truncate_webp(whole, 1)[0])) as film:
         assert film.n_frames == 1  # type: ignore[attr-defined]
 
 
 def test_a_film_says_how_much_memory_it_takes(teacher: Teacher, pictures: list[Image.Image]) -> None:
     players = [Player("a", teacher), Player("b", teacher)]
-    taken = animation.film_bytes(players, "Pong", num_steps=60, every=2)
+    taken = animation.video_bytes(players, VIDEO)
     assert taken == sum(len(picture.tobytes()) for picture in pictures)
 
 
 def test_no_picture_is_no_film() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
-        encode([])
+        encode_animation([], 2)
 
 
 @pytest.mark.parametrize("num_actions", [3, 6, 18])
@@ -159,7 +160,7 @@ def test_bars_are_as_long_as_probabilities(num_actions: int) -> None:
     draw = Scoreboard([""], [colours.STUDENT], [f"A{i}" for i in range(num_actions)])
     picture = np.asarray(draw([Moment(np.zeros((210, 160, 3), np.uint8), share, 0, 0.0)], ""))
     full = (picture == Image.new("RGB", (1, 1), colours.STUDENT).getpixel((0, 0))).all(-1)
-    dim = (picture == _dimmed(colours.STUDENT)).all(-1)
+    dim = (picture == _dim(colours.STUDENT)).all(-1)
     lengths = [int(mask.sum(1).max()) for mask in (full, dim)]
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=2)
     assert lengths[1] > 15
@@ -167,10 +168,14 @@ def test_bars_are_as_long_as_probabilities(num_actions: int) -> None:
 
 
 def test_tall_screens_and_many_actions_fit() -> None:
-    (picture,) = film([Player("a", RandomPolicy(18)), Player("b", RandomPolicy(18))], "Seaquest", num_steps=1)
+    (picture,) = render_video(
+        [Player("a", RandomPolicy(18)), Player("b", RandomPolicy(18))], VideoSettings("Seaquest", num_steps=1)
+    )
     assert picture.mode == "RGB"
     assert picture.width == 2 * 320 + 3 * 16
-    (tall,) = film([Player("a", RandomPolicy(make_atari("Amidar", 1, 0).num_actions))], "Amidar", num_steps=1)
+    (tall,) = render_video(
+        [Player("a", RandomPolicy(make_atari("Amidar", 1, 0).num_actions))], VideoSettings("Amidar", num_steps=1)
+    )
     assert tall.height > 2 * 210
 
 

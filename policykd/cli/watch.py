@@ -1,0 +1,150 @@
+"""`policykd watch`: shows policies playing, in a window or as an animation."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from policykd.agents.student import Student
+from policykd.agents.teacher import TEACHER_HELP
+from policykd.cli.command import needs_extra
+from policykd.cli.groups import SeedArgs
+from policykd.evaluation.policies import Contender, game_of, load_contender, run_of, teacher_of
+from policykd.io.files import write_atomically
+from policykd.runs.folder import check_at_least, check_seed
+from policykd.viewer import colours
+from policykd.viewer.animation import (
+    STEPS_PER_SECOND,
+    AnimationFormat,
+    Player,
+    VideoSettings,
+    encode_animation,
+    render_video,
+    video_bytes,
+)
+from policykd.viewer.window import NoWindow, has_screen, show
+
+ANIMATION_FORMATS: dict[str, AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
+DEFAULT_STEPS_IN_FILE = 300
+MAX_PICTURE_BYTES = 2_000_000_000
+"""memory of all pictures of an animation before they are encoded"""
+MAX_SCALE = 16
+"""a WebP has at most 16,383 pixels along each side"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchArgs(SeedArgs):
+    """Shows policies playing side by side on the same seed, with the probabilities of their actions.
+
+    The space bar pauses the window; q and escape close it. Without a screen, or with --out, the first 20 seconds are
+    written to an animation.
+    """
+
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"folder of a run, or a teacher: {TEACHER_HELP}")]
+    game: str = ""
+    """game to play; by default the game of the run or teacher"""
+    against: str = "teacher"
+    """policy to show next to it: the run's own teacher, none, or another run or teacher"""
+    out: Path | None = None
+    """.gif or .webp file to write instead of opening a window; without a screen the default is watch.gif in the run's
+    folder or the current one"""
+    steps: int = 0
+    """agent steps to play, 15 per second; 0 is unlimited in a window and 300 in a file"""
+    every: int = 2
+    """agent steps per picture of an animation: 2 halves the file, 1 moves more smoothly"""
+    scale: int = 2
+    """pixels per pixel of the game, along each side"""
+    sticky: bool = False
+    """play with sticky actions and greedily, instead of no-op starts and sampled actions"""
+    trust_pickle: bool = False
+    """let SB3 itself load a teacher, which executes code in the file"""
+    debug: bool = False
+    """print the traceback of an error"""
+
+
+def run(args: WatchArgs) -> None:
+    """Loads the policies and shows them."""
+    _check(args)
+    torch.set_num_threads(1)
+    game = game_of([args.policy], args.game)
+    players = [_as_player(policy) for policy in _load_policies(args, game)]
+    names = " and ".join(player.name for player in players)
+    settings = VideoSettings(
+        game,
+        seed=args.seed,
+        num_steps=args.steps or sys.maxsize,
+        steps_per_picture=1,
+        protocol="sticky_greedy" if args.sticky else "noop_sampled",
+        scale=args.scale,
+    )
+    # A window if there is a screen and SDL can reach it, else a file.
+    reason = ""
+    if args.out is None:
+        reason = "no screen found"
+        if has_screen():
+            try:
+                with needs_extra("watch"):
+                    show(
+                        render_video(players, settings), title=f"{game}: {names}", pictures_per_second=STEPS_PER_SECOND
+                    )
+                return
+            except NoWindow as error:
+                reason = str(error).partition("; ")[0]
+    num_steps = args.steps or DEFAULT_STEPS_IN_FILE
+    settings = replace(settings, num_steps=num_steps, steps_per_picture=args.every)
+    _check_animation(players, settings)
+    if reason:
+        print(f"{reason}, so {num_steps / STEPS_PER_SECOND:.0f} seconds of play are written to a file")
+    out = args.out or (run_of(args.policy) or Path()) / "watch.gif"
+    content = encode_animation(
+        render_video(players, settings), settings.steps_per_picture, ANIMATION_FORMATS[out.suffix.lower()]
+    )
+    write_atomically(out, content)
+    print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
+
+
+def _load_policies(args: WatchArgs, game: str) -> list[Contender]:
+    """Returns the policies to show, a teacher before a student."""
+    policy = load_contender(args.policy, game, trust_pickle=args.trust_pickle)
+    own_run = run_of(args.policy)
+    if args.against == "none" or (args.against == "teacher" and own_run is None):
+        return [policy]
+    if args.against == "teacher":
+        assert own_run is not None
+        return [teacher_of(own_run, trust_pickle=args.trust_pickle), policy]
+    other = load_contender(args.against, game, trust_pickle=args.trust_pickle)
+    return [policy, other] if isinstance(other.policy, Student) else [other, policy]
+
+
+def _as_player(contender: Contender) -> Player:
+    colour = colours.STUDENT if isinstance(contender.policy, Student) else colours.TEACHER
+    return Player(contender.name, contender.policy, contender.temperature, colour)
+
+
+def _check(args: WatchArgs) -> None:
+    check_at_least(args, 0, "steps")
+    check_at_least(args, 1, "every", "scale")
+    check_seed(args.seed)
+    if args.scale > MAX_SCALE:
+        raise ValueError(f"--scale must be at most {MAX_SCALE}, not {args.scale}")
+    if args.out and args.out.suffix.lower() not in ANIMATION_FORMATS:
+        raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(ANIMATION_FORMATS)}")
+    if args.out and not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: folder not found; create it first")
+
+
+def _check_animation(players: list[Player], settings: VideoSettings) -> None:
+    """Raises ValueError for an animation of one picture, or one that does not fit into memory, before it is played."""
+    if settings.steps_per_picture > settings.num_steps:
+        raise ValueError(
+            f"--every {settings.steps_per_picture}: only one picture in {settings.num_steps} steps; lower it"
+        )
+    num_bytes = video_bytes(players, settings)
+    if num_bytes > MAX_PICTURE_BYTES:
+        raise ValueError(
+            f"{settings.num_pictures:,} pictures take {num_bytes / 1e9:,.1f} GB of memory, the maximum is"
+            f" {MAX_PICTURE_BYTES / 1e9:g} GB; lower --steps or --scale, or raise --every"
+        )
