@@ -1,67 +1,22 @@
 """A run's folder: what it was started with, whether it may go on, and that one process alone writes there."""
 
-import contextlib
 import errno
-import fcntl
 import json
-import os
 import shlex
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from policykd.cli.command import versions
 from policykd.io.files import BadFile, write_atomically
+from policykd.io.locks import LOCK as LOCK
+from policykd.io.locks import lock_folder as lock
+from policykd.io.machine import versions
 
-CONFIG, NOTES, LOCK = "config.json", "notes.log", ".lock"
+__all__ = ["LOCK", "lock"]
 
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, made if it is missing; the lock of one that was killed is gone with it.
-
-    Raises:
-        OSError: another process holds it, or the folder cannot be written.
-    """
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = _locked(run / LOCK)
-    except OSError as error:
-        step = "" if error.errno == errno.EAGAIN else "; it is written to, give another folder"
-        raise OSError(error.errno, f"{error.strerror}{step}", error.filename or str(run / LOCK)) from error
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                (run / LOCK).unlink()
-                for folder in made:  # as long as nothing was written
-                    folder.rmdir()
-
-
-def _locked(path: Path) -> IO[str]:
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()  # whoever held it has just removed it
-        except FileNotFoundError:
-            file.close()
-        except BlockingIOError:
-            file.seek(0)
-            owner = " ".join(file.read(200).split()) or "another process"
-            file.close()
-            reason = f"locked by {owner}; wait for it or give another --name"
-            raise OSError(errno.EAGAIN, reason, str(path)) from None
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return file
+CONFIG, NOTES = "config.json", "notes.log"
 
 
 def goes_on(run: Path, settings: Mapping[str, Any], *, resume: bool, machine: Mapping[str, Any]) -> bool:

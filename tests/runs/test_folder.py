@@ -1,20 +1,12 @@
 """A run's folder goes on with the same settings, with the same commit of a teacher, in one process alone."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from policykd.cli.command import ENVIRONMENT
 from policykd.io.files import BadFile
-from policykd.runs.folder import CONFIG, LOCK, NOTES, check_name, goes_on, lock, pinned, start_run
+from policykd.runs.folder import CONFIG, NOTES, check_name, goes_on, pinned, start_run
 
 MACHINE = {"device": "cpu", "threads": 1}
 
@@ -73,81 +65,6 @@ def test_checkpoints_without_a_config_are_not_taken_over(tmp_path: Path) -> None
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(BadFile, match="to tell whose; give another --name"):
         goes_on(tmp_path, {}, resume=True, machine=MACHINE)
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from policykd.runs.folder import lock
-with lock(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-TRY = """
-import sys
-from pathlib import Path
-from policykd.cli.command import exit_with_one_line
-from policykd.runs.folder import lock
-def main():
-    with lock(Path(sys.argv[1])):
-        print("locked")
-exit_with_one_line(main)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that holds the lock of `run`."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "locked\n"
-        yield process
-        process.kill()
-
-
-def test_a_second_process_is_told_who_was_first_until_that_is_killed(
-    tmp_path: Path, holder: "subprocess.Popen[str]"
-) -> None:
-    """C08, and C09: the lock moves with the folder."""
-    run, owner = tmp_path / "run", f"process {holder.pid} on {socket.gethostname()}"
-    done = subprocess.run([sys.executable, "-c", TRY, run], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (ENVIRONMENT, "")
-    assert done.stderr == f"error: {run / LOCK}: locked by {owner}; wait for it or give another --name\n"
-    moved = run.rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=f"locked by {owner}") as error, lock(moved):
-        pass
-    assert error.value.filename == str(moved / LOCK)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert (moved / LOCK).is_file()
-    with lock(moved):
-        assert (moved / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-    assert list(moved.iterdir()) == []
-
-
-def test_a_lock_leaves_nothing_and_can_be_taken_again(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "Pong" / "r"
-    for _ in range(2):
-        with lock(run), pytest.raises(OSError, match="locked by process"), lock(run):
-            pass
-        assert not (tmp_path / "runs").exists()
-    with lock(run):
-        (run / CONFIG).write_text("{}")
-    assert [p.name for p in run.iterdir()] == [CONFIG]
-    with ExitStack() as stack:
-        stack.enter_context(lock(run))
-        (run / LOCK).unlink()  # by hand; whoever comes next gets a lock of its own
-        stack.enter_context(lock(run))
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """C09."""
-    (tmp_path / "file").write_text("")
-    reason = "Not a directory; it is written to, give another folder"
-    with pytest.raises(OSError, match=reason) as error, lock(tmp_path / "file" / "run"):
-        pass
-    assert str(tmp_path / "file") in error.value.filename
 
 
 def test_every_teacher_of_an_ensemble_stays_at_its_commit(tmp_path: Path) -> None:
