@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from policykd.envs.vector import VectorEnv
@@ -65,5 +66,8 @@ class SB3VecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: int | Iterable[int] | None = None
     ) -> list[bool]:
-        """Returns False for every environment asked for."""
-        return [False for _ in self._get_indices(indices)]
+        """Returns True for `Monitor` alone, as `info["episode"]` is the whole game with unclipped rewards.
+
+        SB3's `evaluate_policy` and `EvalCallback` ask this before they trust it.
+        """
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from policykd.agents.student import load_student, make_student, save_student
     from policykd.agents.teacher import load_teacher
     from policykd.envs.atari import make_atari
+    from policykd.envs.make import make_env
     from policykd.evaluation.evaluate import evaluate, evaluate_on_atari
     from policykd.train_state import make_learner
 
@@ -20,6 +21,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "make_atari",
+    "make_env",
     "make_learner",
     "make_student",
     "save_student",
@@ -31,6 +33,7 @@ _HOMES = {
     "save_student": "agents.student",
     "load_teacher": "agents.teacher",
     "make_atari": "envs.atari",
+    "make_env": "envs.make",
     "make_learner": "train_state",
     "evaluate": "evaluation.evaluate",
     "evaluate_on_atari": "evaluation.evaluate",

@@ -243,7 +243,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
 
     def evaluate(steps: int) -> None:
         student_now = from_sb3(model, student).to(device)
-        games = evaluate_on_atari(student_now, args.game, "noop_sampled", 16, seed=args.seed, device=device)
+        games = evaluate_on_atari(student_now, args.game, "noop_sampled", 16, seed=args.seed)
         board.writer.add_scalar("eval/mean_reward", np.mean(games.returns), steps)
         board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
         print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)

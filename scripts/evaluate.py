@@ -18,7 +18,7 @@ from policykd.cli.arguments import parse_args
 from policykd.cli.command import DeviceName, exit_with_one_line, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name, human_normalised_score
-from policykd.evaluation.evaluate import PROTOCOLS, RandomPolicy, evaluate_on_atari
+from policykd.evaluation.evaluate import PROTOCOLS, AtariOptions, RandomPolicy, evaluate_on_atari
 from policykd.evaluation.results import judgement
 from policykd.evaluation.teacher_check import check_fits
 from policykd.io.files import write_atomically
@@ -67,7 +67,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--json {args.json}: its folder is missing or cannot be written; make it first")
     device = prepare_device(args.device, args.threads)
     game = canonical_name(args.game)
-    policy, temperature = load_policy(args, game, device)
+    policy, _ = load_policy(args, game, device)
     protocols = {}
     for protocol in PROTOCOLS if args.protocol == "both" else (args.protocol,):
         games = evaluate_on_atari(
@@ -76,9 +76,7 @@ def main(args: Args) -> None:
             protocol,
             args.episodes,
             seed=args.seed,
-            num_envs=args.num_envs,
-            temperature=temperature,
-            device=device,
+            options=AtariOptions(num_envs=args.num_envs),
         )
         protocols[protocol] = row = judgement(games)
         (low, high), (iqm_low, iqm_high) = row["interval"], row["iqm_interval"]

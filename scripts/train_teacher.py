@@ -21,7 +21,7 @@ from policykd.cli.arguments import parse_args
 from policykd.cli.command import DeviceName, exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation.evaluate import PROTOCOLS, evaluate_on_atari
+from policykd.evaluation.evaluate import PROTOCOLS, TemperedPolicy, evaluate_on_atari
 from policykd.evaluation.results import FinishedGames, judgement
 from policykd.evaluation.teacher_check import check_fits
 from policykd.io.files import write_atomically
@@ -176,10 +176,8 @@ def train(run: Path, args: Args, device: torch.device) -> None:
 
     def evaluate(steps: int) -> None:
         policy = Sb3Scores(model.policy.eval(), ALGORITHMS[args.algo], envs.obs_shape, envs.num_actions)
-        temperature = policy_temperature(ALGORITHMS[args.algo])
-        games = evaluate_on_atari(
-            policy, args.game, "noop_sampled", 16, seed=args.seed, temperature=temperature, device=device
-        )
+        tempered = TemperedPolicy(policy, policy_temperature(ALGORITHMS[args.algo]))
+        games = evaluate_on_atari(tempered, args.game, "noop_sampled", 16, seed=args.seed)
         board.writer.add_scalar("eval/mean_reward", np.mean(games.returns), steps)
         board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
         print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)
@@ -265,9 +263,9 @@ def write_card(
     teacher = load_teacher(archive)
     protocols = {}
     finished = FinishedGames(archive.parent / "judged.json")
-    how: dict[str, Any] = {"seed": args.seed + 1000, "temperature": teacher.temperature}
     for protocol in PROTOCOLS:
-        games = finished.play(teacher, teacher.sha256, args.game, protocol, args.eval_episodes, **how)
+        seed = args.seed + 1000
+        games = finished.play(teacher, teacher.sha256, args.game, protocol, args.eval_episodes, seed=seed)
         protocols[protocol] = judgement(games)
         print(f"mean {protocols[protocol]['mean']:.2f} {protocols[protocol]['interval']}", flush=True)
     card = {

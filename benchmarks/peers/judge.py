@@ -10,8 +10,8 @@ import torch
 import tyro
 from snapshots import load_tensors_of
 
-from policykd import evaluate_on_atari
 from policykd.agents.student import SIZES, Shape, Student
+from policykd.evaluation.evaluate import TemperedPolicy, evaluate_on_atari
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def student_of(path: Path) -> Student:
 @torch.inference_mode()
 def play(student: Student, games: int, temperature: float, *, seed: int) -> list[float]:
     """Returns the episodic returns of so many games."""
-    return evaluate_on_atari(student, "Pong", "noop_sampled", games, seed=seed, temperature=temperature).returns
+    policy = TemperedPolicy(student, temperature)
+    return list(evaluate_on_atari(policy, "Pong", "noop_sampled", games, seed=seed).returns)
 
 
 def show(run: Path, threshold: float) -> None:

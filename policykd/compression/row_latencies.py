@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from policykd.agents.onnx_policy import backend, open_session
-from policykd.evaluation.latencies import measure_latencies
+from policykd.evaluation.costs import TimingOptions, measure_latencies
 from policykd.io.files import BadFile, read_verified, write_atomically
 
 LATENCIES = "latencies.json"
@@ -33,7 +33,7 @@ def measured_latencies(run: Path, rows: Mapping[str, Mapping[str, Any]], *, roun
         content = read_verified(run / name / row["file"], row["sha256"], "; remove the row's folder, it is made anew")
         session = open_session(content, 1)
         calls[name] = lambda session=session, k=k: session.run(None, {"obs": obs[k % len(obs)]})
-    measured = measure_latencies(calls, rounds=rounds)
+    measured = measure_latencies(calls, TimingOptions(rounds=rounds))
     kept: dict[str, Any] = {
         "runtime": backend(),
         "threads": 1,
@@ -43,7 +43,7 @@ def measured_latencies(run: Path, rows: Mapping[str, Mapping[str, Any]], *, roun
             name: {
                 "latency_microseconds": found.median_us,
                 "latency_p99_microseconds": found.p99_us,
-                "latency_least_microseconds": found.least_us,
+                "latency_least_microseconds": found.min_us,
                 "sha256": rows[name]["sha256"],
             }
             for name, found in measured.items()

@@ -20,13 +20,12 @@ from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.policy import Policy, greedy
 from policykd.agents.teacher import Teacher
 from policykd.evaluation.deployments import Deployment, RealStates, deploy
-from policykd.evaluation.latencies import Latency, measure_latencies
 from policykd.evaluation.policies import Contender
 from policykd.evaluation.real_states import visited_states
 from policykd.evaluation.runtimes import MANY, RUNTIMES, RuntimeName
 from policykd.io.signals import check_interrupted
 
-__all__ = ["Latency", "measure_latencies", "profile", "table"]
+__all__ = ["profile", "table"]
 
 THREADS_OF = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """variables by which torch and NumPy are told how many to use"""
@@ -198,7 +197,7 @@ def _add_ratios(policies: Mapping[str, dict[str, Any]]) -> None:
             if "median_us" not in row:
                 continue
             for ratio, other in (("practical", first.get(PRACTICAL, {})), ("same_runtime", first[runtime])):
-                for name, time_us in (("ratio", "median_us"), ("least_ratio", "least_us")):
+                for name, time_us in (("ratio", "median_us"), ("least_ratio", "min_us")):
                     row[f"{ratio}_{name}"] = other[time_us] / row[time_us] if time_us in other else None
 
 

@@ -124,7 +124,7 @@ def race(specification: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns what each entry (a runtime and a file) takes for one observation and for many, all in turns."""
     import numpy
 
-    from policykd.evaluation.latencies import measure_latencies
+    from policykd.evaluation.costs import TimingOptions, measure_latencies
 
     frames = Path(specification["observations"]).read_bytes()
     obs = numpy.frombuffer(frames, numpy.uint8).reshape(-1, 4, 84, 84).copy()
@@ -138,9 +138,10 @@ def race(specification: dict[str, Any]) -> list[dict[str, Any]]:
         except Exception as error:  # whatever a runtime raises: the others are measured all the same
             measured.append({"why_not": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
     rounds, calls = specification["rounds"], specification["calls_per_round"]
-    one = measure_latencies({i: _next_one(act, obs) for i, act in acts.items()}, rounds=rounds, calls_per_round=calls)
+    options = TimingOptions(rounds=rounds, calls_per_round=calls)
+    one = measure_latencies({i: _next_one(act, obs) for i, act in acts.items()}, options)
     some = {i: _all_of(act, obs[:MANY]) for i, act in acts.items()}
-    many = measure_latencies(some, rounds=min(rounds, 5), calls_per_round=5, warm_up=1)
+    many = measure_latencies(some, TimingOptions(rounds=min(rounds, 5), calls_per_round=5, warm_up=1))
     for name in acts:
         per_second = 1e6 * len(obs[:MANY]) / many[name].median_us
         measured[int(name)] |= {**vars(one[name]), "states_per_second": per_second}

@@ -1,4 +1,4 @@
-"""What a list of episodic returns says, under the names of rliable (Agarwal et al., 2021)."""
+"""Statistics of episodic returns, under the names of rliable (Agarwal et al., 2021)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,24 +6,25 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+"""bootstrap resamples; the interval's ends then vary by about 1 % of its width"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Statistics of the returns of whole games."""
+    """Statistics of the returns of full episodes."""
 
     num_episodes: int
     num_distinct: int
-    """different returns among them: few mean that the same game was played again and again"""
+    """number of different returns; few mean that the same episode was played again and again"""
     mean: float
     std: float
-    """of one episode, with n - 1"""
+    """sample standard deviation of one episode (n - 1)"""
     interval: tuple[float, float]
-    """95 % percentile bootstrap of the mean"""
+    """95 % percentile bootstrap interval of the mean"""
     iqm: float
-    """interquartile mean: of the middle half"""
+    """interquartile mean: the mean of the middle half"""
     iqm_interval: tuple[float, float]
-    """95 % percentile bootstrap of the interquartile mean"""
+    """95 % percentile bootstrap interval of the interquartile mean"""
 
 
 def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
@@ -34,7 +35,7 @@ def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
     """
     x = np.asarray(returns, np.float64)
     if not len(x):
-        raise ValueError("no episodes, no statistics: ask for at least one")
+        raise ValueError("no episodes, so no statistics: play at least one")
     return Summary(
         num_episodes=len(x),
         num_distinct=len(np.unique(x)),
@@ -47,10 +48,7 @@ def summarise(returns: Sequence[float], *, seed: int = 0) -> Summary:
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray:
-    """Returns the mean of the middle half along an axis.
-
-    A quarter of the values, rounded down, is cut off at either end.
-    """
+    """Returns the mean of the middle half along an axis: a quarter, rounded down, is cut off at either end."""
     x = np.sort(np.asarray(values, np.float64), axis=axis)
     cut = x.shape[axis] // 4
     return np.asarray(x.take(range(cut, x.shape[axis] - cut), axis=axis).mean(axis=axis))
@@ -69,7 +67,7 @@ def bootstrap_interval(
 def difference_interval(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Returns mean(a) - mean(b) and the bootstrap interval of it; the two were played independently."""
+    """Returns mean(a) - mean(b) and the ends of its bootstrap interval, for two independent samples."""
     generator = np.random.default_rng(seed)
     means = [generator.choice(np.asarray(x, np.float64), (RESAMPLES, len(x))).mean(axis=1) for x in (a, b)]
     low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
@@ -77,5 +75,5 @@ def difference_interval(
 
 
 def teacher_normalised_score(student: float, teacher: float, random: float) -> float | None:
-    """Returns (student - random) / (teacher - random), or None where the teacher plays no better than chance."""
+    """Returns (student - random) / (teacher - random), or None if the teacher is no better than a random policy."""
     return (student - random) / (teacher - random) if teacher > random else None

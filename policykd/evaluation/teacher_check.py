@@ -17,7 +17,7 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 from policykd.envs.vector import VectorEnv
-from policykd.evaluation.evaluate import PROTOCOLS, RandomPolicy, evaluate, evaluate_on_atari
+from policykd.evaluation.evaluate import PROTOCOLS, AtariOptions, RandomPolicy, evaluate, evaluate_on_atari
 from policykd.evaluation.statistics import bootstrap_interval, difference_interval
 from policykd.io.files import BadFile
 
@@ -150,15 +150,11 @@ def compare_with_random(
     """
     if envs.num_envs < FEWEST_GAMES:
         raise ValueError(f"{envs.num_envs} games do not tell a policy from chance; give {FEWEST_GAMES} environments")
+    generator = torch.Generator().manual_seed(seed)
     play = partial(
-        evaluate,
-        envs=envs,
-        num_episodes=envs.num_envs,
-        deterministic=False,
-        generator=torch.Generator().manual_seed(seed),
-        max_steps=max_steps,
+        evaluate, envs=envs, num_episodes=envs.num_envs, deterministic=False, seed=generator, max_steps=max_steps
     )
-    played = play(policy, temperature=temperature, device=device)
+    played = play(policy)
     chance = play(RandomPolicy(envs.num_actions))
     brought, by_chance = (games.returns + games.unfinished for games in (played, chance))
     return TeacherCheck(
@@ -251,9 +247,8 @@ def check_teacher(
 
 def measured_return(teacher: Teacher, game: str, *, seed: int, num_games: int = NUM_GAMES) -> float:
     """Returns the mean episodic return of a teacher in whole games, no-op starts, sampled actions."""
-    games = evaluate_on_atari(
-        teacher, game, "noop_sampled", num_games, seed=seed, num_envs=num_games, temperature=teacher.temperature
-    )
+    options = AtariOptions(num_envs=num_games)
+    games = evaluate_on_atari(teacher, game, "noop_sampled", num_games, seed=seed, options=options)
     return float(np.mean(games.returns))
 
 

@@ -47,7 +47,7 @@ def result(report: Report) -> Markup:
         "Brackets are 95% bootstrap intervals over whole games. A return is the sum of a game's unclipped rewards."
         " Few distinct returns mean that the same game was played again and again. Latency is torch, eager, one thread,"
         " one observation"
-        f"{TIMED_IN_TURNS if rows['student'].get('latency_least_microseconds') else ''}. The words above:"
+        f"{TIMED_IN_TURNS if rows['student'].get('latency_min_microseconds') else ''}. The words above:"
         f" \u201cwithin\u201d where the interval of the difference lies inside {CLOSE:.0%} of the teacher's advantage"
         f" over random play, and nothing is claimed from fewer than {FEWEST_GAMES} games a side."
     )
@@ -72,7 +72,7 @@ def _cost_row(rows: Mapping[str, Any], key: str) -> Markup:
     texts = [written(v) if v else NONE for v in (teacher, student)]
     below = ["", "", ""]
     if key == "latency_microseconds":
-        least = [rows[who].get("latency_least_microseconds") for who in WHO[:2]]
+        least = [rows[who].get("latency_min_microseconds") for who in WHO[:2]]
         if all(least):  # results that are older have none
             below = [*(f"least {written(v)}" for v in least), f"of the least {least[1] / least[0]:.1%}"]
     cells = [tag("td", t, tag("small", b) if b else "") for t, b in zip((*texts, share), below, strict=True)]

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import pytest
 
-from policykd.evaluation.latencies import Latency, _summary, measure_latencies
+from policykd.evaluation.costs import Latency, _summary, measure_latencies
 
 
 def test_all_take_their_turn_in_every_round() -> None:

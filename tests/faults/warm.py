@@ -205,7 +205,7 @@ def command() -> ModuleType:
     spec.loader.exec_module(script)
     for module in (script, policykd.evaluation.evaluate, policykd.viewer.animation, policykd.evaluation.results):
         setattr(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))  # noqa: B010
-    setattr(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, Costs(1, 1, 1, 1.0)))  # noqa: B010
+    policykd.evaluation.results.measure_costs = lambda nets, obs: dict.fromkeys(nets, Costs(num_parameters=1))
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
     return script
 
