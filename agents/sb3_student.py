@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policykd.agents.networks import Design, FrameNet
-from policykd.agents.shapes import Net, Shape, make_net
-from policykd.agents.student import Student
-from policykd.agents.user_net import UserNet
+from policykd.agents.networks import Design, FrameNet, Net, UserNet
+from policykd.agents.student import Shape, Student, make_net
 
 try:
     from gymnasium import spaces

@@ -2,37 +2,111 @@
 
 import copy
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from policykd.agents.networks import ATARI_OBS_SHAPE, Activations
+from policykd.agents.card import MAX_CARD_BYTES, Provenance
+from policykd.agents.networks import (
+    ATARI_OBS_SHAPE,
+    MLP,
+    Activations,
+    ConvNet,
+    Design,
+    ImpalaNet,
+    Net,
+    UserNet,
+)
 from policykd.agents.policy import greedy, sample
-from policykd.agents.shapes import SIZES, Net, Shape, Size, check_module, draw_weights, make_net, shape_of
-from policykd.agents.user_net import UserNet
 from policykd.io.files import BadFile, write_atomically
+from policykd.io.typed import one_line, read_bounded, read_json, to_json
 
-__all__ = ["SIZES", "Shape", "Size", "Student", "load_student", "make_student", "packed_weights", "save_student"]
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
-FORMATS = (1, 2, 3)
-"""of student.json; each later one is what a reader of those before it would play wrongly: 2 with a temperature or a
-value head, 3 with another design, a low rank or a module of the user's"""
+MAX_STUDENT_BYTES = 1 << 30
+"""size cap of student.safetensors, far above any network that deserves the name"""
+
+Size = Literal["25%", "7%", "4%", "1%", "0.3%", "0.1%", "narrow", "strided", "depthwise", "half", "impala"]
+
+SIZES: dict[Size, tuple[Design, tuple[int, ...], int]] = {
+    "25%": ("nature", (16, 32, 32), 256),
+    "7%": ("nature", (16, 16, 16), 128),
+    "4%": ("nature", (16, 16, 16), 64),
+    "1%": ("nature", (8, 8, 8), 32),
+    "0.3%": ("nature", (4, 8, 8), 8),
+    "0.1%": ("nature", (2, 4, 4), 4),
+    "narrow": ("nature", (4, 16, 16), 128),
+    "strided": ("strided", (16, 16, 16), 128),
+    "depthwise": ("depthwise", (8, 8, 16, 16), 64),
+    "half": ("half", (8, 16, 16), 64),
+    "impala": ("impala", (4, 8, 8), 64),
+}
+"""name -> (design, convolution widths, dense units); percentages are of the NatureCNN's parameters, the first three are
+the networks of Rusu et al. (2015); the last five save arithmetic rather than parameters (docs/students.md)"""
+
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Architecture of a student: everything needed to build its network again."""
+
+    widths: Annotated[tuple[Width, ...], Field(max_length=16)]
+    """channels of the convolutions, or of the residual stages; empty for an MLP on vectors"""
+    hidden: Annotated[tuple[Width, ...], Field(max_length=16)]
+    """units of the dense layers"""
+    num_actions: Width
+    obs_shape: Annotated[tuple[Width, ...], Field(min_length=1, max_length=3)]
+    value: bool = False
+    """whether there is a value head in addition to the logits"""
+    temperature: float = 1.0
+    """divisor of the network's outputs that gives logits; 0.01 for a student that was regressed on Q-values"""
+    design: Design = "nature"
+    """kernels and strides of the convolutions; "impala" for residual stages"""
+    rank: int = 0
+    """rank of the first dense layer, then two linear ones; 0 for a full one"""
+    module: Annotated[str, Field(max_length=200)] = ""
+    """class of the user's own module; `widths` and `hidden` are empty then"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, not {self.temperature}; 1 for logits, 0.01 for Q-values")
+        if self.rank < 0 or (self.rank and not self.widths):
+            raise ValueError(f"rank {self.rank}: give a positive one to a network on frames, 0 to leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentCard(Provenance):
+    """Content of student.json."""
+
+    format: int
+    """version, increased when an older policykd would misread the student: 2 has a temperature or a value head, 3 has
+    another design, a low rank or a module of the user's"""
+    sha256: str
+    """hash of student.safetensors"""
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.format <= 3:
+            raise ValueError(f"format {self.format} is unknown to this policykd, update it")
 
 
 class Student(nn.Module):
-    """A compact policy: scores actions like every `Policy`, plays with SB3's `predict`."""
+    """A compact policy: returns logits like every `Policy`, plays with SB3's `predict`."""
 
     def __init__(self, shape: Shape, module: nn.Module | None = None) -> None:
-        """Builds it with new weights, or around a module of the user's (see `Student.of`)."""
+        """Builds the network with torch's initial weights, or wraps a module of the user's (see `Student.of`)."""
         super().__init__()
         self.shape = shape
         self.net: Net
@@ -53,53 +127,53 @@ class Student(nn.Module):
         *,
         temperature: float = 1.0,
     ) -> "Student":
-        """Returns a module of the user's as a student (docs/students.md): what it learns, it learns in place.
+        """Returns a module of the user's as a student (docs/students.md); training changes the module in place.
 
         Args:
-            module: maps uint8 frames `(batch, 4, 84, 84)` or float32 vectors to float32 scores `(batch, num_actions)`.
-            num_actions: how many actions it scores.
-            obs_shape: of one observation.
-            temperature: what its scores are divided by to get logits.
+            module: maps uint8 frames `(batch, 4, 84, 84)` or float32 vectors to float32 `(batch, num_actions)`.
+            num_actions: number of outputs.
+            obs_shape: shape of one observation.
+            temperature: divisor of the module's outputs that gives logits.
 
         Raises:
-            ValueError: it does not give such scores.
+            ValueError: the module does not return such outputs.
         """
         name = type(module).__qualname__
         return cls(Shape((), (), num_actions, tuple(obs_shape), temperature=temperature, module=name), module)
 
     @property
     def temperature(self) -> float:
-        """What the network's scores are divided by to get logits."""
+        """Divisor of the network's outputs that gives the student's logits."""
         return self.shape.temperature
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns logits, float32 `(batch, num_actions)`: the network's scores divided by the temperature."""
+        """Returns logits, float32 `(batch, num_actions)`: the network's outputs divided by the temperature."""
         return self._logits(self.net(obs_BCHW))
 
     def activations(self, obs_BCHW: Tensor) -> Activations:
-        """Returns the same logits as a call, with the hidden layer and the convolutions' maps on the way to them.
+        """Returns the same logits as a call, with the hidden layer and the feature maps.
 
         Raises:
-            ValueError: a module of the user's, of which only the scores are known.
+            ValueError: a module of the user's, whose hidden activations are unknown.
         """
         if isinstance(self.net, UserNet):
-            raise ValueError(f"{self.shape.module}: of your own module only the scores are known; learn those alone")
+            raise ValueError(f"{self.shape.module}: your own module has no known hidden layers; use losses on logits")
         found = self.net.activations(obs_BCHW)
         return found._replace(outputs_BA=self._logits(found.outputs_BA))
 
     def values(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns the states' values, float32 `(batch,)`, in the unit of what the head was fitted to.
+        """Returns the states' values, float32 `(batch,)`, in the unit that the head was trained on.
 
         Raises:
-            ValueError: it has no value head.
+            ValueError: no value head.
         """
         return self.value_of(self.activations(obs_BCHW).hidden_BF)
 
     def value_of(self, hidden_BF: Tensor) -> Tensor:
-        """Returns the values of states whose last hidden activations are known, float32 `(batch,)`.
+        """Returns the values of states given their last hidden activations, float32 `(batch,)`.
 
         Raises:
-            ValueError: it has no value head.
+            ValueError: no value head.
         """
         if self.value_head is None:
             raise ValueError("this student has no value head; make it with make_student(..., value=True)")
@@ -120,32 +194,31 @@ class Student(nn.Module):
                 weight.div_(self.temperature)
         return net
 
-    def to_sb3(self, env: Any = None, algorithm: Any = "PPO", **kwargs: Any) -> Any:
+    def to_sb3(self, env: Any = None, algorithm: Any = "PPO", **kwargs: Any) -> "BaseAlgorithm":
         """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
         from policykd.agents.sb3_student import to_sb3
 
-        like: Any = self
-        return to_sb3(like, env, algorithm, **kwargs)
+        return to_sb3(self, env, algorithm, **kwargs)
 
-    def from_sb3(self, model: Any) -> Any:
+    def from_sb3(self, model: "BaseAlgorithm") -> "Student":
         """Returns a student of this shape with the weights of an agent that `to_sb3` made."""
         from policykd.agents.sb3_student import from_sb3
 
-        like: Any = self  # a type checker that follows both paths to this module sees two classes
-        return from_sb3(model, like)
+        return from_sb3(model, self)
 
-    def _logits(self, scores_BA: Tensor) -> Tensor:
-        return scores_BA if self.temperature == 1.0 else scores_BA / self.temperature
+    def _logits(self, outputs_BA: Tensor) -> Tensor:
+        return outputs_BA if self.temperature == 1.0 else outputs_BA / self.temperature
 
     @torch.no_grad()
     def fit_input_normalization(self, frames: Tensor) -> None:
-        """Sets the input scaling from frames `(n, 84, 84)`: the background becomes 0, the spread of the pixels 1.
+        """Sets the input normalisation from frames `(n, 84, 84)`: the background becomes 0, the pixels' spread 1.
 
-        In [0, 1] a small network first learns the background, and may never get to the handful of pixels that is the
-        ball (docs/log.md has the measurements). Vectors are left as they are, and a module without such tensors.
+        On [0, 1] a small network first learns the background, and may never get to the few pixels that are the ball
+        (measured in docs/log.md). Networks on vectors, and modules without `centre` and `scale`, are left unchanged.
         """
         holder = self.net.module if isinstance(self.net, UserNet) else self.net
-        centre, scale = getattr(holder, "centre", None), getattr(holder, "scale", None)
+        centre = getattr(holder, "centre", None)
+        scale = getattr(holder, "scale", None)
         if isinstance(centre, Tensor) and isinstance(scale, Tensor):
             pixels = frames.float()
             centre.copy_(pixels.median())
@@ -168,7 +241,7 @@ class Student(nn.Module):
             deterministic: the best action instead of one drawn from the policy.
 
         Raises:
-            ValueError: another shape or kind of observation, or one that is not finite.
+            ValueError: another shape or dtype, or observations that are not finite.
         """
         obs = np.asarray(observation)
         expected = self.shape.obs_shape
@@ -181,8 +254,9 @@ class Student(nn.Module):
         if len(expected) == 1 and not np.isfinite(obs).all():
             raise ValueError("observation is NaN or infinite, expected finite numbers")
         batch = torch.from_numpy(np.ascontiguousarray(obs)).view(-1, *expected)
-        scores_BA = self(batch.to(next(self.parameters()).device)).cpu()
-        actions = greedy(scores_BA) if deterministic else sample(scores_BA, torch.default_generator)
+        logits_BA = self(batch.to(next(self.parameters()).device)).cpu()
+        # SB3's signature has no generator, so this one draws from torch's global generator as SB3 does.
+        actions = greedy(logits_BA) if deterministic else sample(logits_BA, torch.default_generator)
         return (actions.numpy() if obs.ndim > len(expected) else actions.numpy()[0]), state
 
 
@@ -199,88 +273,152 @@ def make_student(
     """Returns an untrained student; a seed gives the same policy with and without a value head.
 
     Args:
-        size: a name from `SIZES` for frames; the dense layers' units, such as `(32, 32)`, for vectors.
-        num_actions: how many actions it scores.
-        obs_shape: of one observation; `(4, 84, 84)` on Atari.
-        seed: of the initial weights.
-        value: whether it has a value head, a linear layer on the last hidden layer.
-        temperature: what the network's scores are divided by to get logits.
-        rank: of the first dense layer on frames, which is then two linear ones; 0 for a plain one.
+        size: name from `SIZES` for frames; units of the dense layers, such as `(32, 32)`, for vectors.
+        num_actions: number of logits.
+        obs_shape: shape of one observation; `(4, 84, 84)` on Atari.
+        seed: seed of the initial weights.
+        value: whether to add a value head, a linear layer on the last hidden layer.
+        temperature: divisor of the network's outputs that gives logits.
+        rank: rank of the first dense layer on frames, which is then two linear ones; 0 for a full one.
+
+    Raises:
+        ValueError: unknown size, or one that does not fit the observations.
     """
-    if isinstance(size, str):
-        if size not in SIZES:
-            raise ValueError(f"unknown student size {size!r}: choose from {', '.join(SIZES)}")
-        if obs_shape != ATARI_OBS_SHAPE:
-            raise ValueError(
-                f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units"
-            )
-        design, widths, units = SIZES[size]
-        shape = Shape(widths, (units,), num_actions, obs_shape, value, temperature, design, rank)
-    else:
-        shape = Shape((), tuple(size), num_actions, obs_shape, value, temperature, rank=rank)
+    if not isinstance(size, str):
+        return _initialized(Shape((), tuple(size), num_actions, obs_shape, value, temperature, rank=rank), seed)
+    if size not in SIZES:
+        raise ValueError(f"unknown student size {size!r}: choose from {', '.join(SIZES)}")
+    if obs_shape != ATARI_OBS_SHAPE:
+        raise ValueError(f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units")
+    design, widths, units = SIZES[size]
+    return _initialized(Shape(widths, (units,), num_actions, obs_shape, value, temperature, design, rank), seed)
+
+
+def make_net(shape: Shape) -> ConvNet | ImpalaNet | MLP:
+    """Returns a network of this shape with torch's initial weights.
+
+    Raises:
+        ValueError: a shape that no network has.
+    """
+    if not shape.widths:
+        if len(shape.obs_shape) != 1:
+            raise ValueError(f"no convolutions for observations {shape.obs_shape}; give widths, or vectors")
+        return MLP(shape.obs_shape[0], shape.hidden, shape.num_actions, activation=nn.ReLU)
+    if shape.design == "impala":
+        return ImpalaNet(shape.widths, shape.hidden, shape.num_actions, rank=shape.rank)
+    return ConvNet(shape.widths, shape.hidden, shape.num_actions, design=shape.design, rank=shape.rank)
+
+
+def _initialized(shape: Shape, seed: int) -> Student:
+    """Returns a student with weights drawn as He et al. (2015) do, small ones in the heads: policies start uniform."""
     student = Student(shape)
     assert not isinstance(student.net, UserNet)
-    draw_weights(student, [student.net.dense[-1], student.value_head], seed)
+    heads = (student.net.dense[-1], student.value_head)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in student.modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        gain = math.sqrt(2.0)
+        if layer in heads:
+            gain = 0.1
+        elif layer.bias is None:  # a linear factor without a ReLU after it
+            gain = 1.0
+        layer.weight.data.normal_(0.0, gain / math.sqrt(layer.weight[0].numel()), generator=generator)
+        if layer.bias is not None:
+            layer.bias.data.zero_()
     return student
 
 
-def save_student(student: Student, path: Path, about: Mapping[str, Any]) -> None:
-    """Writes `student.safetensors` and `student.json` into the folder `path`, each whole or not at all.
+def save_student(student: Student, path: Path, provenance: Provenance | None = None) -> None:
+    """Writes `student.safetensors` and `student.json` into a folder, each atomically.
 
     Args:
-        student: whose weights.
-        path: a folder, made if it is missing.
-        about: what the JSON says besides the shape and the hash, such as the teacher's.
+        student: the student to save.
+        path: folder, created if missing.
+        provenance: game, teacher and command, recorded in student.json.
+
+    Raises:
+        OSError: no space left or no permission; the previous files stay.
     """
     weights = packed_weights(student)
     write_atomically(path / "student.safetensors", weights)
     shape = student.shape
-    said = {f.name: getattr(shape, f.name) for f in fields(shape) if getattr(shape, f.name) != f.default}
-    version = 3 if {"design", "rank", "module"} & said.keys() else 2 if {"value", "temperature"} & said.keys() else 1
-    card = {"format": version, "sha256": hashlib.sha256(weights).hexdigest(), "shape": said, **about}
-    write_atomically(path / "student.json", (json.dumps(card, indent=1) + "\n").encode())
+    version = 1
+    if shape.value or shape.temperature != 1.0:
+        version = 2
+    if shape.design != "nature" or shape.rank or shape.module:
+        version = 3
+    provenance = provenance or Provenance()
+    origin = {f.name: getattr(provenance, f.name) for f in fields(Provenance)}
+    card = StudentCard(format=version, sha256=hashlib.sha256(weights).hexdigest(), shape=shape, **origin)
+    write_atomically(path / "student.json", to_json(card))
 
 
 def packed_weights(student: Student) -> bytes:
-    """Returns the content of `student.safetensors`; its sha256 says which student it is."""
+    """Returns the content of `student.safetensors`; its sha256 identifies the student."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
-    if student.shape.module:  # its tensors may be views of each other, which safetensors does not take
+    if student.shape.module:  # tensors of a user's module may share memory, which safetensors refuses
         tensors = {name: t.clone() for name, t in tensors.items()}
     return save_tensors(tensors)
 
 
-def load_student(path: str | Path, *, module: nn.Module | None = None) -> Student:
-    """Returns the student of a run's folder (or of its `student.json`), ready to play.
-
-    Args:
-        path: where it lies.
-        module: a new one of the class that it was made of, if it was made by `Student.of`; its weights are replaced.
+def read_student_card(path: Path, *, next_step: str = "give the folder of a finished run") -> StudentCard:
+    """Returns the content of a student.json.
 
     Raises:
-        ValueError: a module is missing, or given where the student is none.
+        BadFile: not found, or not the description of a student.
+    """
+    return read_json(StudentCard, path, next_step=next_step, max_bytes=MAX_CARD_BYTES)
+
+
+def load_student(path: str | Path, *, module: nn.Module | None = None) -> Student:
+    """Returns the student of a run's folder (or of its `student.json`) in evaluation mode.
+
+    Args:
+        path: the folder.
+        module: for a student made by `Student.of`, an instance of its class; its weights are replaced.
+
+    Raises:
+        ValueError: a module is missing, or given for a student that has none.
         BadFile: not a student, another format, another module, or weights that are not those that were saved.
     """
     path = Path(path)
     folder = path.parent if path.name == "student.json" else path
+    card = read_student_card(folder / "student.json")
+    weights = read_bounded(folder / "student.safetensors", MAX_STUDENT_BYTES, next_step="copy the folder again")
+    if hashlib.sha256(weights).hexdigest() != card.sha256:
+        raise BadFile(f"{folder}/student.safetensors: not the file that student.json describes; copy both again")
+    _check_module(folder, card.shape, module)
+    student = Student(card.shape, module) if module is not None else _build(folder, card.shape, len(weights))
     try:
-        card = json.loads((folder / "student.json").read_text())
-        weights = (folder / "student.safetensors").read_bytes()
-        if card["format"] not in FORMATS:
-            raise BadFile(f"{folder}: student of format {card['format']}, this policykd reads {FORMATS}; update it")
-        if hashlib.sha256(weights).hexdigest() != card["sha256"]:
-            raise BadFile(f"{folder}/student.safetensors is not the file that student.json describes; copy both again")
-        shape = shape_of(card["shape"])
-        check_module(folder, shape, module)
-        student = Student(shape, module)
         student.load_state_dict(load_tensors(weights))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadFile(f"{error.filename}: {error.strerror}; give the folder of a finished run") from error
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        if module is not None:
-            raise BadFile(
-                f"{folder}: not the tensors of this {type(module).__name__} ({reason})"
-                "; give one made as the student's was"
-            ) from error
-        raise BadFile(f"{folder}: not a student of policykd ({reason}); copy the folder again") from error
+    except (SafetensorError, RuntimeError) as error:
+        next_step = "copy the folder again" if module is None else "give one made like the student's"
+        kind = "Student" if module is None else type(module).__name__
+        raise BadFile(f"{folder}: not the tensors of this {kind} ({one_line(str(error))}); {next_step}") from error
     return student.eval()
+
+
+def _build(folder: Path, shape: Shape, max_bytes: int) -> Student:
+    """Returns a student of a foreign shape, once its weights are known to fit into `max_bytes`."""
+    try:
+        with torch.device("meta"):  # allocates nothing, whatever the card claims
+            num_bytes = sum(t.nbytes for t in Student(shape).state_dict().values())
+    except (RuntimeError, ValueError) as error:
+        raise BadFile(f"{folder}: not a student of policykd ({one_line(str(error))}); copy it again") from error
+    if num_bytes > max_bytes:
+        raise BadFile(f"{folder}: the shape in student.json needs {num_bytes:,} bytes of weights; copy both again")
+    return Student(shape)
+
+
+def _check_module(folder: Path, shape: Shape, module: nn.Module | None) -> None:
+    """Raises ValueError unless a module is given exactly if the card names one, and of the named class."""
+    expected = one_line(shape.module)
+    given = type(module).__qualname__ if module is not None else ""
+    if expected and not given:
+        example = f"load_student(path, module={expected}())"
+        raise ValueError(f"{folder}: a student of your own module; load it with {example}")
+    if given and not expected:
+        raise ValueError(f"{folder}: one of policykd's own students; leave out module={given}()")
+    if given != shape.module:
+        raise ValueError(f"{folder}: a student of {expected}, not of {given}; load it with module={expected}()")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.archive import read_archive, read_members
+from policykd.agents.card import TeacherRecord
 from policykd.agents.networks import MLP, Activations, ConvNet
 from policykd.agents.rebuild import rebuild, rebuild_critic
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
@@ -77,6 +78,17 @@ class Teacher:
     def obs_shape(self) -> tuple[int, ...]:
         """The shape of one observation."""
         return self.net.obs_shape
+
+    @property
+    def record(self) -> TeacherRecord:
+        """Identity of the teacher, for the files of a run."""
+        return TeacherRecord(
+            ref=self.ref,
+            sha256=self.sha256,
+            revision=self.revision,
+            algorithm=self.algorithm,
+            file=self.path.name,
+        )
 
     @property
     def temperature(self) -> float:

@@ -13,6 +13,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from policykd.agents.card import Provenance
 from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
 from policykd.agents.student import Size, make_student, save_student
 from policykd.agents.teacher import TEACHER_HELP
@@ -240,7 +241,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
             agree, share = f"{r.action_agreement:.1%}", f"{r.student_fraction:.0%}"
             bar.set_postfix(kl=f"{r.kl:.4f}", agree=agree, student=share, score=score)
     check_there(run)
-    save_student(student, run, {"game": game, "teacher": about(teacher), "command": shlex.join(sys.argv)})
+    save_student(student, run, Provenance(game=game, teacher=teacher.record, command=shlex.join(sys.argv)))
     results, seconds = judge(
         student, teacher, game, args.eval_episodes, args.seed, device, done=run / "judged.json", threads=threads
     )

@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
+from policykd.agents.card import Provenance
 from policykd.agents.ensemble import WEIGHTS_HELP, load_teachers
 from policykd.agents.policy import sample
 from policykd.agents.student import Size, Student, make_student, save_student
@@ -284,7 +285,7 @@ def write_results(
     """Saves the student, lets it be judged, and writes what was lost and gained."""
     check_there(run)
     command = shlex.join(sys.argv)
-    save_student(student, run, {"game": args.game, "teacher": about(teacher), "command": command})
+    save_student(student, run, Provenance(game=args.game, teacher=teacher.record, command=command))
     where: dict[str, Any] = {"done": run / "judged.json", "threads": torch.get_num_threads()}
     device = torch.device(model.device)
     results, seconds = judge(student, teacher, args.game, args.eval_episodes, args.seed, device, **where)

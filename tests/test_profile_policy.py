@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from policykd.agents.card import Provenance
 from policykd.agents.student import make_student, save_student
 from policykd.cli.command import USAGE
 
@@ -32,7 +33,7 @@ def profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    save_student(make_student("1%", 6), tmp_path / "small", {"game": "Pong"})
+    save_student(make_student("1%", 6), tmp_path / "small", Provenance(game="Pong"))
     return tmp_path / "small"
 
 

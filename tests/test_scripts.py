@@ -453,7 +453,7 @@ def test_evaluate_says_in_one_line_what_is_no_flag(run_here: Callable[..., tuple
 def test_evaluate_refuses_what_is_not_a_policy(tmp_path: Path) -> None:
     done = run("evaluate.py", str(tmp_path), "--game", "Pong")
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1)
-    save_student(make_student("1%", 4), tmp_path, {})
+    save_student(make_student("1%", 4), tmp_path)
     done = run("evaluate.py", str(tmp_path), "--game", "Pong")
     assert done.returncode == 3
     assert "scores 4 actions on (4, 84, 84), Pong has 6" in done.stderr

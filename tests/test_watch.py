@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from policykd.agents.card import Provenance
 from policykd.agents.student import make_student, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.cli.command import BAD_FILE, USAGE
-from policykd.evaluation.results import about
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "watch.py"
 Watch = Callable[..., tuple[int, str, str]]
@@ -21,8 +21,8 @@ Watch = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """What a run of distillation leaves, with a student that has learned nothing."""
-    said = about(load_teacher("bundled:ppo", game="Pong"))
-    save_student(make_student("1%", 6), tmp_path / "small", {"game": "Pong", "teacher": said})
+    teacher = load_teacher("bundled:ppo", game="Pong").record
+    save_student(make_student("1%", 6), tmp_path / "small", Provenance(game="Pong", teacher=teacher))
     return tmp_path / "small"
 
 

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policykd.agents.card import Provenance
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.policy import Policy
-from policykd.agents.student import Student, load_student, save_student
+from policykd.agents.student import Student, load_student, read_student_card, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.compression.compressors import Fit, teacher_as_student
 from policykd.compression.rows import TEACHER, Row, Store
 from policykd.compression.sparse import load_sparse, pack_sparse
 from policykd.envs.atari import make_atari
 from policykd.evaluation.evaluate import PROTOCOLS
-from policykd.evaluation.results import FinishedGames, about, judgement, judgement_of_card
+from policykd.evaluation.results import FinishedGames, judgement, judgement_of_card
 from policykd.export.compiled import compile_net, compile_policy
 from policykd.export.layers import Layer, layers_of
 from policykd.export.onnx import to_onnx
@@ -153,23 +154,18 @@ def _student(row: Row, setting: Setting, fit: Fit) -> tuple[Student, float]:
     """Returns the row's network and the seconds that it took, from its folder if it was fitted before."""
     folder = setting.folder / row.name
     if (folder / "student.json").is_file():
-        try:
-            card = json.loads((folder / "student.json").read_text())
-            made_by, seconds = card["made_by"], float(card["fit_seconds"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise BadFile(
-                f"{folder / 'student.json'}: damaged ({error!r}); remove {folder}, the row is made anew"
-            ) from error
-        _check_same(made_by, row, folder)
-        return load_student(folder), seconds
+        card = read_student_card(folder / "student.json", next_step=f"remove {folder} to make the row again")
+        _check_same(card.made_by, row, folder)
+        return load_student(folder), card.fit_seconds or 0.0
     begin = teacher_as_student(fit.teacher) if row.name == TEACHER else load_student(setting.folder / row.begins_with)
     print(f"{row.name}: begins", flush=True)
     began = time.perf_counter()
     student = row.make(begin, fit)
     seconds = time.perf_counter() - began
     print(f"{row.name}: made in {seconds:.0f} s", flush=True)
-    said = {"game": setting.game, "teacher": about(fit.teacher), "made_by": row.made_by, "fit_seconds": seconds}
-    save_student(student, folder, said)
+    record = fit.teacher.record
+    provenance = Provenance(game=setting.game, teacher=record, made_by=row.made_by, fit_seconds=seconds)
+    save_student(student, folder, provenance)
     return student, seconds
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from policykd.agents.shapes import shape_of
-from policykd.agents.student import Student
+from policykd.agents.student import Shape, Student
 from policykd.io.files import BadFile
+from policykd.io.typed import parse_json
 from policykd.storage.shards import UNREADABLE, declared_arrays
 
 _MEMBERS = ("mask", "values", "shape")
@@ -64,7 +64,7 @@ def _unpacked(content: bytes) -> Student:
     if set(declared) != set(_MEMBERS) or declared["shape"][1] > (1 << 16,):
         raise ValueError(f"it holds {', '.join(declared)}, expected {', '.join(_MEMBERS)}")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        shape = shape_of(json.loads(arrays["shape"].tobytes()))
+        shape = parse_json(Shape, arrays["shape"].tobytes(), "shape")
         with torch.device("meta"):  # no memory is taken for a claim
             num = sum(t.numel() for t in Student(shape).state_dict().values())
         if declared["mask"] != ("uint8", (-(-num // 8),)) or declared["values"][0] != "float32":

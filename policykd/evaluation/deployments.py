@@ -14,8 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from policykd.agents.archive import read_archive
-from policykd.agents.networks import MLP, FrameNet
-from policykd.agents.shapes import Net
+from policykd.agents.networks import MLP, FrameNet, Net
 from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.actions import action_names
@@ -132,7 +131,7 @@ def _torch(workshop: Workshop) -> Deployment:
         if policy.algorithm == "ONNX":
             raise ValueError("an ONNX file is for ONNX Runtime")
         return Deployment(policy.path, policy.path.stat().st_size if policy.path.is_file() else None)
-    save_student(policy, workshop.folder / "student", {})
+    save_student(policy, workshop.folder / "student")
     return Deployment(workshop.folder / "student", _size(workshop.folder / "student" / "student.safetensors"))
 
 

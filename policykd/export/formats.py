@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policykd.agents.networks import MLP, FrameNet
+from policykd.agents.networks import MLP, FrameNet, Net
 from policykd.agents.policy import Policy
-from policykd.agents.shapes import Net
 from policykd.agents.student import Student
 from policykd.export.c99 import check_prefix, stack_bytes, to_c
 from policykd.export.numpy_file import runtime, to_npz

@@ -6,9 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.impala import ImpalaNet, ResidualBlock, Stage
-from policykd.agents.networks import MLP, ConvNet, FrameNet
-from policykd.agents.user_net import UserNet
+from policykd.agents.networks import MLP, ConvNet, FrameNet, ImpalaNet, ResidualBlock, Stage, UserNet
 
 Operator = Literal["conv", "average_pool", "max_pool", "relu", "elu", "leaky_relu", "tanh", "flatten", "dense", "add"]
 

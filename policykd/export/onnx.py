@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, FrameNet
-from policykd.agents.user_net import UserNet
+from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, FrameNet, UserNet
 from policykd.export.layers import Layer, layers_of
 
 _OPSET, _IR_VERSION = 20, 9  # ONNX Runtime reads them since 1.17, of January 2024

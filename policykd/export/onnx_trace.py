@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from policykd.agents.user_net import UserNet
+from policykd.agents.networks import UserNet
 
 _OPSET = 20
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from policykd import make_learner
+from policykd.agents.card import Provenance
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, load_student, make_student, save_student
@@ -69,7 +70,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     student, obs = Student.of(MyNet(), 6), noise(3)
     student.fit_input_normalization(obs[:, 0])
     assert student.net.module.scale == obs[:, 0].float().std()  # type: ignore[union-attr]
-    save_student(student, tmp_path, {"game": "Pong"})
+    save_student(student, tmp_path, Provenance(game="Pong"))
     loaded = load_student(tmp_path, module=MyNet())
     assert torch.equal(loaded(obs), student(obs))
     assert not loaded.net.training
@@ -79,13 +80,13 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         (None, ValueError, r"a student of your own module; load it with load_student\(path, module=MyNet\(\)\)"),
         (nn.Linear(2, 2), ValueError, r"a student of MyNet, not of Linear; load it with module=MyNet\(\)"),
         (MyNet(width=4), BadFile, r"not the tensors of this MyNet .*size mismatch"),
-        (MyNet(num_actions=5), ValueError, r"MyNet gives torch.float32 \(2, 5\) of two observations, expected"),
+        (MyNet(num_actions=5), ValueError, r"MyNet returns torch.float32 \(2, 5\) for two observations, expected"),
     ]:
         with pytest.raises(error, match=reason) as raised:
             load_student(tmp_path, module=module)
         assert "\n" not in str(raised.value)
-    save_student(make_student((8,), 2, (4,)), tmp_path, {})
-    with pytest.raises(ValueError, match="a student of policykd's own; leave out module=MyNet"):
+    save_student(make_student((8,), 2, (4,)), tmp_path)
+    with pytest.raises(ValueError, match="one of policykd's own students; leave out module=MyNet"):
         load_student(tmp_path, module=MyNet())
 
 
@@ -115,14 +116,14 @@ def test_its_onnx_file_gives_its_logits(tmp_path: Path) -> None:
 
 def test_what_is_no_policy_is_refused() -> None:
     """X02, before anything is learned."""
-    with pytest.raises(ValueError, match=r"^Linear fails on two blank observations \(4, 84, 84\) \(mat1 .*mend"):
+    with pytest.raises(ValueError, match=r"^Linear fails on two blank observations \(4, 84, 84\) \(mat1 .*fix it"):
         Student.of(nn.Linear(3, 6), 6)
-    with pytest.raises(ValueError, match=r"^Flatten gives torch.uint8 \(2, 28224\) of two observations, expected"):
+    with pytest.raises(ValueError, match=r"^Flatten returns torch.uint8 \(2, 28224\) for two observations, expected"):
         Student.of(nn.Flatten(), 6)
     student = Student.of(MyNet(), 6)
     with pytest.raises(ValueError, match="expected uint8 frames"):
         student(noise(2).float())
-    with pytest.raises(ValueError, match="MyNet: of your own module only the scores are known"):
+    with pytest.raises(ValueError, match="MyNet: your own module has no known hidden layers"):
         student.activations(noise(2))
     with pytest.raises(ValueError, match="MyNet: a module of your own is no SB3 policy"):
         student.to_sb3()

@@ -107,7 +107,7 @@ def test_each_way_to_store_gives_the_bytes_of_a_real_file(
     begin = make_student("1%", 6)
     for layer in layers_with_weights(begin):
         layer.weight.data[::2] = 0.0
-    save_student(begin, tmp_path, {})
+    save_student(begin, tmp_path)
     ways: tuple[Store, ...] = ("int8-weights", "sparse", "int8", "sparse-int8")
     made = [stored(way, begin, tmp_path, fit.replay) for way in ways]
     (weights_alone, of_weights), (policies, costs) = made[0], zip(*made[1:], strict=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from policykd.agents.card import Provenance
 from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
@@ -18,8 +19,8 @@ from policykd.io.files import BadFile
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    said = about(load_teacher("bundled:ppo", game="Pong"))
-    save_student(make_student("0.1%", 6), folder, {"game": "Pong", "teacher": said})
+    teacher = load_teacher("bundled:ppo", game="Pong").record
+    save_student(make_student("0.1%", 6), folder, Provenance(game="Pong", teacher=teacher))
     return folder
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.card import Provenance, TeacherRecord
 from policykd.agents.student import Student, load_student, make_student, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.evaluation.real_states import visited_states
@@ -151,7 +152,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 
 def test_the_command_exports_a_run(run_here: Callable[..., tuple[int, str]], student: Student, tmp_path: Path) -> None:
-    save_student(student, tmp_path, {"game": "Pong", "teacher": {"ref": "bundled:ppo"}})
+    save_student(student, tmp_path, Provenance(game="Pong", teacher=TeacherRecord(ref="bundled:ppo", sha256="")))
     few = ("--states", "64", "--calibration", "16", "--formats")
     code, said = run_here(str(tmp_path), *few, "onnx", "numpy", "onnx")
     assert code == 0, said
@@ -205,7 +206,7 @@ class Own(nn.Module):
 def test_a_module_of_ones_own_is_exported_from_python(
     run_here: Callable[..., tuple[int, str]], frames: Tensor, tmp_path: Path
 ) -> None:
-    save_student(Student.of(Own(), num_actions=6), tmp_path, {"game": "Pong"})
+    save_student(Student.of(Own(), num_actions=6), tmp_path, Provenance(game="Pong"))
     code, said = run_here(str(tmp_path))
     assert code == 2
     assert "load_student(path, module=Own()) in Python, then export(Subject(...)); docs/export.md has the lines" in said

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policykd.agents.impala import ImpalaNet
-from policykd.agents.networks import MLP, FrameNet
+from policykd.agents.networks import MLP, FrameNet, ImpalaNet, UserNet
 from policykd.agents.student import SIZES, Shape, Size, Student, make_student
-from policykd.agents.user_net import UserNet
 from policykd.export.layers import Layer, layers_of
 
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.impala import ImpalaNet
-from policykd.agents.networks import MLP, ConvNet
+from policykd.agents.networks import MLP, ConvNet, ImpalaNet, Net
 from policykd.agents.onnx_policy import OnnxPolicy
-from policykd.agents.shapes import Net
 from policykd.agents.student import SIZES, Size, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari

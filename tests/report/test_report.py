@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from policykd import report
+from policykd.agents.card import Provenance
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.actions import action_names
@@ -90,7 +91,7 @@ def results(teacher: Teacher, student: Student) -> dict[str, Any]:
 def run(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, student: Student, results: dict[str, Any]) -> Path:
     """A finished run, and a comparison of compressors beside it, whose texts all try to be markup."""
     folder = tmp_path_factory.mktemp("runs") / "Pong" / NAME
-    save_student(student, folder, {"game": "Pong", "teacher": about(teacher)})
+    save_student(student, folder, Provenance(game="Pong", teacher=teacher.record))
     settings = {"game": "Pong", "teacher": about(teacher), "loss": INJECTED, "teacher_weights": "equal"}
     config = {"settings": settings, "teacher_argument": "auto", "machine": {"device": INJECTED}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -465,7 +466,7 @@ def test_only_a_comparison_of_the_same_teacher_is_shown(
     """The newest is of another one: its rows say nothing about this run, whose file is as large as it is."""
     drawn: list[dict[str, Any]] = []
     monkeypatch.setattr(report, "draw_pareto", lambda rows, to, *, highlight: drawn.append(rows[highlight]))
-    save_student(student, tmp_path / "run", {})
+    save_student(student, tmp_path / "run")
     card = load_teacher(game="Pong").sha256
     for number, (name, sha256) in enumerate({"ours": card, "theirs": "aa"}.items()):
         shutil.copytree(run.parent / "compression", tmp_path / name)
