@@ -8,11 +8,12 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
+from policykd.runs.groups import check_flags
 from policykd.schedules import Quantity, Varying, parse, spelled
 
 T = TypeVar("T")
@@ -37,16 +38,20 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
     more = {} if default is None else {"default": default}
     try:
         with registry, redirect_stderr(complaint):
-            expanded = expand_shorthand(kind, words)
-            return tyro.cli(kind, args=expanded, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,), **more)
+            expanded = expand_shorthand(kind, words, default)
+            args: T = tyro.cli(kind, args=expanded, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,), **more)
     except SystemExit as ended:
         if ended.code in (0, None):  # --help
             raise
         raise ValueError(_first_sentence(complaint.getvalue())) from None
+    check_flags(args)  # type: ignore[arg-type]  # T is a dataclass
+    return args
 
 
-def expand_shorthand(kind: Any, words: Sequence[str]) -> list[str]:
+def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) -> list[str]:
     """Returns a command line with `--loss NAME` and `--states NAME[:PATH]` as tyro's subcommands, in tyro's order.
+
+    Options such as `--loss.temperature 2` without `--loss` belong to the loss of `default`, or of the dataclass.
 
     Raises:
         ValueError: an unknown name, a missing path, or one too many.
@@ -54,7 +59,7 @@ def expand_shorthand(kind: Any, words: Sequence[str]) -> list[str]:
     choices = {field: _choices(kind, field) for field in ("loss", "states")}
     flags: list[str] = []
     subcommands: dict[str, list[str]] = {"loss": [], "states": []}
-    options: list[str] = []
+    options: dict[str, list[str]] = {"loss": [], "states": []}
     remaining = iter(words)
     for word in remaining:
         flag, joined, value = word.partition("=")
@@ -65,10 +70,21 @@ def expand_shorthand(kind: Any, words: Sequence[str]) -> list[str]:
             given = value if joined else next(remaining, "")
             subcommands[field] = _subcommand(field, given, choices[field])
         elif flag.startswith(f"--{field}."):  # an option of the subcommand, which tyro reads only after it
-            options += [word] if joined else [word, next(remaining, "")]
+            options[field] += [word] if joined else [word, next(remaining, "")]
         else:
             subcommands[field] = [word]
-    return [*flags, *subcommands["loss"], *subcommands["states"], *options]
+    for field, given in options.items():
+        if given and not subcommands[field]:
+            subcommands[field] = [f"{field}:{_kebab(type(_default(default or kind, field)))}"]
+    return [*flags, *subcommands["loss"], *subcommands["states"], *options["loss"], *options["states"]]
+
+
+def _default(kind: Any, field: str) -> object:
+    """Returns the value of a field in a dataclass's instance, or by default."""
+    if not isinstance(kind, type):
+        return getattr(kind, field)
+    declared = kind.__dataclass_fields__[field]  # type: ignore[attr-defined]
+    return declared.default if declared.default is not MISSING else declared.default_factory()
 
 
 def _choices(kind: Any, field: str) -> dict[str, type]:
@@ -76,8 +92,12 @@ def _choices(kind: Any, field: str) -> dict[str, type]:
     if not is_dataclass(kind) or field not in [f.name for f in fields(kind)]:
         return {}
     members = [member for member in get_args(get_type_hints(kind)[field]) if is_dataclass(member)]
-    kebab = [re.sub("([a-z])(?=[A-Z])", r"\1-", member.__name__).lower() for member in members]  # type: ignore[union-attr]
-    return dict(zip((name.removesuffix(f"-{field}") for name in kebab), members, strict=True))  # type: ignore[arg-type]
+    return {_kebab(member).removesuffix(f"-{field}"): member for member in members}
+
+
+def _kebab(kind: Any) -> str:
+    """Returns the name of a class as tyro spells it: ForwardKL is forward-kl."""
+    return re.sub("([a-z])(?=[A-Z])", r"\1-", kind.__name__).lower()
 
 
 def _subcommand(field: str, given: str, choices: dict[str, type]) -> list[str]:

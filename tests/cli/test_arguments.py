@@ -82,3 +82,11 @@ def test_short_forms_on_the_command_line(words: list[str], expected: list[str]) 
 def test_states_that_are_none_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match="invalid; give one of mixed, student"):
         expand_shorthand(Args, words)
+
+
+def test_options_alone_belong_to_the_default_loss() -> None:
+    args = parse_args(Args, ["--loss.temperature", "2", "--states.epsilon", "0.1"])
+    assert args.loss == ForwardKL(temperature=2.0)
+    assert args.states == MixedStates(epsilon=0.1)
+    repeated = parse_args(Args, ["--loss.hard", "0.5"], default=Args(loss=SoftAndHard(temperature=2.0)))
+    assert repeated.loss == SoftAndHard(temperature=2.0, hard=0.5)
