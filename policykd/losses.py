@@ -1,210 +1,267 @@
-"""Distillation losses: how far a student's policy is from its teacher's.
+"""Distillation losses: divergences from a student's policy to its teacher's, per state, in nats unless noted.
 
-Each is a function of two score tensors and returns one number a row, in nats unless it says otherwise; the loop takes
-the mean, once. The teacher's scores come raw, as its network gives them, and two conventions of temperature make a
-policy of them:
+A loss function is any `loss_fn(student, batch) -> (loss_B, metrics)`; the loop minimises the mean of `loss_B` and logs
+the mean of each metric. The frozen dataclasses below are such functions. Their formula is `per_state`, which takes
+raw teacher outputs (logits or Q-values) and one of two temperature conventions:
 
-- teacher only (Rusu et al., 2015): p_T = softmax(teacher / temperature) and p_S = softmax(student), so that the
-  trained student plays the tempered teacher as it stands.
-- two-sided (Hinton et al., 2015): `TwoSidedKL` and `DecoupledKL` soften both policies by a temperature T and multiply
-  by T squared, which the gradient lost; the trained student plays the teacher as it plays itself, whatever T is.
+- teacher only (Rusu et al., 2015): p_T = softmax(teacher / temperature) and p_S = softmax(student). The trained
+  student acts like the tempered teacher without a temperature of its own.
+- two-sided (Hinton et al., 2015): both policies are softened by T and the loss is multiplied by T^2, which restores
+  the gradient's scale. The trained student acts like the teacher, whatever T was.
 
-A field that changes over a run holds a schedule, and `policykd.schedules.at(loss, progress)` is the loss of one moment.
-Suffixes name dimensions: B batch, A actions. docs/losses.md has all of them in one table.
+Fields may hold schedules (`policykd.schedules`). docs/losses.md compares all losses. Shape suffixes: B batch, A actions.
 """
 
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy, huber_loss
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, huber_loss, kl_div
 
-from policykd.divergences import jensen_shannon_B, standardised, taken_or_not, upcast, without
-from policykd.divergences import kl_divergence_B as kl_divergence_B
-from policykd.divergences import log_policy as log_policy
-from policykd.schedules import Quantity
+from policykd.agents.policy import entropy, log_policy, upcast
+from policykd.schedules import Progress, Quantity, check_bounds, resolve
 
-Part = TypeVar("Part")
+MAX_TWO_SIDED_TEMPERATURE = 100.0
+"""its square multiplies the rounding error of a float32 KL, about 1e-8, to 1e-4"""
+MIN_TEMPERATURE = 1e-6
 
-MOST_SOFTENING = 100.0
-"""of both sides: its square multiplies the rounding of a float32 KL, about 1e-8, to 1e-4"""
+Metrics = dict[str, Tensor]
+"""name -> value per state, `(batch,)`; each becomes a TensorBoard curve of its mean"""
 
 
-class Loss(Protocol):
-    """A per-row distance from student to teacher."""
+@dataclass(frozen=True)
+class Batch:
+    """Labelled states to train on."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns the loss of each row, `(batch,)`, of raw scores `(batch, num_actions)`."""
+    obs: Tensor
+    """observations, `(batch, *obs_shape)`"""
+    teacher_BA: Tensor
+    """raw teacher outputs (logits or Q-values), float32 `(batch, num_actions)`"""
+    rows_B: Tensor
+    """rows of the states in the replay buffer, int64"""
+    temperature: float
+    """temperature of the teacher: softmax(teacher_BA / temperature) is its policy"""
+    progress: Progress
+    """how much of the run is done; constant within a round"""
+    random_B: Tensor
+    """64 random bits per state, int64: the only randomness that a loss function may use"""
+
+
+class LossFn(Protocol):
+    """A loss function: a plain function, a frozen dataclass, or an `nn.Module` with parameters of its own.
+
+    The parameters of a module are trained together with the student and saved in checkpoints. An optional method
+    `prepare(replay, num_rows)` is called before each round's training, to compute what it needs per stored state.
+    """
+
+    def __call__(self, student: nn.Module, batch: Batch, /) -> tuple[Tensor, Metrics]:
+        """Returns the loss per state `(batch,)` and the metrics to log."""
         ...
 
 
 @dataclass(frozen=True)
-class _TeacherTempered:
+class PolicyLoss:
+    """Base class of losses that compare the two policies' outputs alone."""
+
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns the loss per state, `(batch,)`.
+
+        Args:
+            student_BA: student's logits, `(batch, num_actions)`.
+            teacher_BA: raw teacher outputs, `(batch, num_actions)`.
+            temperature: the teacher's own, used where the loss does not define one.
+            progress: of the run, for fields that hold schedules.
+        """
+        raise NotImplementedError
+
+    def __call__(self, student: nn.Module, batch: Batch, /) -> tuple[Tensor, Metrics]:
+        """Returns the loss per state and the metrics that every loss logs."""
+        student_BA = student(batch.obs).float()  # float32 also under autocast: bfloat16 logits have two digits
+        loss_B = self.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
+        return loss_B, policy_metrics(student_BA, batch)
+
+
+def policy_metrics(student_BA: Tensor, batch: Batch) -> Metrics:
+    """Returns how close the student's policy is to the teacher's: KL(teacher || student), greedy agreement, entropy."""
+    with torch.no_grad():
+        log_p_BA = log_policy(batch.teacher_BA, batch.temperature)
+        same_action_B = batch.teacher_BA.argmax(dim=-1) == student_BA.argmax(dim=-1)
+        return {
+            "kl": kl_divergence_B(log_p_BA, log_policy(student_BA)),
+            "action_agreement": same_action_B.float(),
+            "teacher_entropy": entropy(log_p_BA),
+        }
+
+
+def kl_divergence_B(log_p_BA: Tensor, log_q_BA: Tensor) -> Tensor:
+    """Returns KL(p || q) per row of two log-policies, nats `(batch,)`."""
+    return kl_div(log_q_BA, log_p_BA, log_target=True, reduction="none").sum(dim=-1)
+
+
+def jensen_shannon_B(log_p_BA: Tensor, log_q_BA: Tensor, teacher_share: float = 0.5) -> Tensor:
+    """Returns the Jensen-Shannon divergence per row of two log-policies, nats `(batch,)` (Lin, 1991).
+
+    w KL(p || m) + (1 - w) KL(q || m) with the mixture m = w p + (1 - w) q, which is never zero where p or q is not; at
+    most log 2, at w = 0.5.
+    """
+    log_m_BA = torch.logaddexp(log_p_BA + math.log(teacher_share), log_q_BA + math.log1p(-teacher_share))
+    to_teacher_B = kl_divergence_B(log_p_BA, log_m_BA)
+    to_student_B = kl_divergence_B(log_q_BA, log_m_BA)
+    return teacher_share * to_teacher_B + (1.0 - teacher_share) * to_student_B
+
+
+def check_temperature(name: str, temperature: Quantity | None, maximum: float = math.inf) -> None:
+    """Checks a temperature, or a schedule's values all over a run.
+
+    Raises:
+        ValueError: not positive, not finite, or above the maximum.
+    """
+    try:
+        check_bounds(name, temperature, MIN_TEMPERATURE, maximum)
+    except ValueError as error:
+        if maximum == math.inf:
+            raise ValueError(f"{error}; use 1 for PPO and A2C, 0.01 for DQN") from None
+        raise ValueError(
+            f"{error}; above 10 the loss is nearly half the squared difference of the logits, which logit-mse computes"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _TeacherTempered(PolicyLoss):
     temperature: Quantity | None = None
-    """divides the teacher's scores; None is the teacher's own (1 for PPO and A2C, 0.01 for DQN), or 1 in Python"""
+    """temperature of the teacher's policy; None takes the teacher's own (1 for PPO and A2C, 0.01 for DQN)"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_temperature("temperature", self.temperature)
+
+    def log_policies(
+        self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns log p_T and log p_S."""
+        teacher_temperature = resolve(self.temperature, progress, default=temperature)
+        return log_policy(teacher_BA, teacher_temperature), log_policy(student_BA)
 
 
 @dataclass(frozen=True)
 class ForwardKL(_TeacherTempered):
     """KL(teacher || student): the student must cover every action the teacher takes (Rusu et al., 2015)."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns sum_a p_T(a) (log p_T(a) - log p_S(a)) of each row."""
-        return kl_divergence_B(log_policy(teacher_BA, fixed(self.temperature)), log_policy(student_BA))
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns sum_a p_T(a) (log p_T(a) - log p_S(a)) per state."""
+        log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
+        return kl_divergence_B(log_p_BA, log_q_BA)
 
 
 @dataclass(frozen=True)
 class ReverseKL(_TeacherTempered):
     """KL(student || teacher): the student may leave out the teacher's rarer actions (Czarnecki et al., 2019)."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns sum_a p_S(a) (log p_S(a) - log p_T(a)) of each row."""
-        return kl_divergence_B(log_policy(student_BA), log_policy(teacher_BA, fixed(self.temperature)))
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns sum_a p_S(a) (log p_S(a) - log p_T(a)) per state."""
+        log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
+        return kl_divergence_B(log_q_BA, log_p_BA)
 
 
 @dataclass(frozen=True)
 class JensenShannon(_TeacherTempered):
     """Jensen-Shannon divergence: a bounded compromise between the two KLs (Lin, 1991; Agarwal et al., 2024)."""
 
-    share: float = 0.5
-    """the teacher's in the mixture, between 0 and 1: towards 0 the loss leans to KL(teacher || student), towards 1 to
-    KL(student || teacher), and is the smaller the nearer it is to either end"""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if not 0.0 < self.share < 1.0:
-            raise ValueError(f"share must lie between 0 and 1, not {self.share}; at an end the divergence is always 0")
-
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns share KL(p_T || m) + (1 - share) KL(p_S || m) of each row, m = share p_T + (1 - share) p_S."""
-        return jensen_shannon_B(log_policy(teacher_BA, fixed(self.temperature)), log_policy(student_BA), self.share)
-
-
-@dataclass(frozen=True)
-class _TwoSided:
-    temperature: Quantity = 1.0
-    """T, divides the scores of teacher and student while they are compared; above 1 the rarer actions count for more"""
-    teacher_temperature: Quantity | None = None
-    """makes the teacher's scores its policy; None is the teacher's own (1 for PPO and A2C, 0.01 for DQN), or 1 in
-    Python"""
-
-    def __post_init__(self) -> None:
-        check_softening(self.temperature)
-        check_temperature(self.teacher_temperature)
-
-
-@dataclass(frozen=True)
-class TwoSidedKL(_TwoSided):
-    """KL(teacher || student), both softened by T, times T squared (Hinton et al., 2015)."""
-
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns T^2 KL(softmax(teacher / (teacher_temperature T)) || softmax(student / T)) of each row."""
-        both, teacher_alone = fixed(self.temperature), fixed(self.teacher_temperature)
-        log_p_BA, log_q_BA = log_policy(teacher_BA, teacher_alone * both), log_policy(student_BA, both)
-        return both**2 * kl_divergence_B(log_p_BA, log_q_BA)
-
-
-@dataclass(frozen=True)
-class DecoupledKL(_TwoSided):
-    """Two-sided KL split at the teacher's best action, so that the others can weigh more (Zhao et al., 2022).
-
-    The two-sided KL is alpha 1 and, row by row, beta 1 - p_T(best). The paper's beta is 8 where a teacher is sure of
-    one in a hundred classes; a policy has few actions and is often undecided, so 1 is the default here.
-    """
-
-    alpha: Quantity = 1.0
-    """weight of whether the best action is taken or not"""
-    beta: Quantity = 1.0
-    """weight of how the other actions compare with each other"""
+    teacher_share: float = 0.5
+    """teacher's share w of the mixture, in (0, 1): towards 0 the loss resembles KL(teacher || student), towards 1
+    KL(student || teacher), and its scale shrinks towards either end"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_within("alpha", self.alpha, 0.0, 1e6)
-        check_within("beta", self.beta, 0.0, 1e6)
+        if not 0.0 < self.teacher_share < 1.0:
+            raise ValueError(f"teacher_share must lie in (0, 1), not {self.teacher_share}; at 0 and 1 the loss is 0")
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns T^2 (alpha KL(best or not) + beta KL(which of the others)) of each row."""
-        both, best_B = fixed(self.temperature), teacher_BA.argmax(dim=-1)
-        teacher_both = fixed(self.teacher_temperature) * both
-        log_p_BA, log_q_BA = log_policy(teacher_BA, teacher_both), log_policy(student_BA, both)
-        best_kl_B = kl_divergence_B(taken_or_not(log_p_BA, best_B), taken_or_not(log_q_BA, best_B))
-        others_kl_B = kl_divergence_B(
-            log_policy(without(teacher_BA, best_B), teacher_both), log_policy(without(student_BA, best_B), both)
-        )
-        return both**2 * (fixed(self.alpha) * best_kl_B + fixed(self.beta) * others_kl_B)
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns w KL(p_T || m) + (1 - w) KL(p_S || m) per state, with m = w p_T + (1 - w) p_S."""
+        log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
+        return jensen_shannon_B(log_p_BA, log_q_BA, self.teacher_share)
 
 
 @dataclass(frozen=True)
-class StandardisedKL:
-    """KL(teacher || student) of scores that were standardised over the actions of each row (Sun et al., 2024).
+class TwoSided(PolicyLoss):
+    """Base class of losses that soften both policies by the same temperature."""
 
-    Only the order and the relative gaps of the scores count: the student may be surer or less sure than its teacher,
-    on every state as it likes. Its best action is the teacher's where the loss is 0, its sampled policy need not be.
-    """
-
-    temperature: Quantity = 2.0
-    """divides the standardised scores of both; the teacher's own does not matter"""
+    temperature: Quantity = 1.0
+    """T, divides the logits of teacher and student while they are compared; above 1 rarer actions weigh more"""
+    teacher_temperature: Quantity | None = None
+    """temperature of the teacher's policy; None takes the teacher's own (1 for PPO and A2C, 0.01 for DQN)"""
 
     def __post_init__(self) -> None:
-        check_softening(self.temperature)
+        check_temperature("temperature", self.temperature, MAX_TWO_SIDED_TEMPERATURE)
+        check_temperature("teacher_temperature", self.teacher_temperature)
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns T^2 KL(softmax(z(teacher) / T) || softmax(z(student) / T)), z = (scores - mean) / deviation."""
-        both = fixed(self.temperature)
-        log_p_BA, log_q_BA = (log_policy(standardised(scores_BA), both) for scores_BA in (teacher_BA, student_BA))
-        return both**2 * kl_divergence_B(log_p_BA, log_q_BA)
+    def temperatures(self, temperature: float, progress: float) -> tuple[float, float]:
+        """Returns T, and what the raw teacher outputs are divided by: its own temperature times T."""
+        both = resolve(self.temperature, progress)
+        return both, resolve(self.teacher_temperature, progress, default=temperature) * both
 
 
 @dataclass(frozen=True)
-class _InTeacherUnits:
-    temperature: Quantity | None = None
-    """multiplies the student's scores, whose softmax is played, into the teacher's units; None is the teacher's own (1
-    for PPO and A2C, 0.01 for DQN), or 1 in Python"""
+class TwoSidedKL(TwoSided):
+    """KL(teacher || student), both softened by T, times T^2 (Hinton et al., 2015)."""
+
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns T^2 KL(softmax(teacher / (teacher_temperature T)) || softmax(student / T)) per state."""
+        both, teacher_both = self.temperatures(temperature, progress)
+        return both**2 * kl_divergence_B(log_policy(teacher_BA, teacher_both), log_policy(student_BA, both))
+
+
+@dataclass(frozen=True)
+class _OutputRegression(PolicyLoss):
+    temperature: float | None = None
+    """multiplies the student's logits, so that they are compared in the teacher's units; None takes the teacher's own
+    (1 for PPO and A2C, 0.01 for DQN)"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_temperature("temperature", self.temperature)
+
+    def in_teacher_units(self, student_BA: Tensor, temperature: float) -> Tensor:
+        """Returns the student's logits in the teacher's units (Q-values for a DQN teacher)."""
+        return resolve(self.temperature, 0.0, default=temperature) * upcast(student_BA)
 
 
 @dataclass(frozen=True)
-class ScoreMSE(_InTeacherUnits):
-    """Mean squared error of the scores (Rusu et al., 2015, as the weak baseline)."""
+class LogitMSE(_OutputRegression):
+    """Mean squared error of the outputs (Rusu et al., 2015, as the weak baseline)."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns mean_a (temperature student - teacher)^2 of each row, in the teacher's units squared."""
-        return (fixed(self.temperature) * upcast(student_BA) - upcast(teacher_BA)).square().mean(dim=-1)
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns mean_a (temperature student - teacher)^2 per state, in the teacher's units squared."""
+        return (self.in_teacher_units(student_BA, temperature) - upcast(teacher_BA)).square().mean(dim=-1)
 
 
 @dataclass(frozen=True)
-class ScoreHuber(_InTeacherUnits):
-    """Huber loss of the scores: squared near the teacher's, linear far off, so that rare large scores do not rule."""
+class LogitHuber(_OutputRegression):
+    """Huber loss of the outputs: squared near the teacher's, linear far off, so that rare large outputs matter less."""
 
     delta: float = 1.0
-    """difference at which it becomes linear, in the teacher's units"""
+    """difference at which the loss becomes linear, in the teacher's units"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         if not self.delta > 0:
-            raise ValueError(f"delta must be positive, not {self.delta}; 1 is DQN's")
+            raise ValueError(f"delta must be positive, not {self.delta}; DQN uses 1")
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns mean_a of d^2 / 2 up to |d| = delta, then delta (|d| - delta / 2), d = temperature student - teacher.
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns mean_a of d^2 / 2 for |d| <= delta, else delta (|d| - delta / 2); d = temperature student - teacher.
 
-        That is torch's convention (Huber, 1964): near the teacher's scores it is half of `ScoreMSE`.
+        That is torch's convention (Huber, 1964): near the teacher's outputs it is half of `LogitMSE`.
         """
-        scaled_BA = fixed(self.temperature) * upcast(student_BA)
+        scaled_BA = self.in_teacher_units(student_BA, temperature)
         return huber_loss(scaled_BA, upcast(teacher_BA), reduction="none", delta=self.delta).mean(dim=-1)
 
 
 @dataclass(frozen=True)
-class ActionNLL:
+class ActionNLL(PolicyLoss):
     """Negative log-likelihood of the teacher's best action: hard labels (Rusu et al., 2015)."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns -log p_S(argmax_a teacher) of each row."""
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns -log p_S(argmax_a teacher) per state."""
         return cross_entropy(upcast(student_BA), teacher_BA.argmax(dim=-1), reduction="none")
 
 
@@ -212,87 +269,19 @@ class ActionNLL:
 class SoftAndHard(_TeacherTempered):
     """Weighted sum of soft and hard targets (Hinton et al., 2015), the hard one being the teacher's best action.
 
-    Least, and not 0, where the student plays (1 - hard) p_T and its best action for the rest.
+    Its minimum, which is not 0, is the policy (1 - hard) p_T plus `hard` on the best action.
     """
 
     hard: Quantity = 0.1
     """weight of the hard target, from 0 (`ForwardKL`) to 1 (`ActionNLL`)"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_within("hard", self.hard, 0.0, 1.0)
+        super().__post_init__()
+        check_bounds("hard", self.hard, 0.0, 1.0)
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns (1 - hard) KL(p_T || p_S) - hard log p_S(argmax_a teacher) of each row."""
-        hard = fixed(self.hard)
-        soft_B = ForwardKL(self.temperature)(student_BA, teacher_BA)
-        return (1.0 - hard) * soft_B + hard * ActionNLL()(student_BA, teacher_BA)
-
-
-AnyLoss = (
-    ForwardKL
-    | ReverseKL
-    | JensenShannon
-    | TwoSidedKL
-    | SoftAndHard
-    | DecoupledKL
-    | StandardisedKL
-    | ScoreMSE
-    | ScoreHuber
-    | ActionNLL
-)
-"""every loss that a command offers"""
-
-
-def at_temperature(loss: Part, temperature: float) -> Part:
-    """Returns a loss or a weight at a teacher's temperature, unless it has its own.
-
-    That is every field `temperature` or `teacher_temperature` that is None, here and in the losses and weights inside.
-    """
-    if isinstance(loss, tuple):
-        return type(loss)(at_temperature(part, temperature) for part in loss)
-    if not is_dataclass(loss) or isinstance(loss, type):
-        return loss
-    changes: dict[str, Any] = {}
-    for name in [field.name for field in fields(loss) if field.init]:
-        part = getattr(loss, name)
-        is_missing = part is None and name in ("temperature", "teacher_temperature")
-        changes[name] = temperature if is_missing else at_temperature(part, temperature)
-    return replace(loss, **changes)
-
-
-def fixed(quantity: Quantity | None, otherwise: float = 1.0) -> float:
-    """Returns a field's number, or another for None.
-
-    Raises:
-        ValueError: it is a schedule, which has no number before a moment of the run is chosen.
-    """
-    if quantity is None:
-        return otherwise
-    if callable(quantity):
-        raise ValueError(
-            f"{quantity} changes over a run; call policykd.schedules.at(loss, progress) first, or make it a Varying"
-        )
-    return quantity
-
-
-def check_within(name: str, quantity: Quantity | None, least: float, most: float) -> None:
-    """Raises a ValueError where a field is a number outside its bounds; a schedule is seen when its number is."""
-    if isinstance(quantity, int | float) and not least <= quantity <= most:
-        raise ValueError(f"{name} must lie in [{least:g}, {most:g}], not {quantity}")
-
-
-def check_temperature(temperature: Quantity | None) -> None:
-    """Raises a ValueError where a temperature is a number that is not positive and finite; see `check_within`."""
-    if isinstance(temperature, int | float) and not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive, not {temperature}; 1 for PPO and A2C, 0.01 for DQN")
-
-
-def check_softening(temperature: Quantity) -> None:
-    """Raises a ValueError for a temperature of both sides whose square would multiply float32's rounding errors."""
-    check_temperature(temperature)
-    if isinstance(temperature, int | float) and temperature > MOST_SOFTENING:
-        raise ValueError(
-            f"temperature of both sides must be at most {MOST_SOFTENING:g}, not {temperature}; from 10 on the loss is"
-            " nearly half the squared difference of the scores, which score-mse is at once"
-        )
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns (1 - hard) KL(p_T || p_S) - hard log p_S(argmax_a teacher) per state."""
+        hard = resolve(self.hard, progress)
+        log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
+        nll_B = cross_entropy(upcast(student_BA), teacher_BA.argmax(dim=-1), reduction="none")
+        return (1.0 - hard) * kl_divergence_B(log_p_BA, log_q_BA) + hard * nll_B

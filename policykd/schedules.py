@@ -1,121 +1,148 @@
-"""Quantities that change over a run: functions of its progress from 0 to 1, or of what it has measured.
+"""Schedules: quantities that change over a run, as functions of its progress.
 
-A field of a frozen dataclass that may hold either a number or a schedule is a `Quantity`; `at` returns the dataclass
-with numbers alone, so that the formulas never know of time.
+A `Quantity` is a number or a function `progress -> float`; a number is accepted wherever a schedule is. The frozen
+dataclasses below are such functions. They compare and print by value, so that a run's config can hold them as text
+(`linear:4:1`); a lambda of yours works in Python too, but cannot be written to a config file.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 
-T = TypeVar("T")
+_NUM_PROBES = 101
+"""points of a run at which a schedule's bounds are checked before the run begins"""
+
+
+class Progress(float):
+    """Fraction of the run that is done, from 0.0 to 1.0, with the returns that a schedule may follow.
+
+    All returns are mean episodic returns with unclipped rewards.
+    """
+
+    student_return: float | None
+    """of the student's latest episodes of its own; None before there are any"""
+    teacher_return: float | None
+    random_return: float
+    """of a random policy, which counts as no skill at all"""
+
+    def __new__(
+        cls,
+        fraction: float,
+        student_return: float | None = None,
+        teacher_return: float | None = None,
+        random_return: float = 0.0,
+    ) -> "Progress":
+        """Returns a number that also carries the returns."""
+        progress = super().__new__(cls, fraction)
+        progress.student_return = student_return
+        progress.teacher_return = teacher_return
+        progress.random_return = random_return
+        return progress
+
+    @property
+    def return_progress(self) -> float:
+        """The student's return between a random policy's (0.0) and its teacher's (1.0), clipped to [0, 1].
+
+        Raises:
+            ValueError: the teacher's return is unknown, or no better than a random policy's.
+        """
+        if self.teacher_return is None or self.teacher_return <= self.random_return:
+            raise ValueError(
+                "a schedule that follows the return needs a teacher that beats a random policy, not"
+                f" {self.teacher_return} against {self.random_return}; use one that follows the run's progress"
+            )
+        if self.student_return is None:
+            return 0.0
+        reached = (self.student_return - self.random_return) / (self.teacher_return - self.random_return)
+        return min(1.0, max(0.0, reached))
+
+
+class Schedule:
+    """Base class of the schedules that can be spelled on a command line and drawn as curves."""
+
+    def __call__(self, progress: float, /) -> float:
+        """Returns the value at `progress`, from 0.0 (start) to 1.0 (end)."""
+        raise NotImplementedError
+
+
+Quantity = float | Callable[[Progress], float]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a run has measured so far, for schedules that answer to it; returns are episodic and unclipped."""
-
-    student_return: float | None = None
-    """mean of the student's latest games of its own; None before there is one"""
-    teacher_return: float | None = None
-    random_return: float = 0.0
-    """of play at random: what counts as nothing"""
-
-
-NOTHING = Measured()
-
-
-class Schedule(Protocol):
-    """A number for every moment of a run."""
-
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns the value at `progress`, from 0 (start) to 1 (end)."""
-        ...
-
-
-class Varying:
-    """Marks what stands in a dataclass's field for a number that changes: subclass it for a schedule of your own."""
-
-
-Quantity = float | Schedule
-
-
-@dataclass(frozen=True)
-class Constant(Varying):
-    """The same number at every time."""
+class Constant(Schedule):
+    """A fixed number."""
 
     value: float
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
+    def __call__(self, progress: float, /) -> float:
         """Returns the number."""
         return self.value
 
 
 @dataclass(frozen=True)
-class _Ramp(Varying):
+class _Ramp(Schedule):
     start: float
-    """at the beginning of the run"""
+    """value at the beginning of the run"""
     end: float
-    """from `until` on"""
+    """value from `until` on"""
     until: float = 1.0
-    """share of the run after which nothing changes any more"""
+    """fraction of the run after which the value stays the same"""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.until <= 1.0:
-            raise ValueError(f"a schedule changes until a share of the run in (0, 1], not {self.until}")
+            raise ValueError(f"a schedule's last number is a fraction of the run in (0, 1], not {self.until}")
 
-    def share(self, progress: float) -> float:
-        """Returns how much of the way is done, from 0 to 1."""
+    def ramp_progress(self, progress: float) -> float:
         return min(1.0, max(0.0, progress / self.until))
 
 
 @dataclass(frozen=True)
 class Linear(_Ramp):
-    """Goes from `start` to `end` in a straight line."""
+    """Linear interpolation from `start` to `end`."""
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns start + share (end - start)."""
-        return self.start + self.share(progress) * (self.end - self.start)
+    def __call__(self, progress: float, /) -> float:
+        """Returns start + r (end - start), with r the progress of the ramp."""
+        return self.start + self.ramp_progress(progress) * (self.end - self.start)
 
 
 @dataclass(frozen=True)
 class Cosine(_Ramp):
-    """Goes from `start` to `end` along half a cosine (Loshchilov & Hutter, 2017): slowly at both ends."""
+    """Half a cosine from `start` to `end`: slow at both ends (Loshchilov & Hutter, 2017)."""
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns end + (start - end) (1 + cos(pi share)) / 2."""
-        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.share(progress)))
+    def __call__(self, progress: float, /) -> float:
+        """Returns end + (start - end) (1 + cos(pi r)) / 2, with r the progress of the ramp."""
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self.ramp_progress(progress)))
+        return self.end + (self.start - self.end) * cosine
 
 
 @dataclass(frozen=True)
 class Exponential(_Ramp):
-    """Goes from `start` to `end` by the same factor at every step."""
+    """Exponential decay or growth from `start` to `end`: the same factor per step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.start * self.end > 0.0:
-            raise ValueError(f"an exponential schedule cannot reach or cross 0: from {self.start} to {self.end}")
+            raise ValueError(f"an exponential schedule must not reach or cross 0: from {self.start} to {self.end}")
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns start (end / start)^share."""
-        return self.start * math.exp(self.share(progress) * math.log(self.end / self.start))
+    def __call__(self, progress: float, /) -> float:
+        """Returns start (end / start)^r, with r the progress of the ramp."""
+        return self.start * math.exp(self.ramp_progress(progress) * math.log(self.end / self.start))
 
 
 @dataclass(frozen=True)
-class WarmupCosine(Varying):
-    """Rises linearly to `peak`, then falls to zero along half a cosine (Loshchilov & Hutter, 2017)."""
+class WarmupCosine(Schedule):
+    """Linear warm-up to `peak`, then half a cosine to zero (Loshchilov & Hutter, 2017)."""
 
     peak: float
-    """the highest value"""
+    """maximum value"""
     warmup: float = 0.02
-    """share of the run that it rises for"""
+    """fraction of the run that the warm-up takes"""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"warmup must lie in [0, 1), not {self.warmup}")
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
+    def __call__(self, progress: float, /) -> float:
         """Returns the value at `progress`."""
         if progress < self.warmup:
             return self.peak * progress / self.warmup
@@ -123,131 +150,137 @@ class WarmupCosine(Varying):
 
 
 @dataclass(frozen=True)
-class ReturnGap(Varying):
-    """Falls as the student's return comes near the teacher's, to 0 where it is as good (QDagger; Agarwal et al., 2022).
+class ReturnGap(Schedule):
+    """Weight that falls to 0 as the student's return approaches the teacher's (QDagger; Agarwal et al., 2022).
 
-    With `random_return` 0 this is the paper's max(1 - G_student / G_teacher, 0), which means nothing where returns are
-    negative, as a beginner's are in Pong; against random play it falls from 1 to 0 in every game.
+    With `random_return` 0 this is the paper's max(1 - G_student / G_teacher, 0), which has no meaning where returns are
+    negative, as a beginner's are in Pong; relative to a random policy it falls from 1 to 0 in every game.
     """
 
     weight: float = 1.0
-    """while the student is no better than chance, or has not played yet"""
+    """value while the student is no better than a random policy, or has not played yet"""
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns weight clip(1 - (G_student - G_random) / (G_teacher - G_random), 0, 1).
-
-        Raises:
-            ValueError: the teacher's return is not known, or no better than random play's.
-        """
-        return self.weight * (1.0 - reached(measured))
+    def __call__(self, progress: float, /) -> float:
+        """Returns weight clip(1 - (G_student - G_random) / (G_teacher - G_random), 0, 1)."""
+        return self.weight * (1.0 - _with_returns(progress).return_progress)
 
 
 @dataclass(frozen=True)
-class ReturnReached(Varying):
-    """Goes from `start` to `end` as the student's return does from random play's to the teacher's."""
+class ReturnReached(Schedule):
+    """Linear interpolation from `start` to `end` as the student's return rises to its teacher's."""
 
     start: float
-    """while the student is no better than chance, or has not played yet"""
+    """value while the student is no better than a random policy, or has not played yet"""
     end: float
-    """where it is as good as its teacher"""
+    """value once it is as good as its teacher"""
 
-    def __call__(self, progress: float, measured: Measured = NOTHING, /) -> float:
-        """Returns start + (end - start) clip((G_student - G_random) / (G_teacher - G_random), 0, 1).
-
-        Raises:
-            ValueError: the teacher's return is not known, or no better than random play's.
-        """
-        return self.start + (self.end - self.start) * reached(measured)
+    def __call__(self, progress: float, /) -> float:
+        """Returns start + (end - start) clip((G_student - G_random) / (G_teacher - G_random), 0, 1)."""
+        return self.start + (self.end - self.start) * _with_returns(progress).return_progress
 
 
-def reached(measured: Measured) -> float:
-    """Returns how far the student has come from random play (0) to its teacher (1), never less or more.
+def resolve(quantity: Quantity | None, progress: float, default: float = 1.0) -> float:
+    """Returns the value of a quantity at a point of a run; `default` for None."""
+    if quantity is None:
+        return default
+    return quantity(_with_returns(progress)) if callable(quantity) else float(quantity)
+
+
+def check_bounds(name: str, quantity: Quantity | None, minimum: float, maximum: float = math.inf) -> None:
+    """Checks a number, or a schedule's values all over a run, before the run begins.
 
     Raises:
-        ValueError: the teacher's return is not known, or no better than random play's.
+        ValueError: a value outside [minimum, maximum], or not finite.
     """
-    teacher, random = measured.teacher_return, measured.random_return
-    if teacher is None or teacher <= random:
-        raise ValueError(
-            f"a schedule that follows the return needs a teacher that beats random play, not {teacher} against"
-            f" {random}; use one that follows the run's progress"
-        )
-    if measured.student_return is None:
-        return 0.0
-    return min(1.0, max(0.0, (measured.student_return - random) / (teacher - random)))
+    for value in _values_over_a_run(quantity):
+        if not (minimum <= value <= maximum and math.isfinite(value)):
+            bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
+            at = f" in {format_schedule(quantity)}" if isinstance(quantity, Schedule) else ""
+            raise ValueError(f"{name} must be {bounds}, not {value:g}{at}")
 
 
-def value(quantity: Quantity, progress: float, measured: Measured = NOTHING) -> float:
-    """Returns what a quantity is now."""
-    return float(quantity) if isinstance(quantity, int | float) else quantity(progress, measured)
+def follows_return(*configs: object) -> bool:
+    """Returns whether a schedule in these dataclasses depends on the student's return."""
+    return any(isinstance(schedule, ReturnGap | ReturnReached) for c in configs for _, schedule in iter_schedules(c))
 
 
-def at(thing: T, progress: float, measured: Measured = NOTHING) -> T:
-    """Returns a frozen dataclass with every schedule in its fields, and in theirs, replaced by its number."""
-    if isinstance(thing, tuple):
-        parts = tuple(_now(part, progress, measured) for part in thing)
-        return thing if all(a is b for a, b in zip(parts, thing, strict=True)) else parts  # type: ignore[return-value]
-    if not is_dataclass(thing) or isinstance(thing, type):
-        return thing
-    now = {f.name: _now(getattr(thing, f.name), progress, measured) for f in fields(thing) if f.init}
-    changed = {name: part for name, part in now.items() if part is not getattr(thing, name)}
-    return replace(thing, **changed) if changed else thing
+def iter_schedules(config: object, prefix: str = "") -> Iterator[tuple[str, Schedule]]:
+    """Yields the schedules in a dataclass, with names such as `temperature` or `weight.floor`."""
+    if isinstance(config, Schedule):
+        yield prefix.removesuffix("."), config
+    elif isinstance(config, tuple):
+        for i, part in enumerate(config):
+            yield from iter_schedules(part, f"{prefix}{i}.")
+    elif is_dataclass(config) and not isinstance(config, type):
+        for field in fields(config):
+            yield from iter_schedules(getattr(config, field.name), f"{prefix}{field.name}.")
 
 
-def scheduled(thing: object, prefix: str = "") -> Iterator[tuple[str, Schedule]]:
-    """Yields the schedules in a dataclass with the names of their fields, such as `temperature` or `weight.floor`."""
-    parts: list[tuple[str, Any]] = []
-    if isinstance(thing, tuple):
-        parts = [(str(i), part) for i, part in enumerate(thing)]
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        parts = [(f.name, getattr(thing, f.name)) for f in fields(thing)]
-    for name, part in parts:
-        if isinstance(part, Varying):
-            yield prefix + name, part  # type: ignore[misc]
-        else:
-            yield from scheduled(part, f"{prefix}{name}.")
+def schedule_values(config: object, progress: float, prefix: str = "") -> dict[str, float]:
+    """Returns the current value of every schedule in a dataclass, by name: the `schedule/` curves of a run."""
+    return {name: schedule(progress) for name, schedule in iter_schedules(config, prefix)}
 
 
-def values(thing: object, progress: float, measured: Measured = NOTHING, prefix: str = "") -> dict[str, float]:
-    """Returns what every schedule in a dataclass is now, by its field's name: the curves of a run."""
-    return {name: schedule(progress, measured) for name, schedule in scheduled(thing, prefix)}
-
-
-def parse(text: str) -> Quantity:
+def parse_schedule(text: str) -> float | Schedule:
     """Returns the quantity that a command line spells: `0.5`, `linear:1:0`, `cosine:4:1:0.5`, `gap:3`.
 
     Raises:
-        ValueError: no number and no schedule.
+        ValueError: neither a number nor a schedule.
     """
     kind, *numbers = text.split(":")
     try:
-        if not all(math.isfinite(float(n)) for n in numbers or [text]):
-            raise ValueError("finite numbers are needed")
-        return SPELLED[kind](*(float(n) for n in numbers)) if numbers else float(text)
+        values = [float(number) for number in numbers or [text]]
+        if not all(map(math.isfinite, values)):
+            raise ValueError("its numbers must be finite")
+        return SCHEDULES[kind](*values) if numbers else values[0]
     except (KeyError, TypeError, ValueError) as error:
+        # float() and the constructors' own messages about wrong arguments add nothing for the user.
+        reason = f" ({error})" if isinstance(error, ValueError) and "convert" not in str(error) else ""
         known = "linear:START:END[:UNTIL], cosine:..., exponential:..., gap:WEIGHT, reached:START:END"
-        why = f" ({error})" if isinstance(error, ValueError) and "convert" not in str(error) else ""
-        raise ValueError(f"{text!r} is neither a number nor a schedule{why}; write {known}") from error
+        raise ValueError(f"{text!r} is neither a number nor a schedule{reason}; write {known}") from error
 
 
-def spelled(quantity: Quantity) -> str:
-    """Returns how a command line spells a quantity."""
+def format_schedule(quantity: Quantity) -> str:
+    """Returns the text from which `parse_schedule` makes the same quantity.
+
+    Raises:
+        ValueError: a function of the user's, which has no such text.
+    """
     if isinstance(quantity, int | float):
-        return f"{quantity:g}"
-    kind = next(kind for kind, made in SPELLED.items() if isinstance(quantity, made))
-    numbers = [getattr(quantity, f.name) for f in fields(quantity)]  # type: ignore[arg-type]
-    return ":".join([kind, *(f"{number:g}" for number in numbers)])
+        return _format_number(quantity)
+    for kind, schedule_class in SCHEDULES.items():
+        if type(quantity) is schedule_class:
+            numbers = [getattr(quantity, field.name) for field in fields(schedule_class)]
+            return ":".join([kind, *(_format_number(number) for number in numbers)])
+    raise ValueError(f"{quantity!r} is not one of the schedules that can be written as text: {', '.join(SCHEDULES)}")
 
 
-def _now(part: Any, progress: float, measured: Measured) -> Any:
-    return part(progress, measured) if isinstance(part, Varying) else at(part, progress, measured)  # type: ignore[operator]
+def _format_number(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
-SPELLED: dict[str, Any] = {
+def _with_returns(progress: float) -> Progress:
+    return progress if isinstance(progress, Progress) else Progress(progress)
+
+
+def _values_over_a_run(quantity: Quantity | None) -> Iterator[float]:
+    if quantity is None:
+        return
+    if not callable(quantity):
+        yield float(quantity)
+        return
+    for i in range(_NUM_PROBES):
+        for student_return in (0.0, 1.0):  # both ends of what a schedule that follows the return may give
+            yield float(quantity(Progress(i / (_NUM_PROBES - 1), student_return, teacher_return=1.0)))
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,
     "exponential": Exponential,
+    "warmup-cosine": WarmupCosine,
     "gap": ReturnGap,
     "reached": ReturnReached,
 }

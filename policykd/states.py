@@ -1,6 +1,6 @@
-"""State sources: whose actions choose the states that the student learns on.
+"""State sources: who acts while states are collected, and so which states the student is trained on.
 
-Every share and chance is a `Quantity`: a number, or a schedule over the run.
+Every share and probability is a `Quantity`: a number, or a schedule over the run. Shape suffixes: B batch, A actions.
 """
 
 from dataclasses import dataclass
@@ -11,50 +11,53 @@ import torch
 from torch import Tensor
 
 from policykd.agents.policy import Policy, sample
-from policykd.schedules import Linear, Quantity, value
+from policykd.schedules import Linear, Quantity, check_bounds, resolve
 
 
 class StateSource(Protocol):
     """Chooses the next action in every environment."""
 
     def student_fraction(self, progress: float, /) -> float:
-        """Returns the share of steps that the student takes; `progress` runs from 0 to 1 over the run."""
+        """Returns the probability that a step is the student's; `progress` is the run's, from 0 to 1."""
         ...
 
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
-        """Returns actions, `(batch,)`.
+        """Returns actions, int64 `(batch,)`.
 
         Args:
-            obs: `(batch, *obs_shape)`.
-            teacher_BA: the teacher's scores there, divided by its temperature.
-            student: as far as it has learned.
-            progress: from 0 to 1 over the run.
-            generator: the only source of chance.
+            obs: observations, `(batch, *obs_shape)`.
+            teacher_BA: the teacher's outputs there, divided by its temperature.
+            student: the current student.
+            progress: of the run, from 0 to 1.
+            generator: the only source of randomness.
         """
         ...
 
 
 @dataclass(frozen=True)
-class _Noisy:
+class _EpsilonNoise:
     epsilon: Quantity = 0.0
-    """chance of a step to be drawn from all actions alike, whoever plays (Rusu et al., 2015, take 0.05)"""
+    """probability of a uniformly random action, whoever acts (Rusu et al., 2015, use 0.05)"""
 
-    def noisy(self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator) -> Tensor:
-        """Returns the actions with some of them replaced by any; without noise no number is drawn."""
-        epsilon = value(self.epsilon, progress)
-        if not 0.0 <= epsilon <= 1.0:
-            raise ValueError(f"epsilon is a chance and must lie in [0, 1], not {epsilon}")
+    def __post_init__(self) -> None:
+        check_bounds("epsilon", self.epsilon, 0.0, 1.0)
+
+    def with_noise(
+        self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator
+    ) -> Tensor:
+        """Returns the actions with some replaced by random ones; without noise no random number is drawn."""
+        epsilon = resolve(self.epsilon, progress)
         if epsilon <= 0.0:
             return actions_B
-        any_B = torch.randint(num_actions, actions_B.shape, generator=generator)
-        return torch.where(torch.rand(len(actions_B), generator=generator) < epsilon, any_B, actions_B)
+        random_B = torch.randint(num_actions, actions_B.shape, generator=generator)
+        return torch.where(torch.rand(len(actions_B), generator=generator) < epsilon, random_B, actions_B)
 
 
 @dataclass(frozen=True)
-class TeacherStates(_Noisy):
-    """The teacher plays: behavioural cloning on its own states (Rusu et al., 2015)."""
+class TeacherStates(_EpsilonNoise):
+    """The teacher acts: behavioural cloning on its own states (Rusu et al., 2015)."""
 
     def student_fraction(self, progress: float, /) -> float:
         """Returns 0."""
@@ -63,13 +66,13 @@ class TeacherStates(_Noisy):
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
-        """Returns actions drawn from the teacher's policy."""
-        return self.noisy(sample(teacher_BA, generator), teacher_BA.shape[1], progress, generator)
+        """Returns actions sampled from the teacher's policy."""
+        return self.with_noise(sample(teacher_BA, generator), teacher_BA.shape[1], progress, generator)
 
 
 @dataclass(frozen=True)
-class StudentStates(_Noisy):
-    """The student plays from the first step: on-policy distillation (Czarnecki et al., 2019)."""
+class StudentStates(_EpsilonNoise):
+    """The student acts from the first step: on-policy distillation (Czarnecki et al., 2019)."""
 
     def student_fraction(self, progress: float, /) -> float:
         """Returns 1."""
@@ -78,63 +81,63 @@ class StudentStates(_Noisy):
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
-        """Returns actions drawn from the student's policy."""
+        """Returns actions sampled from the student's policy."""
         actions_B = sample(student(obs).to(teacher_BA.device), generator)
-        return self.noisy(actions_B, teacher_BA.shape[1], progress, generator)
+        return self.with_noise(actions_B, teacher_BA.shape[1], progress, generator)
 
 
 @dataclass(frozen=True)
-class MixedStates(_Noisy):
-    """Each step is the teacher's or, with a chance that rises to 1, the student's: DAgger (Ross et al., 2011)."""
+class MixedStates(_EpsilonNoise):
+    """Each step is the teacher's or, with a probability that rises to 1, the student's: DAgger (Ross et al., 2011)."""
 
-    student: Quantity = Linear(0.0, 1.0, 0.3)  # noqa: RUF009
-    """the student's share of the steps; linear:0:1:0.3 leaves all of them to it after 0.3 of the run"""
+    student: Quantity = Linear(0.0, 1.0, 0.3)  # noqa: RUF009  # frozen, so that sharing it is safe
+    """student's share of the steps; linear:0:1:0.3 gives it all of them from 30 % of the run on"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("student, the student's share of the steps,", self.student, 0.0, 1.0)
 
     def student_fraction(self, progress: float, /) -> float:
-        """Returns the share of the student's steps.
-
-        Raises:
-            ValueError: not in [0, 1].
-        """
-        fraction = value(self.student, progress)
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"the student's share of the steps must lie in [0, 1], not {fraction}")
-        return fraction
+        """Returns the student's share of the steps."""
+        return resolve(self.student, progress)
 
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
-        """Returns actions drawn from the student's policy in its share of the rows, from the teacher's in the rest."""
-        student_plays_B = torch.rand(len(teacher_BA), generator=generator) < self.student_fraction(progress)
+        """Returns actions sampled from the student's policy in its share of the rows, else from the teacher's."""
+        student_acts_B = torch.rand(len(teacher_BA), generator=generator) < self.student_fraction(progress)
         actions_B = sample(teacher_BA, generator)
-        if student_plays_B.any():
+        if student_acts_B.any():
             student_actions_B = sample(student(obs).to(teacher_BA.device), generator)
-            actions_B = torch.where(student_plays_B, student_actions_B, actions_B)
-        return self.noisy(actions_B, teacher_BA.shape[1], progress, generator)
+            actions_B = torch.where(student_acts_B, student_actions_B, actions_B)
+        return self.with_noise(actions_B, teacher_BA.shape[1], progress, generator)
 
 
 @dataclass(frozen=True)
 class BlendedStates(MixedStates):
-    """Stored states beside live ones, which are visited as in a mixture."""
+    """Stored states blended with live ones, which are collected as in `MixedStates`."""
 
     path: Path = Path()
-    """of a dataset (docs/states.md), or of a run whose states are used again"""
-    stored: float = 0.5
+    """folder of a dataset (docs/states.md), or of a run whose states are reused"""
+    offline_fraction: float = 0.5
     """share of every batch that is drawn from the stored states"""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.stored < 1.0:
-            raise ValueError(f"stored must lie in (0, 1), not {self.stored}; else use dataset or mixed states")
+        super().__post_init__()
+        if not 0.0 < self.offline_fraction < 1.0:
+            raise ValueError(
+                f"offline_fraction must lie in (0, 1), not {self.offline_fraction}; else use dataset or mixed states"
+            )
 
 
 @dataclass(frozen=True)
 class DatasetStates:
-    """Stored states, and none is visited: offline distillation; `--states dataset:PATH` for short."""
+    """Stored states only: offline distillation. `--states dataset:PATH` for short."""
 
     path: Path
-    """of a dataset (docs/states.md), or of a run whose states are used again"""
+    """folder of a dataset (docs/states.md), or of a run whose states are reused"""
     held_out: float = 0.05
-    """share of the states, the last ones, that the student is not fitted to but measured on"""
+    """fraction of the states, the last ones, that the student is not trained on but measured on"""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.held_out < 1.0:
@@ -147,5 +150,11 @@ class DatasetStates:
     def __call__(
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
-        """Is never asked."""
-        raise AssertionError("states were visited in an offline distillation")
+        """Never called: offline distillation collects no states."""
+        raise AssertionError("states were collected in an offline distillation")
+
+
+def student_acts_alone(states: StateSource, progress: float) -> bool:
+    """Returns whether every step is the student's own action, without noise: its episodes are then its return."""
+    epsilon = resolve(getattr(states, "epsilon", 0.0), progress)
+    return states.student_fraction(progress) == 1.0 and epsilon == 0.0

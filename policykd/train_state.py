@@ -1,188 +1,201 @@
-"""What a run changes: the student, what it has learned from, and where the games stand."""
+"""Mutable state of a run: student, optimizer, replay buffer, environments, random generators.
 
-from collections.abc import Iterator, Sequence
+Everything that a checkpoint holds is here. Shape suffixes: B environments, U updates.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import repeat
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.student import Student
+from policykd.envs.adapters import as_vector_env
 from policykd.envs.vector import Episode, VectorEnv
-from policykd.io.signals import check_interrupted
-from policykd.methods.auxiliary import Beyond
-from policykd.methods.feature_losses import MAX_SHIFT
-from policykd.replay import BATCHES_A_DRAW, Replay
-from policykd.schedules import Measured
+from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
+from policykd.schedules import Progress
+from policykd.states import BlendedStates, DatasetStates
 
-GAMES_KEPT = 32
-"""how many of the student's latest games its return is the mean of"""
+if TYPE_CHECKING:
+    from policykd.loop import DistillConfig
+
+NUM_RETURN_EPISODES = 32
+"""latest episodes whose mean is the student's return"""
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What visiting a round's states measured."""
+class Rollout:
+    """The states of one round, already in the replay buffer, and what their collection measured."""
 
     first: int
-    """row of its first state in the replay"""
+    """row of the first of its states"""
     student_fraction: float
+    """probability that a step was the student's"""
     episodes: list[Episode]
+    """episodes that ended meanwhile, whoever acted"""
     num_nonfinite: int = 0
-    """states whose scores from the teacher were not finite: nothing is fitted to them"""
+    """states that are left out because the teacher's outputs were not finite"""
     collect_seconds: float = 0.0
+    """environment steps and the student's actions"""
     label_seconds: float = 0.0
-    disagreement: float | None = None
-    """between the teachers of an ensemble: their generalised Jensen-Shannon divergence, mean, nats"""
-    teacher_weights: tuple[float, ...] = ()
-    """of the teachers of an ensemble, means"""
+    """the teacher's forward passes, which also choose its actions"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """means that the teacher measured itself, such as the disagreement of an ensemble's members"""
     student_returns: tuple[float, ...] = ()
-    """of the games that ended and were the student's alone from their first step"""
-    scheduled: dict[str, float] = field(default_factory=dict)
-    """what every scheduled quantity of the state source was, by its field's name"""
+    """returns of the episodes that were the student's own from their first step"""
+    schedules: dict[str, float] = field(default_factory=dict)
+    """values of the state source's schedules, by name"""
 
 
 @dataclass
-class Learner:
-    """Everything that a run changes, and so everything that a checkpoint holds."""
+class TrainState:
+    """Mutable training state: what `distill` changes, and what a checkpoint restores."""
 
     student: nn.Module
     envs: VectorEnv
     replay: Replay
     optimizer: torch.optim.Optimizer
     action_generator: torch.Generator
-    """draws the actions that visit states; on the CPU as the other, so that a seed means the same everywhere"""
+    """draws actions while collecting; on the CPU like the other, so that a seed means the same on every device"""
     batch_generator: torch.Generator
-    """draws the batches; besides these two and the environments' seed there is no source of chance"""
+    """draws batches; these two, the environments' seed and the run's seed are the only sources of randomness"""
     obs: Tensor
-    starts_B: Tensor
+    """current observations of all environments"""
+    episode_starts_B: Tensor
+    """bool, true where the current observation starts an episode or life"""
+    loss_module: nn.Module | None = None
+    """the loss function, if it has parameters: they are trained with the student and then discarded"""
     round: int = 0
-    """the next one"""
+    """index of the next round"""
     num_updates: int = 0
-    visit: Visit | None = None
-    """of the next round's states: they are in the replay already"""
-    beyond: Beyond | None = None
-    """what is trained beside the student and thrown away, for losses beyond its scores"""
-    num_labelled_beyond: int = 0
-    """rows of the replay whose labels for that are known; no checkpoint keeps them, they are asked for anew"""
+    rollout: Rollout | None = None
+    """the next round's states, collected already"""
     student_returns: list[float] = field(default_factory=list)
-    """of the latest games that the student played alone, or of an evaluation: whoever makes one may set them"""
-    student_steps: int = 0
-    """how many of the latest steps of every environment were the student's alone"""
+    """latest returns of the student's own episodes; a caller may set those of an evaluation"""
+    num_student_steps: int = 0
+    """latest consecutive steps of every environment that were the student's alone"""
+    teacher_return: float | None = None
+    """mean episodic return of the teacher, for schedules that follow the student's"""
+    random_return: float = 0.0
+    """mean episodic return of a random policy, likewise"""
 
-    def weights(self) -> list[Tensor]:
-        """Returns what gradients are taken of."""
+    @property
+    def device(self) -> torch.device:
+        """Where student, replay buffer and gradients are."""
+        return self.replay.device
+
+    def parameters(self) -> list[Tensor]:
+        """Returns the parameters that gradients are taken of."""
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def draws(self, num: int, batch_size: int, first: int, end: int, stored: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields `num` batches of rows of the replay, `(batch,)`, and how far their frames are shifted, `(batch, 2)`.
+    def progress(self, fraction: float) -> Progress:
+        """Returns the run's progress with the returns that schedules may follow."""
+        returns = self.student_returns
+        student_return = sum(returns) / len(returns) if returns else None
+        return Progress(fraction, student_return, self.teacher_return, self.random_return)
+
+    def draws(self, config: "DistillConfig", end: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this round's batches: rows of the replay buffer and 64 random bits per state, both int64 `(batch,)`.
 
         Args:
-            num: of batches.
-            batch_size: states in each.
-            first: the first row; those that a dataset gave before the run come by their own share alone.
-            end: the row behind the last.
-            stored: that share.
+            config: budget, window and share of stored states.
+            end: row after the last that is trained on.
         """
-        first = max(first, self.replay.num_given) if stored else first
-        rows = self.replay.batches(num, batch_size, end, self.batch_generator, first=first, stored=stored)
-        return zip(rows, self._shifts(num, batch_size), strict=True)
+        window = config.replay_window_rounds * config.states_per_round
+        first = max(0, end - window) if window else 0
+        offline_fraction = 0.0
+        if isinstance(config.states, BlendedStates):
+            offline_fraction = config.states.offline_fraction
+            first = max(first, self.replay.num_preloaded)  # stored states come in by their own share alone
+        drawn = DrawRange(first, end, offline_fraction)
+        rows = self.replay.batches(config.updates_per_round, config.batch_size, drawn, self.batch_generator)
+        return zip(rows, self._random_bits(config), strict=True)
 
-    def _shifts(self, num: int, batch_size: int) -> Iterator[Tensor]:
-        """Yields shifts, many drawn and moved to the device at once; zeros where nothing is learned from them."""
-        device = self.replay.frames.device
-        if not self.beyond or "shift" not in self.beyond.active:
-            yield from repeat(torch.zeros((batch_size, 2), dtype=torch.int64, device=device), num)
-            return
-        for begun in range(0, num, BATCHES_A_DRAW):
-            shape = (min(BATCHES_A_DRAW, num - begun), batch_size, 2)
-            shifts_UB2 = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, shape, generator=self.batch_generator)
-            if device.type == "cuda":
-                shifts_UB2 = shifts_UB2.pin_memory()
-            yield from shifts_UB2.to(device, non_blocking=True)
+    def _random_bits(self, config: "DistillConfig") -> Iterator[Tensor]:
+        # Seeded per round, so that a resumed run draws the same bits without a generator in the checkpoint.
+        seed = int(np.random.SeedSequence([config.seed, self.round]).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(seed)
+        for begun in range(0, config.updates_per_round, BATCHES_PER_DRAW):
+            num = min(BATCHES_PER_DRAW, config.updates_per_round - begun)
+            bits_UB = torch.randint(2**63 - 1, (num, config.batch_size), generator=generator)
+            yield from to_device(bits_UB, self.device)
 
-    def measured(self, teacher_return: float | None, random_return: float) -> Measured:
-        """Returns what schedules may answer to."""
-        returns = self.student_returns
-        return Measured(sum(returns) / len(returns) if returns else None, teacher_return, random_return)
-
-    def centre_student(self) -> None:
-        """Sets a student's input scaling from the frames that there are."""
+    def fit_input_normalization(self) -> None:
+        """Sets the student's input scaling from the frames collected so far (some 256 of them)."""
         if isinstance(self.student, Student):
             num = len(self.replay)
             self.student.fit_input_normalization(self.replay.frames[1 : 1 + num][:: max(1, num // 256)])
 
-    def label_beyond(self) -> None:
-        """Asks the teacher what is learned beyond its scores, of states in the replay that it was not asked about yet.
 
-        A state stands at the same place of as many whenever it is asked about: a resumed run is told the same bits.
-        """
-        replay, size = self.replay, 256
-        while self.beyond and self.num_labelled_beyond < len(replay):
-            check_interrupted()
-            first, known = self.num_labelled_beyond // size * size, self.num_labelled_beyond
-            end = min(first + size, len(replay))
-            rows_B = torch.arange(first, first + size, device=replay.frames.device).clamp_(max=end - 1)
-            self.beyond.label(replay.gather(rows_B), rows_B, slice(known - first, end - first))
-            self.num_labelled_beyond = end
-
-    def own_games(self, episodes: Sequence[Episode], *, alone: bool) -> list[float]:
-        """Returns the returns of games that the student played alone, of those that ended in a step just taken.
-
-        Args:
-            episodes: that ended.
-            alone: whether the step was the student's in every environment, without noise.
-        """
-        self.student_steps = self.student_steps + 1 if alone else 0
-        return [e.episodic_return for e in episodes if e.length <= self.student_steps]
-
-    def note_games(self, visit: Visit) -> None:
-        """Keeps the returns of the student's latest games of its own."""
-        self.student_returns = [*self.student_returns, *visit.student_returns][-GAMES_KEPT:]
-
-
-def make_learner(
+def make_train_state(
     student: nn.Module,
-    envs: VectorEnv,
+    envs: object,
+    config: "DistillConfig",
     *,
-    capacity: int = 0,
-    seed: int,
-    device: torch.device | str = "cpu",
+    loss_fn: object = None,
     replay: Replay | None = None,
-    beyond: Beyond | None = None,
-) -> Learner:
-    """Returns a learner at the start of a run.
+) -> TrainState:
+    """Returns the state at the start of a run; the student is trained in place, on the device that it is on.
 
     Args:
-        student: any module that maps observations to scores; its weights are changed in place.
-        envs: where states are visited.
-        capacity: most states that are ever stored.
-        seed: of action sampling and batches.
-        device: where student, replay and gradients live.
-        replay: labelled states to distil from offline, or to go on from, on `device`; in place of an empty one of that
-            capacity.
-        beyond: what is trained beside the student.
+        student: any module that maps observations to logits.
+        envs: a policykd, Gymnasium or SB3 vector environment to collect states in.
+        config: seed, and the number of states that the replay buffer has room for.
+        loss_fn: the run's loss function; if it is an `nn.Module`, its parameters are trained too.
+        replay: labelled states to start from (offline or blended distillation), in place of an empty buffer.
+
+    Raises:
+        ValueError: the environments or the stored states do not fit the config.
     """
-    obs = envs.reset()
+    vector_env = as_vector_env(envs)
+    obs = vector_env.reset()
+    device = next(student.parameters()).device
     if replay is None:
-        shape = (envs.num_envs, envs.num_actions, envs.obs_shape)
-        replay = Replay(capacity, *shape, stack=envs.stack, dtype=obs.dtype, device=device)
-    action_seed, batch_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-    if beyond:
-        beyond.grow(replay.capacity)
-    on_cuda = torch.device(device).type == "cuda"
-    weights = [*student.to(device).parameters(), *(beyond.to(device).parameters() if beyond else ())]
-    optimizer = torch.optim.Adam(weights, fused=True, capturable=on_cuda)
+        shape = (vector_env.num_envs, vector_env.num_actions, vector_env.obs_shape)
+        replay = Replay(config.rounds * config.states_per_round, *shape, stack=vector_env.stack, dtype=obs.dtype)
+    replay = replay.to(device)
+    _check_fits(config, vector_env, replay)
+
+    # One generator per purpose, so that the number of batches does not change which actions are drawn.
+    action_seed, batch_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+    loss_module = loss_fn.to(device) if isinstance(loss_fn, nn.Module) else None
+    parameters = [*student.parameters(), *(loss_module.parameters() if loss_module else ())]
+    optimizer = torch.optim.Adam(parameters, fused=True, capturable=device.type == "cuda")
     for group in optimizer.param_groups:
-        group["lr"] = torch.zeros((), device=device)  # a tensor, so that a CUDA graph reads it anew every time
-    return Learner(
+        group["lr"] = torch.zeros((), device=device)  # a tensor, so that a captured CUDA graph reads its current value
+    return TrainState(
         student=student,
-        envs=envs,
+        envs=vector_env,
         replay=replay,
         optimizer=optimizer,
         action_generator=torch.Generator().manual_seed(action_seed),
         batch_generator=torch.Generator().manual_seed(batch_seed),
         obs=obs,
-        starts_B=torch.ones(envs.num_envs, dtype=torch.bool),
-        beyond=beyond,
+        episode_starts_B=torch.ones(vector_env.num_envs, dtype=torch.bool),
+        loss_module=loss_module,
     )
+
+
+def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> None:
+    """Raises ValueError for numbers of states that do not fit the environments, the replay buffer or each other."""
+    if isinstance(config.states, DatasetStates):
+        if not 0 < replay.num_held_out < len(replay):
+            raise ValueError("offline distillation needs a replay buffer with stored states, some of them held out")
+        return
+    if config.states_per_round % envs.num_envs:
+        raise ValueError(
+            f"states_per_round {config.states_per_round} is not a multiple of num_envs {envs.num_envs}; change either"
+        )
+    is_blended = isinstance(config.states, BlendedStates)
+    if is_blended != (replay.num_preloaded > 0):
+        raise ValueError(
+            f"states are {config.states}, and {replay.num_preloaded} stored states were given; use BlendedStates"
+            " together with the replay buffer of a dataset"
+        )
+    if replay.num_envs != envs.num_envs or replay.num_preloaded % envs.num_envs:
+        raise ValueError(
+            f"the {replay.num_preloaded} stored states come from {replay.num_envs} environments; collect in as many, not"
+            f" {envs.num_envs}"
+        )

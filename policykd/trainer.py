@@ -1,124 +1,175 @@
-"""What a round of distillation measured, and when its numbers end a run.
+"""Gradient steps: threads that share a batch, bfloat16, CUDA graphs, updates that are not finite.
 
-Suffixes name dimensions: B a batch, A actions.
+Nothing here knows which loss is minimised. Shape suffixes: B batch, M metrics.
 """
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from policykd.divergences import entropy, kl_divergence_B, log_policy
-from policykd.envs.vector import Episode
-from policykd.io.signals import check_interrupted
-from policykd.losses import Loss
-from policykd.methods.state_weights import Weighted
-from policykd.replay import Replay
-from policykd.train_state import Visit
+from policykd.losses import Batch, LossFn
+from policykd.schedules import Progress
+from policykd.train_state import TrainState
 
-MAX_NONFINITE = 10
-"""how many states or updates of one round may have numbers that are not finite before the run ends"""
+if TYPE_CHECKING:
+    from policykd.loop import DistillConfig
 
-
-@dataclass(frozen=True)
-class Round:
-    """What one round measured."""
-
-    index: int
-    num_states: int
-    """labelled so far and fitted to; the next round's are visited already"""
-    num_updates: int
-    """gradient steps so far"""
-    loss: float
-    """mean over the round's updates, those that were skipped too"""
-    kl: float
-    """KL(teacher || student), mean over the round's batches, nats"""
-    action_agreement: float
-    """share of those states where both have the same best action"""
-    new_kl: float
-    """KL(teacher || student) on states that the student was not fitted to, nats: this round's before the fit; offline,
-    those that are held out"""
-    new_action_agreement: float
-    """agreement there"""
-    teacher_entropy: float
-    """of the teacher's policy on this round's states, nats"""
-    grad_norm: float
-    """2-norm of the gradient, mean over the updates"""
-    learning_rate: float
-    """of the last update"""
-    student_fraction: float
-    """the chance of a step on the way to this round's states to be the student's"""
-    num_nonfinite_states: int
-    """of this round's, left out because the teacher's scores were not finite"""
-    num_nonfinite_updates: int
-    """skipped because loss or gradient were not finite: the weights never saw them"""
-    episodes: list[Episode]
-    """games that ended while this round's states were visited, whoever played them"""
-    student_return: float | None
-    """mean episodic return of the student's latest games of its own, on which schedules may depend"""
-    scheduled: dict[str, float]
-    """what every scheduled quantity but the learning rate was in this round, by name"""
-    terms: dict[str, float]
-    """what is learned beyond the scores, each mean over the updates before its weight"""
-    teacher_disagreement: float | None
-    """between the teachers of an ensemble on this round's states: generalised Jensen-Shannon divergence, nats"""
-    teacher_weights: tuple[float, ...]
-    """of the teachers of an ensemble, means over this round's states"""
-    state_weight: float | None
-    """mean weight of this round's states, where a loss weighs them"""
-    collect_seconds: float
-    label_seconds: float
-    """inside the collection: the teacher's forward passes, which also choose its actions"""
-    fit_seconds: float
-    """with measuring the student on the new states; the next round's collection goes on meanwhile"""
-    seconds: float
-    """of the whole round, wall"""
+MAX_NONFINITE_UPDATES = 10
+"""updates per round that may be skipped before the run ends"""
+MIN_STATES_PER_THREAD = 32
+"""smaller parts of a batch cost more to hand out than they save"""
+_EVALUATION_BATCH_SIZE = 1024
+_GRAPH_WARM_UP = 3
+"""updates that run one kernel after the other before a CUDA graph is captured, as torch requires"""
 
 
-def check_scores(index: int, visited: Visit) -> None:
-    """Raises FloatingPointError for too many states that the teacher cannot score."""
-    if visited.num_nonfinite > MAX_NONFINITE:
-        raise FloatingPointError(
-            f"round {index}: the teacher's scores of {visited.num_nonfinite} states are not finite; give another one"
-        )
+class Trainer:
+    """Takes gradient steps on the student with Adam.
 
+    On a CPU each batch is cut into as many parts as `config.threads`; their gradients are added in order, so the bits
+    depend on the number of threads alone. Torch's own threads are best left at one: they stall when an emulator needs
+    a core.
+    """
 
-def check_updates(index: int, num_skipped: int, num_updates: int, loss: float, grad_norm: float) -> None:
-    """Raises FloatingPointError for too many updates that were skipped, or a round of nothing else."""
-    if num_skipped > MAX_NONFINITE or 0 < num_skipped == num_updates:
-        raise FloatingPointError(
-            f"round {index}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are not finite;"
-            " lower the learning rate"
-        )
+    def __init__(self, state: TrainState, loss_fn: LossFn, config: "DistillConfig", temperature: float) -> None:
+        self.state = state
+        self.loss_fn = loss_fn
+        self.config = config
+        self.temperature = temperature
+        self.parameters = state.parameters()
+        self.num_parts = 1
+        if state.device.type == "cpu":
+            self.num_parts = max(1, min(config.threads, config.batch_size // MIN_STATES_PER_THREAD))
+        self._pool = ThreadPoolExecutor(self.num_parts, thread_name_prefix="trainer")
+        self._metric_names: tuple[str, ...] = ()
+        self._sums_M = torch.zeros(0, device=state.device)
+        self._progress = Progress(0.0)
+        self._num_steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_input = torch.zeros(0)
 
+    def __enter__(self) -> "Trainer":
+        """Returns itself."""
+        return self
 
-@dataclass(frozen=True)
-class Comparison:
-    """How a student stands to its teacher on some states: means."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
 
-    kl: float
-    """KL(teacher || student), nats"""
-    action_agreement: float
-    teacher_entropy: float
-    state_weight: float | None
-    """of the loss, where it weighs states"""
+    def start_round(self, progress: Progress) -> None:
+        """Prepares for the updates of a round, in which the loss function's schedules stay constant."""
+        self.state.student.train()
+        self._progress = progress
+        self._sums_M.zero_()
+        self._num_steps = 0
+        self._graph = None  # a captured graph holds the numbers of the previous round's schedules
 
+    def step(self, rows_B: Tensor, random_B: Tensor, learning_rate: float) -> None:
+        """Takes one gradient step, or skips it if loss or gradient are not finite; never waits for the device.
 
-@torch.inference_mode()
-def compare(student: nn.Module, replay: Replay, first: int, loss: Loss, temperature: float) -> Comparison:
-    """Returns how the student stands to the teacher at its temperature on the states from row `first` on."""
-    weight = loss.weight if isinstance(loss, Weighted) else None
-    sums = torch.zeros(4, device=replay.frames.device)
-    rows = torch.arange(first, len(replay))
-    rows = rows[~torch.isin(rows, replay.history)].to(replay.frames.device)
-    for rows_B in rows.split(1024):
-        check_interrupted()
-        student_BA, teacher_BA = student(replay.gather(rows_B)), replay.scores_NA[rows_B]
-        log_p_BA = log_policy(teacher_BA, temperature)
-        kl_B = kl_divergence_B(log_p_BA, log_policy(student_BA))
-        agree_B = student_BA.argmax(dim=-1) == teacher_BA.argmax(dim=-1)
-        entropy_B = entropy(log_p_BA)
-        weight_B = weight(student_BA, teacher_BA) if weight else torch.ones_like(kl_B)
-        sums += torch.stack([kl_B, agree_B.float(), entropy_B, weight_B]).sum(dim=1)
-    kl, agreement, teacher_entropy, mean_weight = (sums / len(rows)).tolist()
-    return Comparison(kl, agreement, teacher_entropy, mean_weight if weight else None)
+        Args:
+            rows_B: states in the replay buffer, int64 `(batch,)`.
+            random_B: random bits for the loss function, int64 `(batch,)`.
+            learning_rate: Adam's.
+        """
+        for group in self.state.optimizer.param_groups:
+            group["lr"].fill_(learning_rate)
+        self._num_steps += 1
+        if self.config.cuda_graph:
+            self._replay_graph(torch.stack([rows_B, random_B]))
+            return
+        chunks = [*zip(rows_B.chunk(self.num_parts), random_B.chunk(self.num_parts), strict=True)]
+        # One part runs here; only several go through the pool, whose threads compute at the same time.
+        parts = [*self._pool.map(self._gradients, *zip(*chunks, strict=True))] if len(chunks) > 1 else None
+        self._apply(parts or [self._gradients(rows_B, random_B)])
+
+    def _gradients(self, rows_B: Tensor, random_B: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Returns a part's share of the gradient of the batch's mean loss, and of the mean loss and metrics."""
+        replay = self.state.replay
+        obs = replay.gather(rows_B)
+        teacher_BA = replay.teacher_NA.index_select(0, rows_B)
+        batch = Batch(obs, teacher_BA, rows_B, self.temperature, self._progress, random_B)
+        bf16 = torch.autocast(obs.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
+        with bf16:
+            loss_B, metrics = self.loss_fn(self.state.student, batch)
+        share_of_mean = loss_B.sum() / self.config.batch_size
+        gradients = torch.autograd.grad(share_of_mean, self.parameters, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            shares = [value_B.sum() / self.config.batch_size for value_B in metrics.values()]
+        self._metric_names = tuple(metrics)
+        return gradients, torch.stack([share_of_mean.detach(), *shares])
+
+    def _apply(self, parts: list[tuple[tuple[Tensor, ...], Tensor]]) -> None:
+        """Adds the parts up in order and lets Adam take the step, unless it is not finite."""
+        for parameter, *gradients in zip(self.parameters, *(g for g, _ in parts), strict=True):
+            parameter.grad = sum(gradients[1:], start=gradients[0])
+        measured_M = sum((m for _, m in parts[1:]), start=parts[0][1])
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        skipped = (~(norm.isfinite() & measured_M[0].isfinite())).float()
+        # Fused Adam leaves weights and moments alone where found_inf is 1: a skipped update without a synchronisation.
+        self.state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.state.optimizer.step()
+        row_M = torch.cat([norm[None], skipped[None], measured_M])
+        if len(self._sums_M) != len(row_M):
+            self._sums_M = torch.zeros_like(row_M)
+        self._sums_M.add_(row_M)
+
+    def _replay_graph(self, inputs: Tensor) -> None:
+        """Runs the update as one CUDA graph: a small network's kernels take less time than launching them one by one."""
+
+        def update() -> None:
+            self._apply([self._gradients(self._graph_input[0], self._graph_input[1])])
+
+        if self._graph is not None:
+            self._graph_input.copy_(inputs)
+            self._graph.replay()
+            return
+        self._graph_input = inputs.clone()
+        if self._num_steps <= _GRAPH_WARM_UP:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                update()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # the collector's thread may use CUDA
+            update()
+        self._graph.replay()  # capturing does not run the update
+
+    def finish_round(self) -> dict[str, float]:
+        """Returns the means over the round's updates: loss, grad_norm, num_skipped and the loss function's metrics.
+
+        Raises:
+            FloatingPointError: more than `MAX_NONFINITE_UPDATES` updates, or all of them, were not finite.
+        """
+        grad_norm, skipped, loss, *values = (self._sums_M / self._num_steps).tolist()
+        num_skipped = round(skipped * self._num_steps)
+        if num_skipped > MAX_NONFINITE_UPDATES or 0 < num_skipped == self._num_steps:
+            raise FloatingPointError(
+                f"round {self.state.round}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are"
+                " not finite; lower the learning rate"
+            )
+        metrics = dict(zip(self._metric_names, values, strict=True))
+        return {"loss": loss, "grad_norm": grad_norm, "num_skipped": num_skipped, **metrics}
+
+    @torch.inference_mode()
+    def measure(self, first: int, progress: Progress) -> dict[str, float]:
+        """Returns the means of loss and metrics on the states from row `first` on, without training."""
+        replay = self.state.replay
+        self.state.student.eval()
+        sums: dict[str, Tensor] = {}
+        rows = replay.states_from(first)
+        for rows_B in rows.split(_EVALUATION_BATCH_SIZE):
+            teacher_BA = replay.teacher_NA.index_select(0, rows_B)
+            batch = Batch(replay.gather(rows_B), teacher_BA, rows_B, self.temperature, progress, rows_B)
+            loss_B, metrics = self.loss_fn(self.state.student, batch)
+            for name, value_B in ({"loss": loss_B} | metrics).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value_B.device)) + value_B.float().sum()
+        return {name: float(total) / len(rows) for name, total in sums.items()}

@@ -1,7 +1,7 @@
-"""Weights of losses: of several losses in a sum, and of every state by what its teacher and student would do there.
+"""Weighted states and weighted sums of losses.
 
-A per-state weight lies in [0, 1] and is a constant to the gradient. A batch of half the weight has half the gradient,
-which Adam undoes: what counts is how states weigh against each other. Suffixes name dimensions: B batch, A actions.
+A state's weight lies in [0, 1] and is a constant to the gradient. A batch of half the weight has half the gradient,
+which Adam undoes: what counts is how states weigh relative to each other. Shape suffixes: B batch, A actions.
 """
 
 import math
@@ -9,111 +9,129 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from policykd.divergences import entropy, log_policy
-from policykd.losses import Loss, check_temperature, check_within, fixed
-from policykd.schedules import Quantity
+from policykd.agents.policy import entropy, log_policy
+from policykd.losses import Batch, Metrics, PolicyLoss, check_temperature, policy_metrics
+from policykd.schedules import Quantity, check_bounds, resolve
+
+StateWeighting = Literal["none", "entropy", "gap", "disagreement"]
+"""the weightings that a command offers"""
 
 
-class Weight(Protocol):
-    """How much a state counts."""
+class StateWeight(Protocol):
+    """Weight of each state, from what teacher and student would do there."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns the weight of each row, `(batch,)`, of raw scores `(batch, num_actions)`."""
+    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float, /) -> Tensor:
+        """Returns the weight per state, `(batch,)`; the arguments are those of `PolicyLoss.per_state`."""
         ...
 
 
 @dataclass(frozen=True)
-class WeightedSum:
-    """Several losses at once."""
+class WeightedSum(PolicyLoss):
+    """Sum of several losses, each with its weight."""
 
-    losses: tuple[Loss, ...]
+    losses: tuple[PolicyLoss, ...]
     weights: tuple[Quantity, ...]
-    """one a loss; they need not add up to 1"""
+    """one weight per loss; they need not add up to 1"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.losses, tuple) or not isinstance(self.weights, tuple):
-            raise ValueError("losses and weights must be tuples, in which schedules and temperatures are looked for")
+            raise ValueError("losses and weights must be tuples, so that their schedules are found")
         if not 0 < len(self.losses) == len(self.weights):
-            raise ValueError(f"{len(self.losses)} losses and {len(self.weights)} weights; give each loss one weight")
+            raise ValueError(f"{len(self.losses)} losses and {len(self.weights)} weights; give one weight per loss")
         for weight in self.weights:
-            check_within("weight", weight, 0.0, 1e6)
+            check_bounds("weight", weight, 0.0, 1e6)
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns sum_i weight_i loss_i of each row."""
-        pairs = zip(self.losses, self.weights, strict=True)
-        return torch.stack([fixed(weight) * loss(student_BA, teacher_BA) for loss, weight in pairs]).sum(dim=0)
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A loss whose states count by a weight."""
-
-    loss: Loss
-    weight: Weight
-
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns weight loss of each row; no gradient flows through the weight."""
-        return self.weight(student_BA.detach(), teacher_BA) * self.loss(student_BA, teacher_BA)
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns sum_i weight_i loss_i per state."""
+        terms = [
+            resolve(weight, progress) * loss.per_state(student_BA, teacher_BA, temperature, progress)
+            for loss, weight in zip(self.losses, self.weights, strict=True)
+        ]
+        return torch.stack(terms).sum(dim=0)
 
 
 @dataclass(frozen=True)
-class _Measure:
+class WeightedStates(PolicyLoss):
+    """A loss whose states are weighted."""
+
+    loss: PolicyLoss
+    weight: StateWeight
+
+    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns weight times loss per state; no gradient flows through the weight."""
+        weight_B = self.weight(student_BA.detach(), teacher_BA, temperature, progress)
+        return weight_B * self.loss.per_state(student_BA, teacher_BA, temperature, progress)
+
+    def __call__(self, student: nn.Module, batch: Batch, /) -> tuple[Tensor, Metrics]:
+        """Returns the loss per state, and the metrics with the mean weight among them."""
+        student_BA = student(batch.obs).float()
+        weight_B = self.weight(student_BA.detach(), batch.teacher_BA, batch.temperature, batch.progress)
+        loss_B = self.loss.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
+        return weight_B * loss_B, policy_metrics(student_BA, batch) | {"state_weight": weight_B}
+
+
+@dataclass(frozen=True)
+class _StateMeasure:
     temperature: Quantity | None = None
-    """divides the teacher's scores; None is the teacher's own (1 for PPO and A2C, 0.01 for DQN), or 1 in Python"""
+    """temperature of the teacher's policy; None takes the teacher's own (1 for PPO and A2C, 0.01 for DQN)"""
     floor: Quantity = 0.1
     """weight of a state where the measure is 0; 1 weighs all states alike"""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_within("floor", self.floor, 0.0, 1.0)
+        check_temperature("temperature", self.temperature)
+        check_bounds("floor", self.floor, 0.0, 1.0)
 
-    def _raised(self, measure_B: Tensor) -> Tensor:
-        floor = fixed(self.floor)
+    def teacher_log_policy(self, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
+        """Returns log p_T."""
+        return log_policy(teacher_BA, resolve(self.temperature, progress, default=temperature))
+
+    def above_floor(self, measure_B: Tensor, progress: float) -> Tensor:
+        """Returns floor + (1 - floor) measure."""
+        floor = resolve(self.floor, progress)
         return floor + (1.0 - floor) * measure_B
 
 
 @dataclass(frozen=True)
-class ByEntropy(_Measure):
-    """The surer the teacher is, by the entropy of its policy, the more a state counts."""
+class ByEntropy(_StateMeasure):
+    """Weight that grows with the teacher's certainty, by the entropy of its policy."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns floor + (1 - floor) (1 - H(p_T) / log num_actions) of each row."""
-        log_p_BA = log_policy(teacher_BA, fixed(self.temperature))
-        return self._raised((1.0 - entropy(log_p_BA) / math.log(teacher_BA.shape[-1])).clamp(min=0.0))
+    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float, /) -> Tensor:
+        """Returns floor + (1 - floor) (1 - H(p_T) / log num_actions) per state."""
+        entropy_B = entropy(self.teacher_log_policy(teacher_BA, temperature, progress))
+        certainty_B = (1.0 - entropy_B / math.log(teacher_BA.shape[-1])).clamp(min=0.0)
+        return self.above_floor(certainty_B, progress)
 
 
 @dataclass(frozen=True)
-class ByGap(_Measure):
-    """The surer the teacher is of its best action over its second best, the more a state counts.
+class ByGap(_StateMeasure):
+    """Weight that grows with the gap between the teacher's two best actions.
 
-    For Q-values that is their gap in units of the temperature, squashed: with all other actions out of the question it
-    is tanh(gap / (2 temperature)), 0.46 for a gap of 0.01 at 0.01.
+    For Q-values that is their gap in units of the temperature, squashed: if no other action matters it is
+    tanh(gap / (2 temperature)), 0.46 for a gap of 0.01 at temperature 0.01.
     """
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns floor + (1 - floor) (p_T(best) - p_T(second best)) of each row."""
-        two_B2 = log_policy(teacher_BA, fixed(self.temperature)).exp().topk(2, dim=-1).values
-        return self._raised(two_B2[:, 0] - two_B2[:, 1])
+    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float, /) -> Tensor:
+        """Returns floor + (1 - floor) (p_T(best) - p_T(second best)) per state."""
+        best_two_B2 = self.teacher_log_policy(teacher_BA, temperature, progress).exp().topk(2, dim=-1).values
+        return self.above_floor(best_two_B2[:, 0] - best_two_B2[:, 1], progress)
 
 
 @dataclass(frozen=True)
-class ByDisagreement(_Measure):
-    """The more the student's policy differs from the teacher's, the more a state counts."""
+class ByDisagreement(_StateMeasure):
+    """Weight that grows with the distance between the student's policy and the teacher's."""
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        """Returns floor + (1 - floor) TV of each row, the total variation TV = sum_a |p_S(a) - p_T(a)| / 2."""
-        p_BA = log_policy(teacher_BA, fixed(self.temperature)).exp()
-        return self._raised(0.5 * (log_policy(student_BA.detach()).exp() - p_BA).abs().sum(dim=-1))
-
-
-AnyWeight = ByEntropy | ByGap | ByDisagreement
-Measure = Literal["nothing", "entropy", "gap", "disagreement"]
-"""every weight that a command offers, and its name there"""
+    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float, /) -> Tensor:
+        """Returns floor + (1 - floor) TV per state, the total variation TV = sum_a |p_S(a) - p_T(a)| / 2."""
+        p_BA = self.teacher_log_policy(teacher_BA, temperature, progress).exp()
+        total_variation_B = 0.5 * (log_policy(student_BA.detach()).exp() - p_BA).abs().sum(dim=-1)
+        return self.above_floor(total_variation_B, progress)
 
 
-def counted_by(loss: Loss, measure: Measure, floor: Quantity) -> Loss:
-    """Returns the loss whose states count by a measure, from `floor` to 1; the loss itself for `nothing`."""
-    weights: dict[str, type[AnyWeight]] = {"entropy": ByEntropy, "gap": ByGap, "disagreement": ByDisagreement}
-    return Weighted(loss, weights[measure](floor=floor)) if measure != "nothing" else loss
+def weigh_states(loss: PolicyLoss, weighting: StateWeighting, floor: Quantity) -> PolicyLoss:
+    """Returns the loss with its states weighted from `floor` to 1; the loss itself for "none"."""
+    if weighting == "none":
+        return loss
+    measures = {"entropy": ByEntropy, "gap": ByGap, "disagreement": ByDisagreement}
+    return WeightedStates(loss, measures[weighting](floor=floor))
