@@ -35,7 +35,7 @@ from policykd.envs.atari import make_atari
 from policykd.evaluation.evaluate import PROTOCOLS
 from policykd.evaluation.statistics import RESAMPLES
 from policykd.io.files import write_atomically
-from policykd.losses import kl_divergence_B, log_policy
+from policykd.legacy.losses import kl_divergence_B, log_policy
 
 GAME = "Pong"
 DISTIL, REINFORCE = "scripts/distill_atari.py", "scripts/distill_rl.py"

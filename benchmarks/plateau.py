@@ -17,10 +17,10 @@ from policykd.agents.student import Shape, Student, make_student
 from policykd.agents.teacher import load_teacher
 from policykd.cli.command import prepare_device
 from policykd.envs.atari import make_atari
-from policykd.loop import compare
-from policykd.losses import ForwardKL
-from policykd.replay import Replay
-from policykd.schedules import WarmupCosine
+from policykd.legacy.loop import compare
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import WarmupCosine
 
 NUM_STATES, NUM_HELD_OUT, UPDATES = 24_000, 4_000, 300
 

@@ -32,14 +32,14 @@ from policykd.cli.command import prepare_device, versions
 from policykd.envs.atari import make_atari
 from policykd.envs.games import rom_id
 from policykd.export.compiled import compile_policy
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.replay import Replay
-from policykd.schedules import WarmupCosine
-from policykd.states import MixedStates
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import Learner, make_learner
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import commit, last
-from policykd.train_state import Learner, make_learner
 
 REPETITIONS = 5
 MATRIX = 768  # rows and columns; their product is the limit of all networks

@@ -1,7 +1,7 @@
 """Distils Stable-Baselines3 Atari agents into compact policies, and proves what was lost.
 
 The names below are imported when they are first used, so that `import policykd` costs milliseconds. The loop is
-`policykd.loop.distill`: a module and a function of one name cannot both stand here.
+`policykd.legacy.loop.distill`: a module and a function of one name cannot both stand here.
 """
 
 import importlib
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from policykd.envs.atari import make_atari
     from policykd.envs.make import make_env
     from policykd.evaluation.evaluate import evaluate, evaluate_on_atari
-    from policykd.train_state import make_learner
+    from policykd.legacy.train_state import make_learner
 
 __all__ = [
     "evaluate",
@@ -34,7 +34,7 @@ _HOMES = {
     "load_teacher": "agents.teacher",
     "make_atari": "envs.atari",
     "make_env": "envs.make",
-    "make_learner": "train_state",
+    "make_learner": "legacy.train_state",
     "evaluate": "evaluation.evaluate",
     "evaluate_on_atari": "evaluation.evaluate",
 }

@@ -30,7 +30,7 @@ MAX_NONFINITE_STATES = 10
 
 
 class Collector:
-    """Collects the states of each round: `take` returns the current round's, `start` and `finish` collect the next's."""
+    """Collects states: `take` returns the current round's, `start` and `finish` collect the next round's."""
 
     def __init__(self, teacher: Policy, state: TrainState, config: "DistillConfig", temperature: float) -> None:
         self.teacher = teacher

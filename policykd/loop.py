@@ -100,7 +100,7 @@ def distill(
     teacher: Policy,
     student: nn.Module,
     envs: object,
-    config: DistillConfig = DistillConfig(),  # noqa: B008  # frozen
+    config: DistillConfig = DistillConfig(),  # frozen
     *,
     loss_fn: LossFn = forward_kl,
     state: TrainState | None = None,
@@ -108,7 +108,7 @@ def distill(
     """Trains the student in place and yields after each round; `break` to stop early.
 
     Args:
-        teacher: any callable from observations to logits or Q-values; its `temperature` attribute is used if it has one.
+        teacher: any callable from observations to logits or Q-values, with its `temperature` as an attribute (or 1).
         student: any module from observations to logits, on the device to train on.
         envs: a policykd, Gymnasium or SB3 vector environment, in which states are collected.
         config: settings.
@@ -120,7 +120,7 @@ def distill(
         FloatingPointError: too many teacher outputs or updates of a round are not finite.
     """
     state = state or make_train_state(student, envs, config, loss_fn=loss_fn)
-    temperature = config.temperature or getattr(teacher, "temperature", 1.0)
+    temperature: float = config.temperature or getattr(teacher, "temperature", 1.0)
     if follows_return(loss_fn, config.states):
         _ = state.progress(0.0).return_progress  # fails now rather than after hours if the teacher's return is unknown
     prepare = getattr(loss_fn, "prepare", None)

@@ -9,7 +9,8 @@ raw teacher outputs (logits or Q-values) and one of two temperature conventions:
 - two-sided (Hinton et al., 2015): both policies are softened by T and the loss is multiplied by T^2, which restores
   the gradient's scale. The trained student acts like the teacher, whatever T was.
 
-Fields may hold schedules (`policykd.schedules`). docs/losses.md compares all losses. Shape suffixes: B batch, A actions.
+Fields may hold schedules (`policykd.schedules`). docs/losses.md compares all losses.
+Shape suffixes: B batch, A actions.
 """
 
 import math

@@ -92,7 +92,7 @@ class Replay:
             obs: observations, `(num_envs, *obs_shape)`; of a stack only the newest frame is stored.
             episode_starts_B: true where a stack starts from scratch; must be true everywhere at the first call.
             teacher_BA: raw teacher outputs, `(num_envs, num_actions)`.
-            valid_B: false where the teacher's outputs are not finite: the row only serves as context. Default: all true.
+            valid_B: false where the teacher's outputs are not finite: the row only serves as context; default all true.
 
         Raises:
             ValueError: the buffer is full.

@@ -250,7 +250,7 @@ def format_schedule(quantity: Quantity) -> str:
         return _format_number(quantity)
     for kind, schedule_class in SCHEDULES.items():
         if type(quantity) is schedule_class:
-            numbers = [getattr(quantity, field.name) for field in fields(schedule_class)]
+            numbers = [getattr(quantity, field.name) for field in fields(quantity)]  # type: ignore[arg-type]
             return ":".join([kind, *(_format_number(number) for number in numbers)])
     raise ValueError(f"{quantity!r} is not one of the schedules that can be written as text: {', '.join(SCHEDULES)}")
 
@@ -275,7 +275,7 @@ def _values_over_a_run(quantity: Quantity | None) -> Iterator[float]:
             yield float(quantity(Progress(i / (_NUM_PROBES - 1), student_return, teacher_return=1.0)))
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,

@@ -44,9 +44,7 @@ class _EpsilonNoise:
     def __post_init__(self) -> None:
         check_bounds("epsilon", self.epsilon, 0.0, 1.0)
 
-    def with_noise(
-        self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator
-    ) -> Tensor:
+    def with_noise(self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator) -> Tensor:
         """Returns the actions with some replaced by random ones; without noise no random number is drawn."""
         epsilon = resolve(self.epsilon, progress)
         if epsilon <= 0.0:

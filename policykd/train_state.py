@@ -5,14 +5,13 @@ Everything that a checkpoint holds is here. Shape suffixes: B environments, U up
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.student import Student
-from policykd.envs.adapters import as_vector_env
 from policykd.envs.vector import Episode, VectorEnv
 from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
 from policykd.schedules import Progress
@@ -149,7 +148,7 @@ def make_train_state(
     Raises:
         ValueError: the environments or the stored states do not fit the config.
     """
-    vector_env = as_vector_env(envs)
+    vector_env = cast(VectorEnv, envs)
     obs = vector_env.reset()
     device = next(student.parameters()).device
     if replay is None:
@@ -196,6 +195,6 @@ def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> Non
         )
     if replay.num_envs != envs.num_envs or replay.num_preloaded % envs.num_envs:
         raise ValueError(
-            f"the {replay.num_preloaded} stored states come from {replay.num_envs} environments; collect in as many, not"
-            f" {envs.num_envs}"
+            f"the {replay.num_preloaded} stored states come from {replay.num_envs} environments; collect in as many,"
+            f" not {envs.num_envs}"
         )

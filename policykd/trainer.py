@@ -121,7 +121,7 @@ class Trainer:
         self._sums_M.add_(row_M)
 
     def _replay_graph(self, inputs: Tensor) -> None:
-        """Runs the update as one CUDA graph: a small network's kernels take less time than launching them one by one."""
+        """Runs the update as one CUDA graph: launching a small network's kernels takes longer than they do."""
 
         def update() -> None:
             self._apply([self._gradients(self._graph_input[0], self._graph_input[1])])
@@ -153,8 +153,8 @@ class Trainer:
         num_skipped = round(skipped * self._num_steps)
         if num_skipped > MAX_NONFINITE_UPDATES or 0 < num_skipped == self._num_steps:
             raise FloatingPointError(
-                f"round {self.state.round}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that are"
-                " not finite; lower the learning rate"
+                f"round {self.state.round}: {num_skipped} updates with loss {loss} or gradient norm {grad_norm} that"
+                " are not finite; lower the learning rate"
             )
         metrics = dict(zip(self._metric_names, values, strict=True))
         return {"loss": loss, "grad_norm": grad_norm, "num_skipped": num_skipped, **metrics}

@@ -14,8 +14,8 @@ from policykd.cli.command import exit_with_one_line, prepare_device
 from policykd.compression.collection import Collection
 from policykd.compression.study import compare
 from policykd.envs.games import canonical_name
+from policykd.legacy.states import DatasetStates, MixedStates
 from policykd.runs.folder import check_at_least, check_name, check_seed, lock
-from policykd.states import DatasetStates, MixedStates
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,14 @@ from policykd.evaluation.results import about, evaluate_on_the_way, judge, table
 from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
-from policykd.loop import distill
-from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
-from policykd.methods.auxiliary import Beyond, BeyondLogits
-from policykd.methods.state_weights import Measure, counted_by
-from policykd.rehearsal import follows_return, plays_alone, rehearse
+from policykd.legacy.auxiliary import Beyond, BeyondLogits
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
+from policykd.legacy.rehearsal import follows_return, plays_alone, rehearse
+from policykd.legacy.schedules import Quantity, WarmupCosine
+from policykd.legacy.state_weights import Measure, counted_by
+from policykd.legacy.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
+from policykd.legacy.train_state import make_learner
 from policykd.report import write_report
 from policykd.runs.folder import (
     again,
@@ -43,13 +46,10 @@ from policykd.runs.folder import (
     started_with,
 )
 from policykd.runs.records import Records
-from policykd.schedules import Quantity, WarmupCosine
-from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import has_generations
 from policykd.storage.manifest import open_dataset
 from policykd.storage.offline import label_given, open_replay
-from policykd.train_state import make_learner
 from policykd.viewer.animation import play_to_gif
 
 FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}

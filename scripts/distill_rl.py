@@ -31,6 +31,7 @@ from policykd.evaluation.teacher_check import check_fits, check_teacher, measure
 from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.io.signals import check_interrupted, interruptible
+from policykd.legacy.schedules import parse
 from policykd.report import write_report
 from policykd.runs.folder import (
     again,
@@ -43,7 +44,6 @@ from policykd.runs.folder import (
     start_run,
     started_with,
 )
-from policykd.schedules import parse
 from policykd.storage.generations import has_generations
 from policykd.viewer.animation import play_to_gif
 

@@ -39,7 +39,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from policykd.compression.compressors import ROUNDS, Fit, teacher_as_student
     from policykd.envs.atari import make_atari
     from policykd.export.compiled import compile_policy
-    from policykd.replay import Replay
+    from policykd.legacy.replay import Replay
     from policykd.storage.dataset import load_dataset, save_dataset
 
     num_states, num_envs = 640, 8

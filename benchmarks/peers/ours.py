@@ -9,10 +9,10 @@ from snapshots import Snapshots
 
 import policykd
 from policykd import load_teacher, make_atari, make_learner, make_student
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.schedules import Linear, WarmupCosine
-from policykd.states import MixedStates
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.schedules import Linear, WarmupCosine
+from policykd.legacy.states import MixedStates
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from policykd.runs.groups import check_flags
-from policykd.schedules import Quantity, Varying, parse, spelled
+from policykd.legacy.schedules import Quantity, Varying, parse, spelled
 
 T = TypeVar("T")
 

@@ -11,14 +11,14 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.evaluation.results import about
 from policykd.export.compiled import compile_policy
-from policykd.loop import distill
-from policykd.losses import ForwardKL, at_temperature
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL, at_temperature
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import StateSource
+from policykd.legacy.train_state import make_learner
 from policykd.runs.folder import CONFIG, start_run
-from policykd.schedules import WarmupCosine
-from policykd.states import StateSource
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import has_generations
-from policykd.train_state import make_learner
 
 
 @dataclass(frozen=True)

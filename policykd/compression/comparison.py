@@ -30,8 +30,8 @@ from policykd.export.compiled import compile_net, compile_policy
 from policykd.export.layers import Layer, layers_of
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile, write_atomically
-from policykd.replay import Replay
-from policykd.states import DatasetStates
+from policykd.legacy.replay import Replay
+from policykd.legacy.states import DatasetStates
 from policykd.storage.dataset import label, load_dataset
 from policykd.storage.manifest import open_dataset
 

@@ -17,15 +17,15 @@ from policykd.agents.networks import ConvNet, FrameNet
 from policykd.agents.policy import Policy
 from policykd.agents.student import Shape, Size, Student, make_student
 from policykd.agents.teacher import Teacher
-from policykd.divergences import kl_divergence_B, log_policy
 from policykd.envs.vector import VectorEnv
-from policykd.loop import distill
-from policykd.losses import ActionNLL, ForwardKL, Loss, at_temperature
-from policykd.replay import Replay
-from policykd.schedules import WarmupCosine
-from policykd.states import DatasetStates
-from policykd.train_state import Learner, Visit, make_learner
-from policykd.trainer import Round
+from policykd.legacy.divergences import kl_divergence_B, log_policy
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ActionNLL, ForwardKL, Loss, at_temperature
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import DatasetStates
+from policykd.legacy.train_state import Learner, Visit, make_learner
+from policykd.legacy.trainer import Round
 
 ROUNDS = 20
 """into which the budget is cut: between them masks move and channels are taken out"""

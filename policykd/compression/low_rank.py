@@ -6,7 +6,7 @@ import torch
 
 from policykd.agents.student import Student
 from policykd.compression.compressors import FROM_TRAINED, Fit, with_weights
-from policykd.losses import ForwardKL, Loss
+from policykd.legacy.losses import ForwardKL, Loss
 
 
 @dataclass(frozen=True)

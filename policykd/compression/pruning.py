@@ -20,7 +20,7 @@ from policykd.compression.compressors import (
     with_weights,
 )
 from policykd.compression.sparse import pack_sparse
-from policykd.losses import ForwardKL, Loss
+from policykd.legacy.losses import ForwardKL, Loss
 
 LEAST_SHARE = 0.05
 """of a layer's channels that a step of structured pruning leaves at least"""

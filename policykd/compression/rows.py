@@ -9,7 +9,7 @@ from policykd.agents.student import Size, make_student, packed_weights
 from policykd.compression.compressors import Compressor, Distilled, Unchanged, hard_labels
 from policykd.compression.low_rank import LowRank
 from policykd.compression.pruning import Magnitude, Structured
-from policykd.losses import ForwardKL
+from policykd.legacy.losses import ForwardKL
 
 Family = Literal[
     "teacher", "distilled", "sharpened", "hard labels", "magnitude", "structured", "low rank", "int8", "combined"

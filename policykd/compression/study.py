@@ -17,8 +17,8 @@ from policykd.compression.row_latencies import latencies_known, measured_latenci
 from policykd.compression.rows import TEACHER, Row, chosen, standard_rows
 from policykd.compression.side_by_side import make_rows
 from policykd.evaluation.results import about
+from policykd.legacy.states import DatasetStates, MixedStates
 from policykd.runs.folder import goes_on, start_run
-from policykd.states import DatasetStates, MixedStates
 from policykd.storage.manifest import open_dataset
 
 

@@ -18,7 +18,7 @@ from policykd.envs.games import canonical_name
 from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_first, rows, stacked_shape
 from policykd.io.files import BadFile, sync_folder
 from policykd.io.signals import check_interrupted
-from policykd.replay import Replay
+from policykd.legacy.replay import Replay
 from policykd.storage.dataset import fill
 from policykd.storage.manifest import About, Dataset, open_dataset
 from policykd.storage.shards import MAX_RATIO, Arrays

@@ -16,8 +16,8 @@ MIN_SPREAD = 1e-6
 class StandardizedKL(PolicyLoss):
     """KL(teacher || student) of logits that were standardised over the actions of each state.
 
-    Only the order and the relative gaps of the logits count: the student may be more or less certain than its teacher in
-    every state. Where the loss is 0 its best action is the teacher's; its sampled policy need not be.
+    Only the order and the relative gaps of the logits count: the student may be more or less certain than its teacher
+    in every state. Where the loss is 0 its best action is the teacher's; its sampled policy need not be.
     """
 
     temperature: Quantity = 2.0

@@ -133,5 +133,9 @@ def weigh_states(loss: PolicyLoss, weighting: StateWeighting, floor: Quantity) -
     """Returns the loss with its states weighted from `floor` to 1; the loss itself for "none"."""
     if weighting == "none":
         return loss
-    measures = {"entropy": ByEntropy, "gap": ByGap, "disagreement": ByDisagreement}
+    measures: dict[str, type[ByEntropy | ByGap | ByDisagreement]] = {
+        "entropy": ByEntropy,
+        "gap": ByGap,
+        "disagreement": ByDisagreement,
+    }
     return WeightedStates(loss, measures[weighting](floor=floor))

@@ -14,10 +14,10 @@ from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
 from policykd.compression.pareto import draw_pareto
-from policykd.divergences import kl_divergence_B
 from policykd.envs.actions import action_names
 from policykd.evaluation.real_states import visited_states
 from policykd.io.files import BadFile, write_atomically
+from policykd.legacy.divergences import kl_divergence_B
 from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_comparison, read_run
 from policykd.report.page import comparison_page, page
 from policykd.report.sections import compressors

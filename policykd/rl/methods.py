@@ -8,12 +8,12 @@ from stable_baselines3.common.utils import LinearSchedule
 from policykd.agents.sb3_student import to_sb3
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
+from policykd.legacy.schedules import Measured, Quantity, value
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.rl.teacher_mixin import Taught
-from policykd.schedules import Measured, Quantity, value
 
 Method = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
 

@@ -19,9 +19,9 @@ from torch.nn.functional import smooth_l1_loss
 
 from policykd.agents.policy import sample
 from policykd.io.signals import check_interrupted
-from policykd.losses import kl_divergence_B, log_policy
+from policykd.legacy.losses import kl_divergence_B, log_policy
+from policykd.legacy.schedules import Quantity
 from policykd.rl.teacher_mixin import Taught, descend
-from policykd.schedules import Quantity
 
 LOGGED_EVERY = 1000
 """updates, before the student plays itself"""

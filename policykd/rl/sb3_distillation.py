@@ -19,10 +19,10 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from policykd.losses import kl_divergence_B
+from policykd.legacy.losses import kl_divergence_B
+from policykd.legacy.schedules import Linear, Quantity
 from policykd.rl.student_driven import NDistill, StudentDrivenMethod, cross_entropy_B
 from policykd.rl.teacher_mixin import Taught, TaughtRolloutBuffer, TaughtSamples, acted_on, buffer_class, descend
-from policykd.schedules import Linear, Quantity
 
 FALLING, N_DISTILL = Linear(1.0, 0.0), NDistill()
 

@@ -18,8 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy
-from policykd.losses import log_policy
-from policykd.schedules import Measured, Quantity, ReturnGap, ReturnReached, value
+from policykd.legacy.losses import log_policy
+from policykd.legacy.schedules import Measured, Quantity, ReturnGap, ReturnReached, value
 
 ARRAYS = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 

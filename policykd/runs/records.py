@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from policykd.io.files import BadFile, write_atomically
-from policykd.trainer import Round
+from policykd.legacy.trainer import Round
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 EVALUATIONS = ("timesteps", "results", "ep_lengths", "num_updates")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from policykd.envs.vector import Episode
 from policykd.io.signals import check_interrupted
+from policykd.legacy.train_state import Learner, Visit
 from policykd.storage.generations import commit, last, packed, read_arrays, read_file, recover
 from policykd.storage.shards import compressed
-from policykd.train_state import Learner, Visit
 
 KEYS = ("round", "num_updates", "num_rows", "num_states", "envs", "starts", "visit")
 

@@ -20,7 +20,7 @@ from policykd.agents.policy import Policy
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.signals import check_interrupted
-from policykd.replay import Replay
+from policykd.legacy.replay import Replay
 from policykd.runs.folder import lock
 from policykd.storage.manifest import FORMAT, MANIFEST, About, Dataset, open_dataset, read_manifest
 from policykd.storage.shards import Arrays, compressed, read_shard, row_bytes

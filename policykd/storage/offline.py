@@ -5,8 +5,8 @@ import time
 import torch
 
 from policykd.agents.teacher import Teacher
-from policykd.replay import Replay
-from policykd.states import BlendedStates, DatasetStates, StateSource
+from policykd.legacy.replay import Replay
+from policykd.legacy.states import BlendedStates, DatasetStates, StateSource
 from policykd.storage.dataset import label, load_dataset
 from policykd.storage.manifest import open_dataset
 

@@ -16,10 +16,10 @@ from policykd.agents.student import Student, load_student, make_student, save_st
 from policykd.envs.identity import IdentityEnv
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.schedules import Constant
-from policykd.states import MixedStates
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.schedules import Constant
+from policykd.legacy.states import MixedStates
 
 
 class MyNet(nn.Module):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import pytest
 
 from policykd.cli.arguments import expand_shorthand, parse_args
-from policykd.losses import AnyLoss, ForwardKL, SoftAndHard
-from policykd.methods.auxiliary import BeyondLogits
-from policykd.schedules import Cosine, Linear, Quantity, ReturnGap
-from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
+from policykd.legacy.auxiliary import BeyondLogits
+from policykd.legacy.losses import AnyLoss, ForwardKL, SoftAndHard
+from policykd.legacy.schedules import Cosine, Linear, Quantity, ReturnGap
+from policykd.legacy.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from policykd.compression.rows import (
 from policykd.compression.sparse import load_sparse
 from policykd.export.layers import layers_of
 from policykd.io.files import BadFile
-from policykd.states import DatasetStates
+from policykd.legacy.states import DatasetStates
 
 PLAIN = Row(TEACHER, "teacher", "teacher", Unchanged())
 SMALL = Row("small", "0.1%", "distilled", Distilled("0.1%"))

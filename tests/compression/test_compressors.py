@@ -16,7 +16,7 @@ from policykd.compression.compressors import (
     recentred,
     teacher_as_student,
 )
-from policykd.losses import ActionNLL
+from policykd.legacy.losses import ActionNLL
 
 
 def test_the_teachers_network_as_a_student_scores_as_the_teacher(

@@ -11,7 +11,7 @@ from policykd.compression.findings import finished_rows
 from policykd.compression.rows import TEACHER, Row, standard_rows
 from policykd.evaluation.evaluate import PROTOCOLS
 from policykd.io.files import BadFile
-from policykd.states import DatasetStates
+from policykd.legacy.states import DatasetStates
 
 ROWS = standard_rows(6, 1.0)
 

@@ -16,7 +16,7 @@ from policykd.compression.pruning import (
     without_channels,
 )
 from policykd.compression.sparse import pack_sparse
-from policykd.losses import ForwardKL
+from policykd.legacy.losses import ForwardKL
 
 
 def test_the_sparsity_rises_as_a_cube_and_then_stays() -> None:

@@ -23,11 +23,11 @@ from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Step
 from policykd.evaluation.evaluate import evaluate
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, compare_with_random, read_card
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.schedules import WarmupCosine
-from policykd.states import MixedStates
-from policykd.train_state import make_learner
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import make_learner
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -281,8 +281,8 @@ def test_a_failure_of_any_commit_loses_nothing(code: int, warm: Warm, whole: Who
 PHASES = {
     "load": ("distill_atari:load_teacher", 1),
     "begin": ("distill_atari:start_run", 1),
-    "visit": ("policykd.loop:visit", 2),
-    "measure": ("policykd.loop:compare", 2),
+    "visit": ("policykd.legacy.loop:visit", 2),
+    "measure": ("policykd.legacy.loop:compare", 2),
     "save": ("distill_atari:save_checkpoint", 2),
     "evaluate": ("distill_atari:evaluate_on_the_way", 1),
     "student": ("distill_atari:save_student", 1),

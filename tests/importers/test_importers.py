@@ -30,7 +30,7 @@ from policykd.importers.importers import import_states, read_dqn_replay
 from policykd.importers.minari import MAIN_FILE, export_to_minari
 from policykd.io.files import BadFile
 from policykd.io.signals import noting_signals
-from policykd.replay import Replay
+from policykd.legacy.replay import Replay
 from policykd.storage.dataset import load_dataset, save_dataset, write_dataset
 from policykd.storage.manifest import MANIFEST, open_dataset
 

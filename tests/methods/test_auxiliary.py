@@ -13,7 +13,8 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
-from policykd.methods.auxiliary import Beyond, BeyondLogits
+from policykd.legacy.auxiliary import Beyond, BeyondLogits
+from policykd.legacy.schedules import Linear, at
 from policykd.methods.feature_losses import (
     attention_loss_B,
     attention_maps,
@@ -24,7 +25,6 @@ from policykd.methods.feature_losses import (
     similarity_loss_B,
     value_loss_B,
 )
-from policykd.schedules import Linear, at
 
 ALL = BeyondLogits(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 

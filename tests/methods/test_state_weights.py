@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from policykd.losses import ActionNLL, ForwardKL, Loss, ScoreMSE, TwoSidedKL, at_temperature
-from policykd.methods.state_weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted, WeightedSum
-from policykd.schedules import Linear, at
+from policykd.legacy.losses import ActionNLL, ForwardKL, Loss, ScoreMSE, TwoSidedKL, at_temperature
+from policykd.legacy.schedules import Linear, at
+from policykd.legacy.state_weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted, WeightedSum
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 

@@ -32,13 +32,13 @@ from policykd.evaluation.costs import measure_costs
 from policykd.evaluation.evaluate import Evaluation
 from policykd.evaluation.results import about, comparison, entry, judgement, judgement_of_card
 from policykd.io.files import BadFile
+from policykd.legacy.trainer import Round
 from policykd.report import compared_actions, filmed, newest_comparison, write_comparison_report, write_report
 from policykd.report.charts import Games, Line, Point, axis_over, bin_edges, cost_chart, games_chart, line_chart
 from policykd.report.data import Actions, Comparison, Report, read_run
 from policykd.report.markup import blocks, tag
 from policykd.report.page import page
 from policykd.report.text import verdict
-from policykd.trainer import Round
 
 ROOT = Path(__file__).parents[2]
 INJECTED = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\"&"

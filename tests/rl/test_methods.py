@@ -13,10 +13,10 @@ from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.sb3_vec_env import SB3VecEnv
+from policykd.legacy.schedules import Exponential, Linear, Quantity, ReturnGap, parse
 from policykd.rl.methods import WEIGHTS, Method, check_weight, make_model, units
 from policykd.rl.qdagger import QDagger
 from policykd.rl.teacher_mixin import Taught
-from policykd.schedules import Exponential, Linear, Quantity, ReturnGap, parse
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -24,6 +24,7 @@ from policykd.agents.student import make_student
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
+from policykd.legacy.schedules import Linear, ReturnGap
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_checkpoints import restore_training, save_training
@@ -37,7 +38,6 @@ from policykd.rl.student_driven import (
     returns_BT,
 )
 from policykd.rl.teacher_mixin import TaughtSamples
-from policykd.schedules import Linear, ReturnGap
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL_PPO: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, **CPU}

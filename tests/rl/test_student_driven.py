@@ -11,7 +11,7 @@ from torch import Tensor
 
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.losses import kl_divergence_B, log_policy
+from policykd.legacy.losses import kl_divergence_B, log_policy
 from policykd.rl.sb3_distillation import StudentDriven
 from policykd.rl.student_driven import (
     AnyMethod,

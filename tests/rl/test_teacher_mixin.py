@@ -10,10 +10,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
+from policykd.legacy.schedules import Linear, Quantity, ReturnGap, ReturnReached
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.teacher_mixin import descend
-from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL: dict[Any, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from policykd.envs.vector import Episode
 from policykd.io.files import BadFile
+from policykd.legacy.trainer import Round
 from policykd.runs.records import Records
-from policykd.trainer import Round
 
 
 def a_round(index: int) -> Round:

@@ -12,13 +12,13 @@ from policykd.agents.student import make_student
 from policykd.envs.atari import make_atari
 from policykd.envs.identity import IdentityEnv
 from policykd.io.files import BadFile
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.schedules import WarmupCosine
-from policykd.states import MixedStates
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import Learner, make_learner
+from policykd.legacy.trainer import Round
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.train_state import Learner, make_learner
-from policykd.trainer import Round
 
 
 def breakout_teacher(obs: Tensor) -> Tensor:

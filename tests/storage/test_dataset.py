@@ -23,17 +23,17 @@ from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import VectorEnv
 from policykd.io.files import BadFile
-from policykd.loop import distill
-from policykd.losses import ForwardKL
-from policykd.replay import Replay
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ForwardKL
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import WarmupCosine
+from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import make_learner
 from policykd.runs.folder import lock
-from policykd.schedules import WarmupCosine
-from policykd.states import MixedStates
 from policykd.storage.checkpoints import save_checkpoint
 from policykd.storage.dataset import label, load_dataset, save_dataset, write_dataset
 from policykd.storage.manifest import MANIFEST, About, open_dataset
 from policykd.storage.shards import Arrays
-from policykd.train_state import make_learner
 
 TEACHER = {"algorithm": "PPO", "sha256": "ab" * 32}
 ABOUT = About(obs_shape=(2,), stack=1, dtype="float32", source="a test", preprocessing="none", num_actions=2)
