@@ -120,7 +120,7 @@ def distill(
         FloatingPointError: too many teacher outputs or updates of a round are not finite.
     """
     state = state or make_train_state(student, envs, config, loss_fn=loss_fn)
-    temperature: float = config.temperature or getattr(teacher, "temperature", 1.0)
+    temperature = config.temperature or float(getattr(teacher, "temperature", 1.0))
     if follows_return(loss_fn, config.states):
         _ = state.progress(0.0).return_progress  # fails now rather than after hours if the teacher's return is unknown
     prepare = getattr(loss_fn, "prepare", None)

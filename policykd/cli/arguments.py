@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from policykd.runs.groups import check_flags
 from policykd.legacy.schedules import Quantity, Varying, parse, spelled
+from policykd.runs.groups import check_flags
 
 T = TypeVar("T")
 

@@ -15,16 +15,16 @@ from policykd.agents.teacher import load_teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Episode, Step
-from policykd.loop import distill
-from policykd.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
-from policykd.methods.auxiliary import Beyond, BeyondLogits
-from policykd.methods.state_weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted
-from policykd.replay import Replay
-from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached, WarmupCosine
-from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.legacy.auxiliary import Beyond, BeyondLogits
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import AnyLoss, ForwardKL, Loss, ScoreHuber, ScoreMSE, at_temperature
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import Linear, Quantity, ReturnGap, ReturnReached, WarmupCosine
+from policykd.legacy.state_weights import ByDisagreement, ByEntropy, ByGap, Weight, Weighted
+from policykd.legacy.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.legacy.train_state import Learner, make_learner
+from policykd.legacy.trainer import Round
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.train_state import Learner, make_learner
-from policykd.trainer import Round
 
 FORWARD, MIXED = ForwardKL(), MixedStates()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from policykd.divergences import (
+from policykd.legacy.divergences import (
     jensen_shannon_B,
     kl_divergence_B,
     log_policy,

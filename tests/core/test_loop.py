@@ -16,13 +16,13 @@ from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.evaluation.evaluate import evaluate
-from policykd.loop import distill
-from policykd.losses import ActionNLL, ForwardKL, Loss, ReverseKL, ScoreMSE
-from policykd.replay import Replay
-from policykd.schedules import Linear, WarmupCosine
-from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
-from policykd.train_state import Learner, Visit, make_learner
-from policykd.trainer import Round
+from policykd.legacy.loop import distill
+from policykd.legacy.losses import ActionNLL, ForwardKL, Loss, ReverseKL, ScoreMSE
+from policykd.legacy.replay import Replay
+from policykd.legacy.schedules import Linear, WarmupCosine
+from policykd.legacy.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.legacy.train_state import Learner, Visit, make_learner
+from policykd.legacy.trainer import Round
 
 
 def identity_teacher(obs: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def test_updates_stay_on_the_device_and_scores_are_float32(monkeypatch: pytest.M
         kinds.append((student_BA.device.type, student_BA.dtype, teacher_BA.device.type, teacher_BA.dtype))
         return ForwardKL()(student_BA, teacher_BA)
 
-    monkeypatch.setattr("policykd.loop.compare", lambda *_: (0.0, 0.0, 0.0))  # reads numbers back, as it should
+    monkeypatch.setattr("policykd.legacy.loop.compare", lambda *_: (0.0, 0.0, 0.0))  # reads numbers back, as it should
     envs, student = IdentityEnv(4, 6), make_student("1%", 6).to("meta")
     replay = Replay(64, 4, 6, (4, 84, 84), stack=4, dtype=torch.uint8, device="meta")
     replay.size, replay.num_held_out = 64, 4

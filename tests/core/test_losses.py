@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from policykd.divergences import standardised
-from policykd.losses import (
+from policykd.legacy.divergences import standardised
+from policykd.legacy.losses import (
     ActionNLL,
     DecoupledKL,
     ForwardKL,
@@ -27,7 +27,7 @@ from policykd.losses import (
     kl_divergence_B,
     log_policy,
 )
-from policykd.schedules import Linear, at
+from policykd.legacy.schedules import Linear, at
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 

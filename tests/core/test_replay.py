@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policykd.envs.atari import make_atari
-from policykd.replay import Replay
+from policykd.legacy.replay import Replay
 
 
 def test_stacks_of_real_games_come_back_bit_for_bit() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from policykd.schedules import (
+from policykd.legacy.schedules import (
     Constant,
     Cosine,
     Exponential,

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policykd.schedules import Linear
-from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.legacy.schedules import Linear
+from policykd.legacy.states import MixedStates, StateSource, StudentStates, TeacherStates
 
 ALWAYS_0 = torch.tensor([[50.0, 0.0, 0.0]]).expand(2000, 3)
 
