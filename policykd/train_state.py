@@ -5,13 +5,14 @@ Everything that a checkpoint holds is here. Shape suffixes: B environments, U up
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.student import Student
+from policykd.envs.adapters import as_vector_env
 from policykd.envs.vector import Episode, VectorEnv
 from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
 from policykd.schedules import Progress
@@ -148,7 +149,7 @@ def make_train_state(
     Raises:
         ValueError: the environments or the stored states do not fit the config.
     """
-    vector_env = cast(VectorEnv, envs)
+    vector_env = as_vector_env(envs)
     obs = vector_env.reset()
     device = next(student.parameters()).device
     if replay is None:

@@ -102,7 +102,7 @@ def _with_next_step(message: str, next_step: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(kind, config=_STRICT_NUMBERS)
     except Exception:  # pydantic refuses a config where the dataclass brings its own

@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.networks import MLP, Activations, ConvNet, FrameNet
+from policykd.agents.networks import MLP, Activations, ConvNet, FrameNet, UserNet
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.agents.user_net import UserNet
 from policykd.legacy.feature_losses import (
     attention_loss_B,
     attention_maps,

@@ -14,8 +14,7 @@ from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
 from policykd.legacy.auxiliary import Beyond, BeyondLogits
-from policykd.legacy.schedules import Linear, at
-from policykd.methods.feature_losses import (
+from policykd.legacy.feature_losses import (
     attention_loss_B,
     attention_maps,
     hint_loss_B,
@@ -25,6 +24,7 @@ from policykd.methods.feature_losses import (
     similarity_loss_B,
     value_loss_B,
 )
+from policykd.legacy.schedules import Linear, at
 
 ALL = BeyondLogits(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 

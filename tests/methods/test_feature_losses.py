@@ -19,8 +19,8 @@ from policykd.methods.feature_losses import (
     distance_loss_B,
     hint_loss_B,
     relational_loss_B,
+    shift_frames,
     shift_loss_B,
-    shifted_frames,
     similarity_loss_B,
     value_loss_B,
 )
@@ -174,9 +174,9 @@ def test_frames_are_shifted_as_by_padding_and_cropping() -> None:
     obs = torch.randint(256, (81, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shifts = torch.tensor(list(itertools.product(range(-4, 5), repeat=2)))
     padded = F.pad(obs.float(), (4, 4, 4, 4), mode="replicate").byte()
-    found = shifted_frames(obs, shifts)
+    found = shift_frames(obs, shifts)
     assert found.dtype == torch.uint8
     for row, (down, along) in enumerate(shifts.tolist()):
         crop = padded[row, :, 4 + down : 4 + down + 84, 4 + along : 4 + along + 84]
         assert torch.equal(found[row], crop), (down, along)
-    assert torch.equal(shifted_frames(obs[:3], torch.zeros(3, 2, dtype=torch.int64)), obs[:3])
+    assert torch.equal(shift_frames(obs[:3], torch.zeros(3, 2, dtype=torch.int64)), obs[:3])
