@@ -1,4 +1,4 @@
-"""One thread a test process: the suite runs in parallel, and OpenMP threads that wait for a busy core spin."""
+"""One thread per test process: the suite runs in parallel, and OpenMP threads that wait for a busy core spin."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 if TYPE_CHECKING:
     from policykd.agents.student import Student
-    from policykd.compression.compressors import Fit
+    from policykd.compression.fine_tuning import FineTuning
 
 
 @dataclass(frozen=True)
@@ -23,54 +23,52 @@ class Small:
     """The bundled teacher of Pong with few of its states and a small budget, for the tests of compression."""
 
     folder: Path
-    """a dataset: what the teacher saw while it played, with its scores"""
-    fit: "Fit"
-    """one gradient step a round; the last states are held out"""
+    """dataset of states from the teacher's games, with its outputs"""
+    tuning: "FineTuning"
+    """one gradient step per round; the last fifth of the states is held out"""
     teacher: "Student"
-    """its network as a student"""
+    """the teacher's network as a student"""
     obs: torch.Tensor
-    """some of the states"""
+    """64 of the states"""
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from policykd.agents.policy import sample
     from policykd.agents.teacher import load_teacher
-    from policykd.compression.compressors import ROUNDS, Fit, teacher_as_student
+    from policykd.compression.fine_tuning import ROUNDS, FineTuning
+    from policykd.compression.networks import teacher_as_student
     from policykd.envs.atari import make_atari
-    from policykd.export.compiled import compile_policy
-    from policykd.legacy.replay import Replay
-    from policykd.storage.dataset import load_dataset, save_dataset
+    from policykd.replay import Replay
+    from policykd.storage.dataset import save_dataset
 
     num_states, num_envs = 640, 8
     folder, envs = tmp_path_factory.mktemp("states"), make_atari("Pong", num_envs, 0)
     obs, generator = envs.reset(), torch.Generator().manual_seed(0)
     teacher = load_teacher(game="Pong")
-    compiled = compile_policy(teacher, obs)
     replay = Replay(num_states, num_envs, 6, (4, 84, 84), stack=4, dtype=torch.uint8)
     starts_B = torch.ones(num_envs, dtype=torch.bool)
     for _ in range(num_states // num_envs):
-        scores_BA = compiled(obs)
-        replay.add(obs, starts_B, scores_BA)
-        step = envs.step(sample(scores_BA, generator))
+        outputs_BA = teacher(obs)
+        replay.add(obs, starts_B, outputs_BA)
+        step = envs.step(sample(outputs_BA, generator))
         obs, starts_B = step.obs, step.starts_B
     of = {"algorithm": teacher.algorithm, "sha256": teacher.sha256}
     save_dataset(replay, folder, source="the teacher", preprocessing="policykd.envs", game="Pong", teacher=of)
-    how: dict[str, Any] = {"num_actions": 6, "obs_shape": (4, 84, 84), "teacher_sha256": teacher.sha256}
-    labelled = load_dataset(folder, **how, num_held_out=num_states // 5)
-    fit = Fit(teacher, make_atari("Pong", 1, 0), labelled, updates=ROUNDS, batch_size=8)
-    return Small(folder, fit, teacher_as_student(teacher), labelled.gather(torch.arange(100, 164)))
+    replay.num_held_out = num_states // 5
+    tuning = FineTuning(teacher, make_atari("Pong", 1, 0), replay, updates=ROUNDS, batch_size=8)
+    return Small(folder, tuning, teacher_as_student(teacher), replay.gather(torch.arange(100, 164)))
 
 
 @pytest.fixture
-def fit(small: Small) -> "Fit":
+def tuning(small: Small) -> "FineTuning":
     """The teacher, its states and a small budget."""
-    return small.fit
+    return small.tuning
 
 
 @pytest.fixture
 def obs(small: Small) -> torch.Tensor:
-    """Some states of Pong."""
+    """Some states of Pong, uint8 (64, 4, 84, 84)."""
     return small.obs
 
 

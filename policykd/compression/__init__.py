@@ -1,1 +1,1 @@
-"""Ways to make a network small, and their comparison."""
+"""Compression of trained policies: pruning, low-rank factorization and int8, alone or one after the other."""

@@ -1,261 +1,339 @@
-"""One row of a comparison, made and judged: fitted, stored, measured, played; what is finished is never done again."""
+"""Comparison of compression methods from one teacher, one set of states and one budget: one folder per row, one table.
+
+Each row is a folder with a student, its ONNX file and `row.json`. Whatever a row has finished is not repeated. The
+table, the picture and `compression.json` are made from every row in the comparison's folder.
+"""
 
 import hashlib
-import json
 import shlex
 import sys
 import time
-import zlib
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from policykd.agents.card import Provenance
-from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.onnx_policy import OnnxPolicy
-from policykd.agents.policy import Policy
-from policykd.agents.student import Student, load_student, read_student_card, save_student
-from policykd.agents.teacher import Teacher, load_teacher
-from policykd.compression.compressors import Fit, teacher_as_student
-from policykd.compression.rows import TEACHER, Row, Store
-from policykd.compression.sparse import load_sparse, pack_sparse
-from policykd.envs.atari import make_atari
-from policykd.evaluation.evaluate import PROTOCOLS
-from policykd.evaluation.results import FinishedGames, judgement, judgement_of_card
-from policykd.export.compiled import compile_net, compile_policy
-from policykd.export.layers import Layer, layers_of
-from policykd.export.onnx import to_onnx
-from policykd.io.files import BadFile, write_atomically
-from policykd.legacy.replay import Replay
-from policykd.legacy.states import DatasetStates
-from policykd.storage.dataset import label, load_dataset
-from policykd.storage.manifest import open_dataset
+from policykd.agents.networks import num_macs
+from policykd.agents.onnx_policy import OnnxPolicy, open_session
+from policykd.agents.student import Student, load_student, save_student
+from policykd.compression.fine_tuning import FineTuning
+from policykd.compression.quantization import export_student, stored_size
+from policykd.compression.recipes import Recipe, apply_last_step, parse_recipe, start_student
+from policykd.evaluation.costs import measure_latencies
+from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
+from policykd.evaluation.results import (
+    FinishedGames,
+    PolicyResult,
+    ProtocolResult,
+    protocols_of_card,
+    summarise_episodes,
+)
+from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
+from policykd.io.files import read_verified
+from policykd.io.machine import versions
+from policykd.io.typed import read_json, write_json
+from policykd.runs.folder import lock
 
-CALIBRATION = 2000
-"""states that int8's ranges are taken from"""
-DONE, ONNX, INT8, SPARSE = "row.json", "policy.onnx", "policy.int8.onnx", "policy.sparse.npz"
+COMPARISON_FILE = "compression.json"
+ROW_FILE = "row.json"
+RANDOM = "random"
+"""name of the row of random play"""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all rows of a comparison have in common."""
+class Settings:
+    """Settings that all rows of a comparison share; a row of other settings is refused."""
 
-    folder: Path
-    """of the comparison"""
     game: str
-    teacher: str
-    """a reference"""
-    states: DatasetStates
+    teacher_sha256: str
+    states: str
+    """path of the run or dataset whose states are used"""
     updates: int
     batch_size: int
-    episodes: int
     seed: int
 
-    def load(self) -> Fit:
-        """Returns teacher, labelled states and budget.
 
-        Raises:
-            ValueError, BadFile: no such teacher or dataset, or one of another game.
-        """
-        teacher = load_teacher(self.teacher, game=self.game)
-        envs = make_atari(self.game, 1, self.seed)
-        how: dict[str, Any] = {"num_actions": teacher.num_actions, "obs_shape": teacher.obs_shape, "game": self.game}
-        how["num_held_out"] = max(1, round(self.states.held_out * open_dataset(self.states.path).num_rows))
-        replay = load_dataset(self.states.path, **how, teacher_sha256=teacher.sha256)
-        label(replay, compile_policy(teacher, envs.reset()))
-        return Fit(teacher, envs, replay, self.updates, self.batch_size, self.seed)
+@dataclass(frozen=True, kw_only=True)
+class Row(PolicyResult):
+    """Costs, fidelity and episodes of one network.
 
-
-def make_row(row: Row, setting: Setting) -> dict[str, Any]:
-    """Returns a row's results, made anew unless they are there: `row.json` in its folder.
-
-    Raises:
-        ValueError: the folder holds a row of this name that was made in another way.
-        FloatingPointError: numbers that are not finite.
-        KeyboardInterrupt: a signal has come.
+    Zeros are not counted as parameters, but in the multiply-accumulates, as a runtime computes them. The bytes are
+    those of the file that is shipped, the latency is ONNX Runtime's on one thread.
     """
-    folder = setting.folder / row.name
-    if done := results_of(row, setting):
-        return done
-    fit = setting.load()
-    with closing(fit.envs):
-        student, seconds = _student(row, setting, fit)
-        policy, costs = stored(row.store, student, folder, fit.replay)
-        kl, agreement = fit.measure(policy)
-        own = {"agreement_with_float": fit.agreement(policy, student)} if "int8" in row.store else {}
-    results = {
-        "name": row.name,
-        "label": row.label,
-        "family": row.family,
-        "made_by": row.made_by,
-        "shape": {"widths": student.shape.widths, "hidden": student.shape.hidden, "rank": student.shape.rank},
-        **costs,
-        "kl": kl,
-        "agreement": agreement,
-        **own,
-        "fit_seconds": seconds,
-        "protocols": _played(row, policy, costs["sha256"], fit.teacher, setting),
-        "from_card": _on_card(row, fit.teacher),
-        "command": shlex.join(sys.argv),
-    }
-    write_atomically(folder / DONE, (json.dumps(results, indent=1) + "\n").encode())
-    return results
+
+    recipe: str
+    family: str
+    settings: Settings
+    file: str = ""
+    """the ONNX file that was measured, played and timed"""
+    sha256: str = ""
+    updates: int = 0
+    """gradient steps behind the network, those of the networks that it starts from included"""
+    kl: float = 0.0
+    """KL(teacher || policy) on held-out states, nats"""
+    agreement: float = 0.0
+    """fraction of held-out states with the teacher's greedy action"""
 
 
-def results_of(row: Row, setting: Setting) -> dict[str, Any] | None:
-    """Returns what a finished row wrote, or None where it is not finished or has fewer games than are asked for.
+@dataclass(frozen=True)
+class Comparison:
+    """The content of `compression.json`."""
 
-    Games of the teacher's card are as many as there are.
-
-    Raises:
-        ValueError: it was made in another way.
-        BadFile: damaged.
-    """
-    if (results := kept_results(row, setting.folder)) is None:
-        return None
-    played = [p["num_episodes"] for name, p in results["protocols"].items() if name not in results["from_card"]]
-    return results if min(played, default=setting.episodes) >= setting.episodes else None
+    settings: Settings
+    rows: dict[str, Row]
+    """by recipe, and random play as `RANDOM`"""
+    command: str
+    versions: dict[str, str]
 
 
-def kept_results(row: Row, comparison: Path) -> dict[str, Any] | None:
-    """Returns what a row wrote into a comparison's folder, with however many games, or None.
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Settings of `compare`."""
 
-    Raises:
-        ValueError: it was made in another way.
-        BadFile: damaged.
-    """
-    path = comparison / row.name / DONE
-    if not path.is_file():
-        return None
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        made_by, games = results["made_by"], [results["protocols"][p]["num_episodes"] + 0 for p in PROTOCOLS]
-        if min(games) < 1:
-            raise ValueError("no games")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadFile(f"{path}: damaged ({error!r}); remove it, the row is measured anew") from error
-    _check_same(made_by, row, path.parent)
-    if "from_card" not in results:  # of older versions, whose teacher kept no games where all were its card's
-        is_of_card = row.name == TEACHER and not (path.parent / "games.json").is_file()
-        results["from_card"] = list(PROTOCOLS) if is_of_card else []
-    return results
+    game: str
+    states: Path
+    """run or dataset whose states are in `FineTuning.replay`; recorded with every row"""
+    episodes: int = 100
+    """full episodes per row and protocol; 0 plays none"""
 
 
-def _check_same(made_by: object, row: Row, folder: Path) -> None:
-    if made_by != row.made_by:
-        raise ValueError(f"{folder}: made by {made_by}, not by {row.made_by}; remove it, or give another --name")
-
-
-def _student(row: Row, setting: Setting, fit: Fit) -> tuple[Student, float]:
-    """Returns the row's network and the seconds that it took, from its folder if it was fitted before."""
-    folder = setting.folder / row.name
-    if (folder / "student.json").is_file():
-        card = read_student_card(folder / "student.json", next_step=f"remove {folder} to make the row again")
-        _check_same(card.made_by, row, folder)
-        return load_student(folder), card.fit_seconds or 0.0
-    begin = teacher_as_student(fit.teacher) if row.name == TEACHER else load_student(setting.folder / row.begins_with)
-    print(f"{row.name}: begins", flush=True)
-    began = time.perf_counter()
-    student = row.make(begin, fit)
-    seconds = time.perf_counter() - began
-    print(f"{row.name}: made in {seconds:.0f} s", flush=True)
-    record = fit.teacher.record
-    provenance = Provenance(game=setting.game, teacher=record, made_by=row.made_by, fit_seconds=seconds)
-    save_student(student, folder, provenance)
-    return student, seconds
-
-
-def stored(store: Store, student: Student, folder: Path, replay: Replay) -> tuple[Policy, dict[str, Any]]:
-    """Writes a student's file in one of the ways; returns the policy that is read back from it, and what it costs.
+def compare(
+    folder: Path, recipes: Sequence[str], student: Student, tuning: FineTuning, options: ComparisonOptions
+) -> Comparison:
+    """Makes the rows that are missing in a folder and returns all finished rows of that folder, timed side by side.
 
     Args:
-        store: the way.
-        student: as `save_student` wrote it into the folder.
-        folder: the row's.
-        replay: of the states that int8 is calibrated on.
+        folder: one subfolder per row is made in it; several processes may work on different rows.
+        recipes: rows to make; those that they start from are made too.
+        student: the run's student.
+        tuning: teacher, states and budget.
+        options: game, states and number of episodes.
+
+    Raises:
+        ValueError: an invalid recipe, or a row that was made with other settings.
+        BadFile: a file of a row is damaged.
     """
-    onnx = to_onnx(student.folded_net())
-    num_bytes = (folder / "student.safetensors").stat().st_size
-    if "int8" in store:
-        return _as_int8(store, student, folder, onnx, replay)
-    if store == "sparse":
-        content = pack_sparse(student)
-        write_atomically(folder / SPARSE, content)
-        num_bytes, student = len(content), load_sparse(folder / SPARSE)
-    write_atomically(folder / ONNX, onnx)
-    policy = compile_net(student.folded_net(), calibration_states(replay, 64))
-    return policy, _costs(student, num_bytes) | {"file": ONNX, "sha256": hashlib.sha256(onnx).hexdigest()}
+    settings = Settings(
+        options.game,
+        tuning.teacher.sha256,
+        str(options.states.resolve()),
+        tuning.updates,
+        tuning.batch_size,
+        tuning.seed,
+    )
+    for recipe in _with_parents(recipes):
+        with lock(folder / row_name(recipe)):
+            _make_row(folder, recipe, student, tuning, settings, options.episodes)
+    rows = {}
+    for path in sorted(folder.glob(f"*/{ROW_FILE}")):
+        row = _read_row(path, settings)
+        if len(row.protocols) == len(PROTOCOLS) or not options.episodes:
+            rows[row.recipe] = row
+    rows = _with_latencies(folder, rows)
+    if options.episodes:
+        rows[RANDOM] = _random_play(folder, tuning.teacher.num_actions, settings, options.episodes)
+    comparison = Comparison(settings, rows, shlex.join(sys.argv), versions())
+    write_json(folder / COMPARISON_FILE, comparison)
+    return comparison
 
 
-def _as_int8(
-    store: Store, student: Student, folder: Path, onnx: bytes, replay: Replay
-) -> tuple[Policy, dict[str, Any]]:
-    from policykd.export.int8 import quantise, quantise_weights
-
-    rounded = quantise_weights if store == "int8-weights" else quantise
-    content = rounded(onnx, calibration_states(replay, CALIBRATION).numpy())
-    write_atomically(folder / INT8, content)
-    num_bytes = len(content)
-    if store == "sparse-int8":
-        packed = zlib.compress(content, 9)
-        write_atomically(folder / f"{INT8}.zlib", packed)
-        num_bytes = len(packed)
-        write_atomically(folder / INT8, zlib.decompress((folder / f"{INT8}.zlib").read_bytes()))
-    costs = _costs(student, num_bytes) | {"file": INT8, "sha256": hashlib.sha256(content).hexdigest()}
-    return OnnxPolicy(folder / INT8), costs
+def row_name(recipe: Recipe) -> str:
+    """Returns the name of a row's folder."""
+    return str(recipe).replace("%", "pct").replace(":", "-")
 
 
-def calibration_states(replay: Replay, num: int) -> Tensor:
-    """Returns states of a replay, none of those held out, always the same ones."""
-    rows = replay.batches(1, num, len(replay) - replay.num_held_out, torch.Generator().manual_seed(0))
-    return replay.gather(next(rows))
+def read_comparison(folder: Path) -> Comparison:
+    """Returns what `compare` wrote into a folder.
+
+    Raises:
+        BadFile: missing or damaged.
+    """
+    return read_json(Comparison, folder / COMPARISON_FILE, next_step="run policykd compress --compare again")
 
 
-def _costs(student: Student, num_bytes: int) -> dict[str, Any]:
-    """Returns parameters that are not zero, multiply-accumulates with and without those by zeros, bytes."""
-    zeros = sum(int((p == 0.0).sum()) for p in student.parameters() if p.dim() > 1)
-    net = student.folded_net()
+def _with_parents(recipes: Sequence[str]) -> list[Recipe]:
+    """Returns recipes, the teacher first, each after the one that it starts from, without repetitions."""
+    ordered: dict[str, Recipe] = {}
+    for text in ("teacher", *recipes):
+        chain = [parse_recipe(text)]
+        while (parent := chain[0].parent) is not None:
+            chain.insert(0, parent)
+        ordered |= {str(recipe): recipe for recipe in chain if str(recipe) not in ordered}
+    return list(ordered.values())
+
+
+def _read_row(path: Path, settings: Settings) -> Row:
+    row = read_json(Row, path, next_step=f"remove {path.parent}, the row is made again")
+    if row.settings != settings:
+        raise ValueError(f"{path.parent}: made with {row.settings}; remove it, or use another --name")
+    return row
+
+
+def _make_row(
+    folder: Path, recipe: Recipe, student: Student, tuning: FineTuning, settings: Settings, episodes: int
+) -> None:
+    """Trains, stores, measures and plays one row, each unless `row.json` holds it already."""
+    row_folder = folder / row_name(recipe)
+    path = row_folder / ROW_FILE
+    if path.is_file():
+        row = _read_row(path, settings)
+    else:
+        row = _train_row(folder, recipe, student, tuning, settings)
+        write_json(path, row)
+    policy = OnnxPolicy(row_folder / row.file)
+    finished = FinishedGames(row_folder / "games.json")
+    on_card = protocols_of_card(tuning.teacher) if str(recipe) == "teacher" else {}
+    for protocol in PROTOCOLS:
+        known = row.protocols.get(protocol)
+        if known and (known.num_episodes >= episodes or protocol in on_card):
+            continue
+        if protocol in on_card:
+            played = on_card[protocol]
+        elif episodes:
+            games = finished.play(policy, row.sha256, settings.game, protocol, episodes, seed=settings.seed)
+            played = summarise_episodes(games)
+        else:
+            continue
+        row = replace(row, protocols={**row.protocols, protocol: played})
+        write_json(path, row)
+        print(f"{recipe}: {protocol} {with_interval(played.mean, played.interval, '.2f')}", flush=True)
+
+
+def _train_row(folder: Path, recipe: Recipe, student: Student, tuning: FineTuning, settings: Settings) -> Row:
+    """Trains a row's network from its parent's, exports it and measures its costs and fidelity."""
+    row_folder = folder / row_name(recipe)
+    began = time.perf_counter()
+    if recipe.parent is None:
+        made = start_student(recipe, student, tuning)
+    else:
+        parent = load_student(folder / row_name(recipe.parent))
+        made = apply_last_step(recipe, parent, tuning)
+    seconds = time.perf_counter() - began
+    teacher = tuning.teacher.record
+    save_student(
+        made, row_folder, Provenance(game=settings.game, teacher=teacher, made_by=str(recipe), fit_seconds=seconds)
+    )
+    path = export_student(made, row_folder, recipe.precision, tuning)
+    kl, agreement = tuning.measure(OnnxPolicy(path))
+    print(f"{recipe}: made in {seconds:.0f} s, KL {kl:.4f} nats, agreement {agreement:.1%}", flush=True)
+    return Row(
+        recipe=str(recipe),
+        family=recipe.family,
+        settings=settings,
+        num_parameters=sum(int(p.count_nonzero()) for p in made.parameters()),
+        num_macs=num_macs(made, made.shape.obs_shape),
+        num_bytes=stored_size(made, row_folder, recipe.precision, is_sparse="magnitude" in str(recipe)),
+        file=path.name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        updates=recipe.num_trainings * tuning.updates,
+        protocols={},
+        kl=kl,
+        agreement=agreement,
+    )
+
+
+def _with_latencies(folder: Path, rows: dict[str, Row]) -> dict[str, Row]:
+    """Returns rows with their batch-1 latencies, measured in turns, so that ratios are of the same minutes."""
+    obs = np.random.default_rng(0).integers(0, 256, (1, 4, 84, 84), np.uint8)
+    calls = {}
+    for name, row in rows.items():
+        path = folder / row_name(parse_recipe(name)) / row.file
+        session = open_session(read_verified(path, row.sha256, f"; remove {path.parent}, the row is made again"), 1)
+        calls[name] = lambda session=session: session.run(None, {"obs": obs})
+    measured = measure_latencies(calls)
     return {
-        "num_parameters": num_parameters(student) - zeros,
-        "num_macs": macs_without_zeros(layers_of(net), student.shape.obs_shape),
-        "num_macs_dense": num_macs(student, student.shape.obs_shape),
-        "num_bytes": num_bytes,
+        name: replace(
+            row,
+            latency_microseconds=measured[name].median_us,
+            latency_min_microseconds=measured[name].min_us,
+        )
+        for name, row in rows.items()
     }
 
 
-def macs_without_zeros(layers: list[Layer], obs_shape: tuple[int, ...]) -> int:
-    """Returns the multiply-accumulates of one observation by weights that are not zero."""
-    sides, total = {"obs": obs_shape[-1]}, 0
-    for layer in layers:
-        side = sides[layer.takes[0]]
-        kernel = layer.weight.shape[-1] if layer.operator == "conv" and layer.weight is not None else layer.kernel
-        if layer.operator in ("conv", "average_pool", "max_pool"):
-            side = (side + 2 * layer.padding - kernel) // layer.stride + 1
-        sides[layer.gives] = side
-        if layer.weight is not None:
-            total += int(layer.weight.count_nonzero()) * (side * side if layer.operator == "conv" else 1)
-    return total
-
-
-def _played(row: Row, policy: Policy, sha256: str, teacher: Teacher, setting: Setting) -> dict[str, Any]:
-    """Returns every game of the row under each protocol; the teacher's from its card, where that has them."""
-    finished = FinishedGames(setting.folder / row.name / "games.json")
-    played: dict[str, Any] = {}
+def _random_play(folder: Path, num_actions: int, settings: Settings, episodes: int) -> Row:
+    games = FinishedGames(folder / "random.json")
+    protocols: dict[ProtocolName, ProtocolResult] = {}
     for protocol in PROTOCOLS:
-        if protocol in _on_card(row, teacher):
-            played[protocol] = judgement_of_card(teacher.card["protocols"][protocol])
-            continue
-        games = finished.play(policy, sha256, setting.game, protocol, setting.episodes, seed=setting.seed)
-        played[protocol] = judgement(games)
-        low, high = played[protocol]["interval"]
-        print(f"{row.name}: {protocol} {played[protocol]['mean']:.2f} [{low:.2f}, {high:.2f}]", flush=True)
-    return played
+        played = games.play(RandomPolicy(num_actions), RANDOM, settings.game, protocol, episodes, seed=settings.seed)
+        protocols[protocol] = summarise_episodes(played)
+    return Row(recipe=RANDOM, family=RANDOM, settings=settings, protocols=protocols)
 
 
-def _on_card(row: Row, teacher: Teacher) -> list[str]:
-    """Returns the protocols whose games stand on the teacher's card, if the row is the teacher's."""
-    return [p for p in PROTOCOLS if row.name == TEACHER and p in teacher.card.get("protocols", {})]
+@cache
+def difference(ours: tuple[float, ...], theirs: tuple[float, ...]) -> tuple[float, float, float]:
+    """Returns the difference of two means of returns and its 95 % bootstrap interval."""
+    return difference_interval(ours, theirs)
+
+
+@cache
+def normalised_interval(
+    row: tuple[float, ...], teacher: tuple[float, ...], random: tuple[float, ...]
+) -> tuple[float, float] | None:
+    """Returns the 95 % percentile bootstrap interval of a teacher-normalised score.
+
+    None if the teacher may be no better than random play.
+    """
+    generator = np.random.default_rng(0)
+    means = [generator.choice(np.array(x), (RESAMPLES, len(x))).mean(axis=1) for x in (row, teacher, random)]
+    if (means[1] <= means[2]).any():
+        return None
+    low, high = np.quantile((means[0] - means[2]) / (means[1] - means[2]), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Returns a comparison as a Markdown table: costs, fidelity and returns of every row."""
+    heads = ["row", "family", "parameters", "MACs", "bytes", "batch 1, median (min)", "updates"]
+    heads += ["KL, nats", "agreement", "games"]
+    for protocol in PROTOCOLS:
+        heads += [protocol.replace("_", " "), "minus teacher", "teacher-normalised", "ratio of means"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for row in comparison.rows.values():
+        cells = [row.recipe, row.family, *_cost_cells(row)]
+        for protocol in PROTOCOLS:
+            cells += _return_cells(row, comparison, protocol)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cost_cells(row: Row) -> list[str]:
+    games = " / ".join(str(played.num_episodes) for played in row.protocols.values())
+    if row.recipe == RANDOM:
+        return [*["-"] * 7, games]
+    return [
+        f"{row.num_parameters:,}",
+        f"{(row.num_macs or 0) / 1e6:.2f} M",
+        f"{row.num_bytes:,}",
+        f"{row.latency_microseconds:.0f} us ({row.latency_min_microseconds:.0f})",
+        f"{row.updates:,}",
+        f"{row.kl:.4f}",
+        f"{row.agreement:.1%}",
+        games,
+    ]
+
+
+def _return_cells(row: Row, comparison: Comparison, protocol: ProtocolName) -> list[str]:
+    """Returns a row's mean return, its difference to the teacher, its normalised score and its ratio of means."""
+    played = [comparison.rows[name].protocols.get(protocol) for name in (row.recipe, "teacher", RANDOM)]
+    ours, teacher, random = played
+    if not ours or not teacher or not random:
+        return [""] * 4
+    score = teacher_normalised_score(ours.mean, teacher.mean, random.mean)
+    interval = normalised_interval(ours.returns, teacher.returns, random.returns)
+    mean, low, high = difference(ours.returns, teacher.returns)
+    return [
+        with_interval(ours.mean, ours.interval, ".2f"),
+        "" if row.recipe == "teacher" else with_interval(mean, (low, high), "+.2f"),
+        "-" if score is None or interval is None else with_interval(score, interval, ".1%"),
+        f"{ours.mean / teacher.mean:.1%}" if teacher.mean > 0.0 else "-",
+    ]
+
+
+def with_interval(mean: float, interval: tuple[float, float], form: str) -> str:
+    """Returns a mean with its interval in brackets."""
+    low, high = interval
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"

@@ -1,58 +1,60 @@
-"""A dense layer as a product of two thin ones."""
+"""Low-rank factorization: the first dense layer becomes the product of two thin ones.
 
-from dataclasses import dataclass, field, replace
+The truncated singular value decomposition W = U S V^T is the best approximation of its rank (Eckart & Young, 1936);
+Sainath et al. (2013) applied it to the layers of acoustic models.
+
+Suffixes name dimensions: O outputs, I inputs, R rank.
+"""
+
+from dataclasses import replace
 
 import torch
 
 from policykd.agents.student import Student
-from policykd.compression.compressors import FROM_TRAINED, Fit, with_weights
-from policykd.legacy.losses import ForwardKL, Loss
+from policykd.compression.fine_tuning import FROM_TRAINED, FineTuning
+from policykd.compression.networks import student_with_weights
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The first dense layer by its largest singular values (Sainath et al., 2013), then tuned.
+def factorize_and_tune(student: Student, tuning: FineTuning, rank: int) -> Student:
+    """Returns a student whose first dense layer has the given rank, fine-tuned with the whole budget.
 
-    A NatureCNN's convolutions alone hold 78,000 parameters: below 5 % of the network there is no such student.
+    A NatureCNN's convolutions alone hold 78,000 parameters, so less than 5 % of the teacher cannot be reached.
+
+    Raises:
+        ValueError: as for `factorize`.
     """
-
-    rank: int
-    learning_rate: float = FROM_TRAINED
-    loss: Loss = field(default_factory=ForwardKL)
-
-    def __call__(self, begin: Student, fit: Fit, /) -> Student:
-        """Returns the student whose first dense layer has this rank."""
-        student = factorised(fit.begin(begin), self.rank)
-        for _ in fit.rounds(fit.learner(student, is_trained=True), self.loss, self.learning_rate):
-            pass
-        return student.eval()
+    return tuning.train_fully(factorize(tuning.prepare(student), rank), FROM_TRAINED)
 
 
 @torch.no_grad()
-def factorised(student: Student, rank: int) -> Student:
-    """Returns a student with its first dense layer replaced by its best approximation of a rank (Eckart & Young, 1936).
+def factorize(student: Student, rank: int) -> Student:
+    """Returns a student whose first dense layer is replaced by its best approximation of a rank.
 
     Raises:
-        ValueError: a rank that the layer does not have, or a layer that is factorised already.
+        ValueError: the rank exceeds that of the layer, or the layer is factorized already.
     """
-    weights = dict(student.net.state_dict())
     if student.shape.rank:
-        raise ValueError(f"its dense layer has rank {student.shape.rank} already; begin with another network")
-    weight_OI, bias_O = weights.pop("dense.0.weight"), weights.pop("dense.0.bias")
+        raise ValueError(f"the dense layer has rank {student.shape.rank} already; start from another student")
+    weights = dict(student.net.state_dict())
+    weight_OI = weights.pop("dense.0.weight")
+    bias_O = weights.pop("dense.0.bias")
     if not 0 < rank <= min(weight_OI.shape):
-        raise ValueError(f"rank must lie between 1 and {min(weight_OI.shape)}, not {rank}")
+        raise ValueError(f"--rank must lie between 1 and {min(weight_OI.shape)}, not {rank}")
+
     left_OR, values_R, right_RI = torch.linalg.svd(weight_OI.double(), full_matrices=False)
-    root_R = values_R[:rank].sqrt()  # half of each value on either side, so that neither factor learns much faster
-    moved = {_one_later(name): weight for name, weight in weights.items()}
-    moved["dense.0.weight"] = (root_R[:, None] * right_RI[:rank]).float()
-    moved["dense.1.weight"], moved["dense.1.bias"] = (left_OR[:, :rank] * root_R).float(), bias_O
-    return with_weights(replace(student.shape, rank=rank), moved)
+    # The root of each singular value goes to either factor, so that neither learns much faster than the other.
+    root_R = values_R[:rank].sqrt()
+    shifted = {_name_one_layer_later(name): weight for name, weight in weights.items()}
+    shifted["dense.0.weight"] = (root_R[:, None] * right_RI[:rank]).float()
+    shifted["dense.1.weight"] = (left_OR[:, :rank] * root_R).float()
+    shifted["dense.1.bias"] = bias_O
+    return student_with_weights(replace(student.shape, rank=rank), shifted)
 
 
-def _one_later(name: str) -> str:
-    """Returns the name of a dense layer's weights once there is one more before it."""
+def _name_one_layer_later(name: str) -> str:
+    """Returns the name of a dense layer's weight after one more dense layer was inserted before it."""
     kind, _, rest = name.partition(".")
     if kind != "dense":
         return name
-    index, _, which = rest.partition(".")
-    return f"dense.{int(index) + 1}.{which}"
+    index, _, tensor = rest.partition(".")
+    return f"dense.{int(index) + 1}.{tensor}"

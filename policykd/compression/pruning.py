@@ -1,7 +1,11 @@
-"""Pruning of a trained network: single weights by their magnitude, or whole channels and units."""
+"""Pruning of a trained student: single weights by magnitude, or whole channels and units.
+
+Magnitude pruning follows Zhu & Gupta (2017, "To prune, or not to prune"), structured pruning uses the group magnitudes
+of DepGraph (Fang et al., 2023) in torch-pruning.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,50 +14,77 @@ from torch.nn.utils import parametrize
 
 from policykd.agents.networks import ConvNet, num_parameters
 from policykd.agents.student import Student
-from policykd.compression.compressors import (
-    FROM_TRAINED,
-    ROUNDS,
-    Fit,
-    copy_of,
-    layers_with_weights,
-    pixel_unit,
-    with_weights,
-)
-from policykd.compression.sparse import pack_sparse
-from policykd.legacy.losses import ForwardKL, Loss
+from policykd.compression.fine_tuning import FROM_TRAINED, ROUNDS, FineTuning
+from policykd.compression.networks import pixel_unit, student_with_weights, trainable_copy, weight_layers
 
-LEAST_SHARE = 0.05
-"""of a layer's channels that a step of structured pruning leaves at least"""
+PRUNING_FRACTION = 0.6
+"""fraction of the budget over which weights are removed; the rest only tunes those that are left"""
+MIN_KEPT_CHANNELS = 0.05
+"""minimum fraction of a layer's channels that one step of structured pruning leaves"""
 
 
-def cubic_sparsity(progress: float, final: float, until: float) -> float:
-    """Returns the share of weights that are zero at `progress`, final (1 - (1 - t)^3) (Zhu & Gupta, 2017).
+def prune_by_magnitude(student: Student, tuning: FineTuning, sparsity: float) -> Student:
+    """Returns a student with a fraction of its weights set to zero, gradually and fine-tuned on the way and after it.
+
+    The weights of all layers are ranked together. Biases are not pruned.
 
     Args:
-        progress: from 0 to 1 over the run.
-        final: the share at the end.
-        until: the progress at which it is reached; what is left of the run only tunes.
+        student: a trained student; it is not changed.
+        tuning: teacher, states and budget.
+        sparsity: fraction of the weights that are zero at the end.
     """
-    return float(final * (1.0 - (1.0 - min(1.0, progress / until)) ** 3))
+    pruned = tuning.prepare(student)
+    unit = pixel_unit(pruned)
+    layers = weight_layers(pruned)
+    weights = [layer.weight for layer in layers]
+    # The mask is a parametrization, so that the weights stay the parameters that Adam updates.
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _Mask(torch.ones_like(layer.weight)))
+
+    def update_masks(num_rounds: int) -> None:
+        now = cubic_sparsity(num_rounds / ROUNDS, sparsity)
+        for layer, mask in zip(layers, masks_of_largest(weights, now, unit), strict=True):
+            layer.parametrizations["weight"][0].mask.copy_(mask)  # type: ignore[index,union-attr]
+
+    update_masks(1)
+    # Half the usual learning rate: at 7 % of the bytes 4e-3 is worse than 1e-3 (docs/compression.md).
+    for num_rounds in tuning.train(pruned, FROM_TRAINED / 2):
+        if num_rounds < ROUNDS:
+            update_masks(num_rounds + 1)
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return pruned.eval()
+
+
+def cubic_sparsity(progress: float, final: float) -> float:
+    """Returns the sparsity at a point of training: final (1 - (1 - t)^3), t the progress of the pruning phase.
+
+    Args:
+        progress: from 0 to 1 over the whole budget; pruning ends at `PRUNING_FRACTION`.
+        final: the sparsity at the end.
+    """
+    t = min(1.0, progress / PRUNING_FRACTION)
+    return float(final * (1.0 - (1.0 - t) ** 3))
 
 
 @torch.no_grad()
 def masks_of_largest(weights: Sequence[Tensor], sparsity: float, unit: float) -> list[Tensor]:
-    """Returns masks of 1 and 0 in the weights' shapes: the smallest magnitudes of all layers together become 0.
+    """Returns a mask per tensor: 0 for the smallest magnitudes of all tensors together, 1 for the others.
 
     Args:
-        weights: of every layer.
-        sparsity: the share that becomes 0.
-        unit: of the first layer's weights, see `pixel_unit`.
+        weights: the weights of every layer.
+        sparsity: the fraction that is masked.
+        unit: factor of the first layer's weights, see `pixel_unit`.
     """
-    magnitudes = [w.abs() * (1.0 if i else unit) for i, w in enumerate(weights)]
-    flat = torch.cat([m.flatten() for m in magnitudes])
-    least = flat.topk(max(1, round((1.0 - sparsity) * len(flat)))).values[-1]
-    return [(m >= least).to(m.dtype) for m in magnitudes]
+    magnitudes = [weight.abs() * (1.0 if i else unit) for i, weight in enumerate(weights)]
+    flat = torch.cat([magnitude.flatten() for magnitude in magnitudes])
+    num_kept = max(1, round((1.0 - sparsity) * len(flat)))
+    threshold = flat.topk(num_kept).values[-1]
+    return [(magnitude >= threshold).to(magnitude.dtype) for magnitude in magnitudes]
 
 
-class _Masked(nn.Module):
-    """A weight times a mask of 0 and 1, wherever the weight is used."""
+class _Mask(nn.Module):
+    """A parametrization that multiplies a weight by a mask of 0 and 1."""
 
     mask: Tensor
 
@@ -62,162 +93,115 @@ class _Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the weight with zeros."""
+        """Returns the masked weight."""
         return weight * self.mask
 
 
-def sparsity_for_bytes(student: Student, num_bytes: int) -> float:
-    """Returns the share of zeros at which a student's sparse file is as large as asked, by bisection on real files.
+def prune_structured(student: Student, tuning: FineTuning, num_parameters_left: int) -> Student:
+    """Returns a student with fewer channels and units per layer, fine-tuned between the pruning steps and after them.
+
+    Every layer loses the same fraction. The result is a dense network that needs no sparse kernels.
+
+    Args:
+        student: a student of three convolutions and dense layers; it is not changed.
+        tuning: teacher, states and budget.
+        num_parameters_left: maximum number of parameters at the end.
 
     Raises:
-        ValueError: such a file cannot be that small.
+        ValueError: as for `remove_channels`.
     """
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        too_large = len(pack_sparse(_pruned_at_once(student, middle))) > num_bytes
-        low, high = (middle, high) if too_large else (low, middle)
-    if high == 1.0:
-        raise ValueError(f"a sparse file of {num_bytes:,} bytes holds no weight; give more bytes")
-    return high
+    pruned = tuning.prepare(student)
+    num_before = num_parameters(student)
+    num_steps = max(1, round(PRUNING_FRACTION * ROUNDS))
+    for step in range(ROUNDS):
+        if step < num_steps:
+            # A geometric schedule: each step removes the same fraction of what is left.
+            fraction = (num_parameters_left / num_before) ** ((step + 1) / num_steps)
+            pruned = remove_channels(pruned, round(num_before * fraction))
+        for _ in tuning.train(pruned, FROM_TRAINED, first_round=step, num_rounds=1):
+            pass
+    return pruned.eval()
 
 
-def _pruned_at_once(student: Student, sparsity: float) -> Student:
-    pruned = copy_of(student)
-    weights = [layer.weight.data for layer in layers_with_weights(pruned)]
-    for weight, mask in zip(weights, masks_of_largest(weights, sparsity, pixel_unit(student)), strict=True):
-        weight.mul_(mask)
-    return pruned
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Global magnitude pruning, gradual on a cubic schedule (Zhu & Gupta, 2017), tuned on the way and after it."""
-
-    num_bytes: int
-    """of the sparse file: what decides how many weights are left"""
-    until: float = 0.6
-    """share of the budget after which the masks stay"""
-    learning_rate: float = FROM_TRAINED / 2
-    loss: Loss = field(default_factory=ForwardKL)
-
-    def __call__(self, begin: Student, fit: Fit, /) -> Student:
-        """Returns the student with zeros in its weights; biases are not pruned."""
-        student = fit.begin(begin)
-        final, unit = sparsity_for_bytes(student, self.num_bytes), pixel_unit(student)
-        learner = fit.learner(student, is_trained=True)
-        layers = layers_with_weights(student)
-        weights = [layer.weight for layer in layers]  # the parameters stay what they are: Adam knows them
-        for layer in layers:
-            parametrize.register_parametrization(layer, "weight", _Masked(torch.ones_like(layer.weight)))
-
-        def move_masks(progress: float) -> None:
-            sparsity = cubic_sparsity(progress, final, self.until)
-            for layer, mask in zip(layers, masks_of_largest(weights, sparsity, unit), strict=True):
-                layer.parametrizations["weight"][0].mask.copy_(mask)  # type: ignore[index,union-attr]
-
-        move_masks(1.0 / ROUNDS)
-        for r in fit.rounds(learner, self.loss, self.learning_rate):
-            if r.index + 1 < ROUNDS:
-                move_masks((r.index + 2) / ROUNDS)
-        for layer in layers:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        return student.eval()
-
-
-@dataclass(frozen=True)
-class Structured:
-    """Channels and units taken out by DepGraph's group magnitude (Fang et al., 2023), tuned between the steps.
-
-    Every layer loses the same share. What is left is a dense network of other widths. Needs the extra `compress`.
-    """
-
-    num_parameters: int
-    """at most so many are left"""
-    until: float = 0.6
-    """share of the budget after which nothing is taken out any more"""
-    learning_rate: float = FROM_TRAINED
-    loss: Loss = field(default_factory=ForwardKL)
-
-    def __call__(self, begin: Student, fit: Fit, /) -> Student:
-        """Returns a student of the shape that is left."""
-        student, at_first = fit.begin(begin), num_parameters(begin)
-        learner, num_steps = fit.learner(student, is_trained=True), max(1, round(self.until * ROUNDS))
-        for k in range(ROUNDS):
-            if k < num_steps:  # each step takes the same share of what is there
-                wanted = round(at_first * (self.num_parameters / at_first) ** ((k + 1) / num_steps))
-                student = without_channels(student, wanted)
-                learner = fit.goes_on_with(student, learner)
-            next(fit.rounds(learner, self.loss, self.learning_rate))
-        return student.eval()
-
-
-def without_channels(student: Student, num_parameters_left: int) -> Student:
-    """Returns a student of which channels and units are taken out until at most so many parameters are left.
+def remove_channels(student: Student, num_parameters_left: int) -> Student:
+    """Returns a student without its least important channels and units, of at most so many parameters.
 
     Raises:
-        ValueError: torch-pruning is missing; another network than convolutions and dense layers one behind the other;
-            so few are left that a layer would vanish.
+        ValueError: torch-pruning is not installed, the network has another structure than convolutions followed by
+            dense layers, or a layer would vanish.
     """
-    plain, ones = _plain_copy(student), torch.ones(1, *student.shape.obs_shape)
+    plain = _sequential_copy(student)
     kept = 1.0
     while _num_parameters(student, kept) > num_parameters_left:
         kept *= 0.998
-        if kept < LEAST_SHARE:
-            raise ValueError(f"{num_parameters_left:,} parameters are fewer than structured pruning leaves; give more")
-    _pruner(plain, ones, kept).step()
+        if kept < MIN_KEPT_CHANNELS:
+            raise ValueError(f"structured pruning cannot leave {num_parameters_left:,} parameters; use a larger --size")
+    _prune_layers(plain, student.shape.obs_shape, kept)
+
+    # Read the new widths off the pruned layers and put their weights into a student of that shape.
     layers = [layer for layer in plain if isinstance(layer, nn.Conv2d | nn.Linear)]
+    layers[0].weight.data /= pixel_unit(student)
     widths = tuple(layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d))
     hidden = tuple(layer.out_features for layer in layers if isinstance(layer, nn.Linear))[:-1]
-    layers[0].weight.data /= pixel_unit(student)
-    weights = dict(student.net.state_dict())
     names = ["conv1", "conv2", "conv3", *(f"dense.{i}" for i in range(len(hidden) + 1))]
+    weights = dict(student.net.state_dict())
     for name, layer in zip(names, layers, strict=True):
         weights |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-    return with_weights(replace(student.shape, widths=widths, hidden=hidden), weights)
+    return student_with_weights(replace(student.shape, widths=widths, hidden=hidden), weights)
 
 
-def _plain_copy(student: Student) -> nn.Sequential:
-    """Returns the student's layers one behind the other, on pixels from 0 to 1, for a tracer of modules' calls."""
-    net = copy_of(student).net
+def _sequential_copy(student: Student) -> nn.Sequential:
+    """Returns the student's layers as one chain on pixels in [0, 1], which torch-pruning can trace."""
+    net = trainable_copy(student).net
     if not isinstance(net, ConvNet) or student.shape.design != "nature" or student.shape.rank:
-        raise ValueError("structured pruning takes networks of three convolutions and dense layers; give such a size")
-    convolutions = [net.conv1, net.conv2, net.conv3]
+        raise ValueError("structured pruning needs three convolutions and plain dense layers; use another student")
     layers: list[nn.Module] = []
-    for layer in (*convolutions, *net.dense):
-        layers += [nn.Flatten()] if layer is net.dense[0] else []
-        layers += [layer, nn.ReLU()]
+    for convolution in (net.conv1, net.conv2, net.conv3):
+        layers += [convolution, nn.ReLU()]
+    layers.append(nn.Flatten())
+    for dense in net.dense:
+        layers += [dense, nn.ReLU()]
     net.conv1.weight.data *= pixel_unit(student)
     plain = nn.Sequential(*layers[:-1])
     return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
-def _left(width: int, kept: float) -> int:
-    return max(1, round(kept * width))  # the nearest: rounded down, each step would take a channel of every layer
+def _num_kept(width: int, kept: float) -> int:
+    """Returns the number of channels of a layer after pruning.
+
+    It is rounded to the nearest. Rounded down, each of the many small steps would remove a channel of every layer.
+    """
+    return max(1, round(kept * width))
 
 
 def _num_parameters(student: Student, kept: float) -> int:
-    """Returns how many parameters are left with a share of every layer's channels and units."""
+    """Returns the number of parameters with a fraction of every layer's channels and units."""
     shape = student.shape
-    widths, hidden = ([_left(w, kept) for w in of] for of in (shape.widths, shape.hidden))
+    widths = [_num_kept(width, kept) for width in shape.widths]
+    hidden = [_num_kept(width, kept) for width in shape.hidden]
     with torch.device("meta"):
         return num_parameters(ConvNet(widths, hidden, shape.num_actions))
 
 
-def _pruner(plain: nn.Sequential, ones: Tensor, kept: float) -> Any:
+def _prune_layers(plain: nn.Sequential, obs_shape: tuple[int, ...], kept: float) -> None:
+    """Removes all but a fraction of the channels and units of every layer but the last, in place."""
     try:
         import torch_pruning
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; structured pruning needs it: pip install 'policykd[compress]'") from error
-    layers = [layer for layer in plain if isinstance(layer, nn.Conv2d | nn.Linear)][:-1]
-    widths = {layer: layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features for layer in layers}
-    return torch_pruning.pruner.BasePruner(
+    ratios: dict[nn.Module, float] = {}
+    for layer in list(plain)[:-1]:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            width = layer.weight.shape[0]
+            # Half a channel more, because torch-pruning rounds the number that it removes up.
+            ratios[layer] = 1.0 - min(width, _num_kept(width, kept) + 0.5) / width
+    # Ranked across layers, group magnitudes narrow the second convolution to one channel (docs/compression.md).
+    pruner: Any = torch_pruning.pruner.BasePruner(
         plain,
-        ones,
+        torch.ones(1, *obs_shape),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=False,  # across layers it narrows the second convolution to one channel (docs/compression.md)
-        pruning_ratio_dict={
-            layer: 1.0 - min(width, _left(width, kept) + 0.5) / width for layer, width in widths.items()
-        },
+        global_pruning=False,
+        pruning_ratio_dict=ratios,
         ignored_layers=[plain[-1]],
     )
+    pruner.step()

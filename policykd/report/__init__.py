@@ -4,7 +4,7 @@ import copy
 import io
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
+from policykd.compression.comparison import Row
 from policykd.compression.pareto import draw_pareto
 from policykd.envs.actions import action_names
 from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.results import ProtocolResult
+from policykd.evaluation.statistics import summarise
 from policykd.io.files import BadFile, write_atomically
 from policykd.legacy.divergences import kl_divergence_B
 from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_comparison, read_run
@@ -84,7 +87,7 @@ def write_report(
 
 
 def write_comparison_report(folder: Path) -> Path:
-    """Writes the page of a folder of scripts/compare_compression.py, and returns its path.
+    """Writes the page of a comparison by `policykd compress`, and returns its path.
 
     Raises:
         BadFile: compression.json is damaged.
@@ -93,7 +96,7 @@ def write_comparison_report(folder: Path) -> Path:
     try:
         content = comparison_page(folder.resolve().parent.name, comparison)
     except NOT_OURS as error:
-        reason = f"not what a comparison writes ({error!r}); make it again with scripts/compare_compression.py"
+        reason = f"not what a comparison writes ({error!r}); make it again with policykd compress"
         raise BadFile(f"{folder / COMPRESSION}: {reason}") from error
     write_atomically(folder / REPORT, content.encode())
     return folder / REPORT
@@ -107,7 +110,7 @@ def newest_comparison(run: Path, results: Mapping[str, Any], teacher_sha256: str
     for path in sorted(run.resolve().parent.glob(f"*/{COMPRESSION}"), key=_changed, reverse=True):
         try:
             found = read_comparison(path.parent)
-            if found.about.get("teacher", {}).get("sha256") == teacher_sha256:
+            if found.content.settings.teacher_sha256 == teacher_sha256:
                 comparison = with_this_run(found, results["student"], run)
                 compressors(comparison)
                 return comparison
@@ -129,11 +132,20 @@ def with_this_run(comparison: Comparison, student: Mapping[str, Any], run: Path)
     Its bytes are those of its file, as the comparison's are; its latency stays out: it was taken in torch, those of the
     comparison in ONNX Runtime.
     """
-    row = {key: student[key] for key in ("num_parameters", "num_macs", "protocols")}
-    row |= {"label": f"this run: {run.resolve().name}", "family": "this run"}
-    row["num_bytes"] = (run / "student.safetensors").stat().st_size
+    row = Row(
+        recipe=f"this run: {run.resolve().name}",
+        family="this run",
+        settings=comparison.content.settings,
+        num_parameters=student["num_parameters"],
+        num_macs=student["num_macs"],
+        num_bytes=(run / "student.safetensors").stat().st_size,
+        protocols={
+            protocol: ProtocolResult(**asdict(summarise(played["returns"])), returns=tuple(played["returns"]))
+            for protocol, played in student["protocols"].items()
+        },
+    )
     picture = io.BytesIO()
-    draw_pareto({**comparison.rows, "this run": row}, picture, highlight="this run")
+    draw_pareto(comparison.content, picture, this_run=row)
     return replace(comparison, pareto=picture.getvalue(), has_this_run=True)
 
 

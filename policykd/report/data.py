@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from policykd.compression import comparison as compression
 from policykd.io.files import BadFile
 
 RESULTS, COMPRESSION = "results.json", "compression.json"
@@ -42,16 +43,13 @@ class Film:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The other compressors, as scripts/compare_compression.py found them."""
+    """Other compression methods, as `policykd compress` compared them."""
 
-    rows: Mapping[str, Mapping[str, Any]]
-    """of compression.json"""
+    content: compression.Comparison
     pareto: bytes = b""
     """SVG"""
     source: str = ""
     """the folder's name"""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """command, budget, versions"""
     has_this_run: bool = False
     """whether the run of the report is in the picture"""
 
@@ -130,17 +128,14 @@ def _not_finite(content: object, name: str = "") -> str:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Returns what scripts/compare_compression.py wrote into a folder.
+    """Returns what `policykd compress` wrote into a folder.
 
     Raises:
         BadFile: damaged.
     """
-    content = _object(folder / COMPRESSION)
-    rows = content.pop("rows", None)
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise BadFile(f"{folder / COMPRESSION}: holds no rows; make it again with scripts/compare_compression.py")
+    content = compression.read_comparison(folder)
     picture = folder / "pareto.svg"
-    return Comparison(rows, picture.read_bytes() if picture.is_file() else b"", folder.resolve().name, content)
+    return Comparison(content, picture.read_bytes() if picture.is_file() else b"", folder.resolve().name)
 
 
 def _object(path: Path) -> dict[str, Any]:

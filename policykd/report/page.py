@@ -4,6 +4,7 @@ Nothing in it is loaded from elsewhere, nothing in it runs, and every text from 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -55,13 +56,13 @@ def comparison_page(game: str, comparison: Comparison) -> str:
     top = [
         tag("p", f"A comparison: {comparison.source}", class_="over"),
         tag("h1", f"{game}: what compression costs"),
-        tag("p", f"{len(comparison.rows)} policies from one teacher and one set of states.", class_="verdict"),
+        tag("p", f"{len(comparison.content.rows)} policies from one teacher and one set of states.", class_="verdict"),
     ]
-    about = {key: value for key, value in comparison.about.items() if key not in ("command", "versions", "latency")}
     parts = {
         "Result": sections.compressors(comparison),
         "How it was made": _made(
-            comparison.about.get("command"), {"Settings": about, "Versions": versions_of(comparison)}
+            comparison.content.command,
+            {"Settings": asdict(comparison.content.settings), "Versions": versions_of(comparison)},
         ),
     }
     return document(f"{game}: {comparison.source}", top, parts, versions_of(comparison))
@@ -69,7 +70,7 @@ def comparison_page(game: str, comparison: Comparison) -> str:
 
 def versions_of(comparison: Comparison) -> Mapping[str, Any]:
     """Returns the versions that a comparison was made with."""
-    return dict(comparison.about.get("versions", {}))
+    return comparison.content.versions
 
 
 def document(name: str, top: list[Markup], parts: Mapping[str, Markup | None], versions: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from policykd.compression import table as compression_table
+from policykd.compression.comparison import comparison_table
+from policykd.evaluation.evaluate import PROTOCOLS
 from policykd.report.charts import Games, Point, cost_chart, games_chart
 from policykd.report.data import Comparison, Report
 from policykd.report.markup import Markup, blocks, data_url, figure, joined, scrolled, tag
@@ -162,18 +163,18 @@ def _point(who: str, row: Mapping[str, Any], key: str, protocol: str) -> Point |
 
 
 def compressors(comparison: Comparison | None) -> Markup | None:
-    """Returns what scripts/compare_compression.py says, and its Pareto picture."""
+    """Returns what `policykd compress` found, and its Pareto picture."""
     if not comparison:
         return None
-    text, begins = compression_table.report(comparison.rows), compression_table.SPELLED.values()
-    parts = list(blocks(text, name="What every row costs", begins=begins))
+    begins = [protocol.replace("_", " ") for protocol in PROTOCOLS]
+    parts = list(blocks(comparison_table(comparison.content), name="What every row costs", begins=begins))
     if comparison.pareto:
         what = "Return kept against parameters, multiply-accumulates, bytes and latency, for every compressor"
         what += "; drawn large: this run" if comparison.has_this_run else ""
         picture = tag("img", src=data_url(comparison.pareto, "image/svg+xml"), alt=what, class_="picture")
         parts.insert(1, figure("Pareto picture", f"{what}.", scrolled(picture, "Pareto picture")))
     note = (
-        f"All from one teacher and one set of states: scripts/compare_compression.py, {comparison.source}. Latency:"
+        f"All from one teacher and one set of states: policykd compress, {comparison.source}. Latency:"
         " ONNX Runtime, one thread, one observation. Brackets are 95% bootstrap intervals over whole games."
     )
     return joined(tag("p", note, class_="note"), *parts)

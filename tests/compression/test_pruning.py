@@ -1,102 +1,99 @@
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import make_student
-from policykd.compression.compressors import Fit, layers_with_weights, pixel_unit, recentred
+from policykd.compression.fine_tuning import FineTuning
+from policykd.compression.networks import pixel_unit, weight_layers, with_normalized_input
 from policykd.compression.pruning import (
-    Magnitude,
-    Structured,
     cubic_sparsity,
     masks_of_largest,
-    sparsity_for_bytes,
-    without_channels,
+    prune_by_magnitude,
+    prune_structured,
+    remove_channels,
 )
-from policykd.compression.sparse import pack_sparse
-from policykd.legacy.losses import ForwardKL
+from policykd.loop import forward_kl
+from policykd.losses import Batch, Metrics
 
 
-def test_the_sparsity_rises_as_a_cube_and_then_stays() -> None:
-    assert cubic_sparsity(0.0, 0.9, 0.6) == 0.0
-    assert cubic_sparsity(0.3, 0.9, 0.6) == pytest.approx(0.9 * (1 - 0.5**3))
-    assert cubic_sparsity(0.6, 0.9, 0.6) == cubic_sparsity(1.0, 0.9, 0.6) == pytest.approx(0.9)
+def test_sparsity_rises_cubically_and_then_stays() -> None:
+    assert cubic_sparsity(0.0, 0.9) == 0.0
+    assert cubic_sparsity(0.3, 0.9) == pytest.approx(0.9 * (1 - 0.5**3))
+    assert cubic_sparsity(0.6, 0.9) == cubic_sparsity(1.0, 0.9) == pytest.approx(0.9)
 
 
-def test_the_smallest_of_all_layers_go_in_the_unit_of_their_inputs() -> None:
+def test_weights_of_all_layers_are_ranked_together_in_the_unit_of_their_inputs() -> None:
     weights = [torch.tensor([[0.1, -3.0]]), torch.tensor([[0.2, -0.4, 1.0, 0.05]])]
     assert [m.tolist() for m in masks_of_largest(weights, 0.5, 1.0)] == [[[0.0, 1.0]], [[0.0, 1.0, 1.0, 0.0]]]
     assert [m.tolist() for m in masks_of_largest(weights, 0.5, 10.0)] == [[[1.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]]
 
 
-def test_the_input_scaling_does_not_decide_what_is_pruned(obs: Tensor) -> None:
-    begin = make_student("1%", 6)
+def test_input_normalization_does_not_decide_what_is_pruned(obs: Tensor) -> None:
+    student = make_student("1%", 6)
     masks = [
-        masks_of_largest([x.weight.data for x in layers_with_weights(student)], 0.8, pixel_unit(student))
-        for student in (begin, recentred(begin, obs[:, -1]))
+        masks_of_largest([layer.weight.data for layer in weight_layers(s)], 0.8, pixel_unit(s))
+        for s in (student, with_normalized_input(student, obs[:, -1]))
     ]
-    differ = sum(int((one != other).sum()) for one, other in zip(*masks, strict=True))
-    assert differ <= 2  # ties, after rounding
-    assert differ < float(masks[0][0].sum())
+    num_different = sum(int((one != other).sum()) for one, other in zip(*masks, strict=True))
+    assert num_different <= 2  # ties, after rounding
+    assert num_different < float(masks[0][0].sum())
 
 
-def test_magnitude_pruning_ends_at_its_bytes_and_zeros_stay_zero(fit: Fit) -> None:
-    begin = make_student("4%", 6)
-    pruned = Magnitude(60_000)(begin, fit)
-    assert len(pack_sparse(pruned)) == pytest.approx(60_000, rel=0.02)
-    share = sum(int((x.weight == 0).sum()) for x in layers_with_weights(pruned)) / num_parameters(pruned)
-    assert 0.6 < share < 0.9
-    assert {type(x) for x in layers_with_weights(pruned)} == {nn.Conv2d, nn.Linear}  # nothing is left of the masks
-    assert pruned.state_dict().keys() == begin.state_dict().keys()
-    assert not torch.equal(layers_with_weights(pruned)[3].weight, layers_with_weights(begin)[3].weight)
-    with pytest.raises(ValueError, match="holds no weight"):
-        sparsity_for_bytes(begin, 100)
+def test_magnitude_pruning_reaches_its_sparsity_and_leaves_a_plain_network(tuning: FineTuning) -> None:
+    student = make_student("4%", 6)
+    pruned = prune_by_magnitude(student, tuning, 0.8)
+    layers = weight_layers(pruned)
+    num_zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+    assert num_zeros / sum(layer.weight.numel() for layer in layers) == pytest.approx(0.8, abs=1e-3)
+    assert {type(layer) for layer in layers} == {nn.Conv2d, nn.Linear}  # no parametrization is left
+    assert pruned.state_dict().keys() == student.state_dict().keys()
+    assert not torch.equal(layers[3].weight, weight_layers(student)[3].weight)
+    assert all(int((layer.weight == 0).sum()) == 0 for layer in weight_layers(student))  # the argument is unchanged
 
 
-def test_structured_pruning_changes_nothing_where_nothing_goes(obs: Tensor) -> None:
-    begin = make_student("4%", 6)
-    same = without_channels(recentred(begin, obs[:, -1]), 10**9)
-    assert same.shape == begin.shape
-    torch.testing.assert_close(same(obs), begin(obs), atol=1e-4, rtol=0.0)
+def test_removing_nothing_changes_nothing(obs: Tensor) -> None:
+    student = make_student("4%", 6)
+    same = remove_channels(with_normalized_input(student, obs[:, -1]), 10**9)
+    assert same.shape == student.shape
+    torch.testing.assert_close(same(obs), student(obs), atol=1e-4, rtol=0.0)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """A loss that keeps what it is given."""
+def test_structured_pruning_gives_a_small_dense_network(tuning: FineTuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student("4%", 6)
+    trained: list[Tensor] = []
 
-    batches: list[Tensor] = field(default_factory=list)
+    def recording_kl(student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        if torch.is_grad_enabled():
+            trained.append(batch.teacher_BA.clone())
+        return forward_kl(student, batch)
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, /) -> Tensor:
-        self.batches.append(teacher_BA.clone())
-        return ForwardKL()(student_BA, teacher_BA)
-
-
-def test_structured_pruning_gives_a_small_dense_network(fit: Fit) -> None:
-    begin = make_student("4%", 6)
-    loss = _Recorded()
-    pruned = Structured(20_000, loss=loss)(begin, fit)
+    monkeypatch.setattr(FineTuning.train, "__defaults__", (recording_kl,))
+    pruned = prune_structured(student, tuning, 20_000)
     assert 15_000 < num_parameters(pruned) <= 20_000
     assert all(16 > width > 1 for width in pruned.shape.widths)
     assert pruned.shape.hidden[0] < 64
-    assert all(int((x.weight == 0).sum()) == 0 for x in layers_with_weights(pruned))
-    assert begin.shape.widths == (16, 16, 16)
-    assert len(loss.batches) == fit.updates
-    assert len({batch.numpy().tobytes() for batch in loss.batches}) == fit.updates  # each network goes on in the budget
+    assert all(int((layer.weight == 0).sum()) == 0 for layer in weight_layers(pruned))
+    assert student.shape.widths == (16, 16, 16)
+    # Every step of pruning continues in the budget, with batches of its own.
+    assert len(trained) == tuning.updates
+    assert len({batch.numpy().tobytes() for batch in trained}) == tuning.updates
 
 
-def test_a_unit_that_does_nothing_goes_first_with_all_that_reads_it(obs: Tensor) -> None:
+def test_a_dead_unit_is_removed_first_with_all_that_reads_it() -> None:
     student = make_student("1%", 6)
-    first, last = layers_with_weights(student)[3:]
+    first, last = weight_layers(student)[3:]
+    assert first.bias is not None
     with torch.no_grad():
-        for tensor in (first.weight[5], first.bias[5], last.weight[:, 5]):  # type: ignore[index]
+        for tensor in (first.weight[5], first.bias[5], last.weight[:, 5]):
             tensor.zero_()
-    found = without_channels(student, num_parameters(student) - 1)
-    kept = layers_with_weights(found)[3].weight
+    found = remove_channels(student, num_parameters(student) - 1)
+    kept = weight_layers(found)[3].weight
     assert all(not torch.equal(row, torch.zeros_like(row)) for row in kept)
 
 
-def test_networks_with_branches_are_refused() -> None:
-    with pytest.raises(ValueError, match="structured pruning takes"):
-        without_channels(make_student("half", 6), 1000)
+def test_structured_pruning_refuses_other_designs_and_impossible_sizes() -> None:
+    with pytest.raises(ValueError, match="three convolutions"):
+        remove_channels(make_student("half", 6), 1000)
+    with pytest.raises(ValueError, match="cannot leave 10 parameters"):
+        remove_channels(make_student("1%", 6), 10)

@@ -1,0 +1,106 @@
+"""`policykd compress`: makes a run's student smaller, or compares several methods in one table and one picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from policykd.agents.student import load_student
+from policykd.agents.teacher import Teacher
+from policykd.cli.command import prepare_device
+from policykd.cli.groups import SeedArgs
+from policykd.compression.comparison import ComparisonOptions, compare, comparison_table
+from policykd.compression.fine_tuning import FineTuning
+from policykd.compression.pareto import draw_pareto
+from policykd.compression.recipes import STANDARD, parse_recipe
+from policykd.envs.atari import make_atari
+from policykd.evaluation.policies import game_of, teacher_of
+from policykd.runs.folder import check_at_least, check_name, check_seed
+from policykd.states import DatasetStates
+from policykd.storage.offline import label_given, open_replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressArgs(SeedArgs):
+    """Compresses the student of a run, or compares several methods with --compare.
+
+    Fine-tunes with the distillation loss on the run's states, and prints one table of costs and returns. Every network
+    is a folder in runs/GAME/compression that the other commands take like a run. The table and the picture next to them
+    have all networks that were made there. The same command continues where it was interrupted.
+
+    Examples:
+      policykd compress runs/Pong/pong --method structured --sparsity 0.5
+      policykd compress runs/Pong/pong --method magnitude+int8 --sparsity 0.8
+      policykd compress runs/Pong/pong --compare teacher+structured:0.9 1% student+structured:0.5+int8
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of a finished run"""
+    method: str = "structured"
+    """magnitude, structured, low-rank, int8, int8-weights (computed in float32), or several joined by +"""
+    sparsity: float = 0.5
+    """fraction of the weights (magnitude) or parameters (structured) to remove"""
+    rank: int = 8
+    """rank of the first dense layer (low-rank)"""
+    compare: tuple[str, ...] = ()
+    """recipes to compare, each a start and methods joined by +: start student, teacher or a size distilled from scratch
+    (1%, or 1%:hard for hard labels, 1%:sharp for a quarter of the temperature), methods as in --method with their
+    amount, such as structured:0.5; `standard` compares the most common ones"""
+    updates: int = 3000
+    """gradient steps per method that trains"""
+    batch_size: int = 256
+    """states per gradient step"""
+    episodes: int = 100
+    """full episodes per network and protocol, 0 for none; the teacher's come from its card if it has one"""
+    states: Path | None = None
+    """dataset or run to take the states from; by default the run's own"""
+    held_out: float = 0.05
+    """fraction of the states, the last ones, that nothing is trained on: KL and agreement are measured there"""
+    teacher: str = ""
+    """where the run's teacher is now, if it was moved"""
+    name: str = "compression"
+    """name of the folder to write, next to the run's"""
+    threads: int = 1
+    """CPU threads per batch"""
+    trust_pickle: bool = False
+    """let SB3 itself load the teacher, which executes code in the file: only for your own archives"""
+    debug: bool = False
+    """print the traceback of an error"""
+
+
+def run(args: CompressArgs) -> None:
+    """Loads student, teacher and states, and compresses or compares.
+
+    Raises:
+        ValueError: an invalid argument.
+        BadFile: a damaged file.
+    """
+    check_at_least(args, 1, "batch_size", "threads")
+    check_seed(args.seed)
+    check_name(args.name)
+    amounts = {"magnitude": f":{args.sparsity:g}", "structured": f":{args.sparsity:g}", "low-rank": f":{args.rank}"}
+    methods = [method + amounts.get(method, "") for method in args.method.split("+")]
+    recipes = args.compare or ("student", "+".join(["student", *methods]))
+    recipes = STANDARD if recipes == ("standard",) else recipes
+    for text in recipes:
+        parse_recipe(text)
+
+    device = prepare_device("cpu", args.threads)
+    game = game_of([str(args.run)])
+    student = load_student(args.run)
+    teacher = teacher_of(args.run, ref=args.teacher, instead="give --teacher", trust_pickle=args.trust_pickle).policy
+    assert isinstance(teacher, Teacher)
+    envs = make_atari(game, 1, args.seed)
+    states = DatasetStates(args.states or args.run, held_out=args.held_out)
+    replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)
+    assert replay is not None
+    label_given(replay, teacher)
+    tuning = FineTuning(teacher, envs, replay, args.updates, args.batch_size, args.seed, args.threads)
+
+    folder = args.run.parent / args.name
+    comparison = compare(folder, recipes, student, tuning, ComparisonOptions(game, states.path, args.episodes))
+    table = comparison_table(comparison)
+    (folder / "compression.md").write_text(table)
+    draw_pareto(comparison, folder / "pareto.svg")
+    print(f"\n{table}\n{folder}/ holds compression.json, compression.md and pareto.svg")

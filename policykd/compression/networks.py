@@ -1,0 +1,80 @@
+"""Students built from the weights of other networks, the starting points of pruning and factorization.
+
+Suffixes name dimensions: O output channels, I input channels.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from policykd.agents.networks import ConvNet, FrameNet
+from policykd.agents.student import Shape, Student
+from policykd.agents.teacher import Teacher
+
+
+def teacher_as_student(teacher: Teacher) -> Student:
+    """Returns the teacher's own network as a student.
+
+    Raises:
+        ValueError: the teacher's network is not a NatureCNN that policykd rebuilt.
+    """
+    net = teacher.net
+    if not isinstance(net, ConvNet):
+        name = teacher.ref or teacher.path
+        raise ValueError(f"{name}: the teacher is not a NatureCNN and cannot be pruned; use an SB3 archive")
+    shape = Shape(net.widths, net.hidden, net.num_actions, net.obs_shape, temperature=teacher.temperature)
+    return student_with_weights(shape, net.state_dict())
+
+
+def student_with_weights(shape: Shape, weights: dict[str, Tensor]) -> Student:
+    """Returns a trainable student of a shape, with copies of the given weights, by their names in the network."""
+    student = Student(shape)
+    student.net.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
+    return student.requires_grad_(True).eval()
+
+
+def trainable_copy(student: Student) -> Student:
+    """Returns a copy of a student with gradients enabled."""
+    copied: Student = copy.deepcopy(student)
+    return copied.requires_grad_(True)
+
+
+@torch.no_grad()
+def with_normalized_input(student: Student, frames: Tensor) -> Student:
+    """Returns a copy that computes the same function, with its input scaling fitted to some frames.
+
+    SB3's networks take pixels in [0, 1]. Tuning on that scale is as badly conditioned as learning on it (docs/log.md).
+
+    Args:
+        student: a student on frames.
+        frames: uint8 `(n, 84, 84)`.
+
+    Raises:
+        ValueError: not a student on frames.
+    """
+    copied = trainable_copy(student)
+    net = copied.net
+    if not isinstance(net, FrameNet):
+        raise ValueError("compression needs a student of policykd's own on frames; choose one of its sizes")
+    # The first layer computes w (x - centre) / scale + b. Its equivalent on raw pixels is w' x + b'.
+    weight_OIHW, bias_O = net.first_layer()
+    copied.fit_input_normalization(frames)
+    net.first.weight.copy_(weight_OIHW * net.scale)
+    net.first.bias.copy_(bias_O + net.centre * weight_OIHW.sum(dim=(1, 2, 3)))  # type: ignore[union-attr]
+    return copied
+
+
+def pixel_unit(student: Student) -> float:
+    """Returns the factor that converts the first convolution's weights to pixels in [0, 1].
+
+    Magnitudes are compared in that unit. Otherwise the input scaling would decide how much of the first layer is
+    pruned.
+    """
+    assert isinstance(student.net, FrameNet)
+    return 255.0 / float(student.net.scale)
+
+
+def weight_layers(student: Student) -> list[nn.Conv2d | nn.Linear]:
+    """Returns the convolutions and dense layers in order."""
+    return [layer for layer in student.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
