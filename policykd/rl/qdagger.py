@@ -1,9 +1,8 @@
-"""QDagger on SB3's DQN: Q-learning with a teacher that is weaned away (Agarwal et al., 2022).
+"""QDagger on SB3's DQN: Q-learning with a teacher whose weight is annealed to zero (Agarwal et al., 2022).
 
-Suffixes name dimensions: B batch, A actions.
+Shape suffixes: B batch, A actions.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -12,63 +11,73 @@ import numpy as np
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq
 from stable_baselines3.common.utils import obs_as_tensor, polyak_update
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from policykd.agents.policy import sample
-from policykd.io.signals import check_interrupted
-from policykd.legacy.losses import kl_divergence_B, log_policy
-from policykd.legacy.schedules import Quantity
-from policykd.rl.teacher_mixin import Taught, descend
+from policykd.agents.policy import log_policy, sample
+from policykd.losses import kl_divergence_B
+from policykd.rl.teacher_mixin import TeacherMixin, check_temperature, optimizer_step
+from policykd.schedules import Quantity
 
-LOGGED_EVERY = 1000
-"""updates, before the student plays itself"""
-SAID_EVERY = 10_000
-"""steps of the teacher's"""
+LOG_INTERVAL = 1000
+"""updates between two points of the offline curves"""
+Q_VALUE_TEMPERATURE = 0.1
+"""at which Q-values are compared; the 0.01 at which they are played (Rusu et al., 2015) gives hard labels"""
+
+Metrics = dict[str, list[float]]
 
 
-class QDagger(Taught, DQN):
-    """DQN's loss + weight mean KL(softmax(Q_T / tau) || softmax(Q_S / tau)), on the student's own games.
+class QDagger(TeacherMixin, DQN):
+    """DQN's loss + weight mean KL(softmax(Q_T / tau) || softmax(Q_S / tau)), on states that the student collects.
 
-    `learn_offline`, before `learn`, does the same on games of the teacher's. The weight of the paper is
-    `ReturnGap(3.0)`: it falls as the student's return comes near the teacher's.
+    `learn_offline`, to be called before `learn`, does the same on states that the teacher collects. The weight in the
+    paper is `ReturnGap(3.0)`, which falls as the student's return approaches the teacher's.
     """
+
+    q_net: Any
+    q_net_target: Any
+    replay_buffer: Any
 
     def __init__(
         self,
-        policy: Any,
-        env: Any,
-        *,
-        teacher_temperature: float = 0.1,
+        *args: Any,
+        teacher_temperature: float | None = None,
         student_temperature: float | None = None,
         distillation_weight: Quantity = 3.0,
-        weaned_after: float = 0.6,
+        distillation_end_fraction: float = 0.6,
         **kwargs: Any,
     ) -> None:
-        """Takes SB3's arguments for DQN, those of `Taught`, and these.
+        """Takes the arguments of SB3's DQN and of `TeacherMixin`, and these.
 
         Args:
-            policy: SB3's.
-            env: SB3's.
-            teacher_temperature: divides the teacher's scores; 1 for the logits of PPO and A2C.
-            student_temperature: divides the student's Q-values; by default the same.
-            distillation_weight: a number or a schedule.
-            weaned_after: share of the run after which the weight is 0.
-            **kwargs: SB3's, for DQN; `n_steps` for n-step returns.
+            *args: SB3's `policy` and `env`.
+            teacher_temperature: divides the teacher's outputs; None is 1 for a teacher whose own temperature is 1 (the
+                logits of PPO and A2C), else 0.1.
+            student_temperature: divides the student's Q-values; None is 0.1 with a teacher of logits, else the
+                teacher's.
+            distillation_weight: a number or a schedule, not negative.
+            distillation_end_fraction: fraction of the run after which the weight is 0.
+            **kwargs: SB3's other arguments; `n_steps` for n-step returns.
         """
-        self.weaned_after = weaned_after
-        self.student_temperature = teacher_temperature if student_temperature is None else student_temperature
-        if student_temperature is not None and not 0.0 < student_temperature < math.inf:
-            raise ValueError(f"student_temperature must be positive, not {student_temperature}; 0.1 for Q-values")
+        has_logits = getattr(kwargs.get("teacher"), "temperature", None) == 1.0
+        if student_temperature is None:
+            student_temperature = Q_VALUE_TEMPERATURE if has_logits else teacher_temperature or Q_VALUE_TEMPERATURE
+        if teacher_temperature is None:
+            teacher_temperature = 1.0 if has_logits else Q_VALUE_TEMPERATURE
+        check_temperature("student_temperature", student_temperature)
+        self.student_temperature = student_temperature
+        self.distillation_end_fraction = distillation_end_fraction
         super().__init__(
-            policy, env, teacher_temperature=teacher_temperature, distillation_weight=distillation_weight, **kwargs
+            *args, teacher_temperature=teacher_temperature, distillation_weight=distillation_weight, **kwargs
         )
 
     def current_weight(self) -> float:
-        """Returns what the distillation weighs now: 0 once the student is weaned."""
-        return super().current_weight() if 1.0 - self._current_progress_remaining < self.weaned_after else 0.0
+        """Returns the distillation weight now, 0 after `distillation_end_fraction` of the run."""
+        progress = 1.0 - self._current_progress_remaining
+        return super().current_weight() if progress < self.distillation_end_fraction else 0.0
 
     def learn_offline(
         self,
@@ -76,67 +85,79 @@ class QDagger(Taught, DQN):
         num_updates: int,
         *,
         epsilon: float = 0.05,
-        say: Callable[[str], object] = lambda line: None,
+        print_line: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """Lets the teacher play `num_steps` steps, then learns from them; the student's own replay stays empty.
+        """Trains on states that the teacher collects; the student's own replay buffer stays empty.
 
-        Curves are `offline/` ones over updates, counted up to 0, where `learn` goes on. Environments start anew, here
-        and at the end: no game of the teacher's is the student's.
+        Curves are named `offline/` over updates counted up to 0, where `learn` starts. All environments are reset at
+        the end, so that no episode of the teacher's is counted as the student's.
 
         Args:
-            num_steps: over all environments.
+            num_steps: agent steps of the teacher over all environments.
             num_updates: gradient steps, with the weight of a student that has not played yet.
-            epsilon: share of random actions (Rusu et al., 2015), without which Q-learning knows no other actions.
-            say: takes a line now and then about how far it is, such as `print`.
+            epsilon: fraction of random actions (Rusu et al., 2015), without which the Q-values of other actions are
+                never trained.
+            print_line: receives progress messages, such as `print`.
 
         Raises:
-            FloatingPointError: it has diverged.
+            FloatingPointError: training has diverged.
         """
         self._setup_learn(num_steps, tb_log_name=f"{type(self).__name__}-offline")
         self._current_progress_remaining = 1.0
-        weight = self.current_weight()
-        buffer = self._teacher_games(num_steps, epsilon, say)
+        print_line(f"collecting {num_steps:,} steps of the teacher")
+        buffer = self._teacher_buffer(num_steps)
+        collect_with_teacher(self, buffer, self.teacher_log_policy, num_steps, epsilon=epsilon)
+
+        # The target network follows as often per gradient step as it will in `learn`.
         assert isinstance(self.train_freq, TrainFreq)
-        between = self.target_update_interval * max(self.gradient_steps, 1) // (self.train_freq.frequency * self.n_envs)
-        curves = defaultdict[str, list[float]](list)
+        steps_per_train = self.train_freq.frequency * self.n_envs
+        target_interval = max(self.target_update_interval * max(self.gradient_steps, 1) // steps_per_train, 1)
+        weight = self.current_weight()
+        metrics: Metrics = defaultdict(list)
         self.policy.set_training_mode(True)
         for update in range(1, num_updates + 1):
-            check_interrupted()
-            self._update(buffer.sample(self.batch_size, env=self._vec_normalize_env), weight, curves)
-            if update % max(between, 1) == 0 or update == num_updates:
+            self._update(buffer, self.batch_size, weight, metrics)
+            if update % target_interval == 0 or update == num_updates:
                 polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
-            if update % LOGGED_EVERY == 0 or update == num_updates:
+            if update % LOG_INTERVAL == 0 or update == num_updates:
                 self.check_weights()
-                kl = float(np.mean(curves["teacher_kl"]))
-                say(f"{update:,} of {num_updates:,} updates on the teacher's games: KL {kl:.3f} nats")
-                self._record("offline", weight, curves)
+                kl = float(np.mean(metrics["teacher_kl"]))
+                print_line(f"{update:,} of {num_updates:,} updates on the teacher's states: KL {kl:.3f} nats")
+                self._record("offline", weight, metrics)
                 self.logger.dump(update - num_updates)
-                curves.clear()
+                metrics.clear()
         self._n_updates += num_updates
-        self._start_anew()
+
+        # `learn(reset_num_timesteps=False)` continues from these observations.
+        assert self.env is not None
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+        if self._vec_normalize_env is not None:
+            self._last_original_obs = self._vec_normalize_env.get_original_obs()
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """Takes gradient steps on the student's own games."""
-        assert self.replay_buffer is not None
+        """Takes gradient steps on states that the student collected."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        weight, curves = self.current_weight(), defaultdict[str, list[float]](list)
+        weight = self.current_weight()
+        metrics: Metrics = defaultdict(list)
         for _ in range(gradient_steps):
-            self._update(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env), weight, curves)
+            self._update(self.replay_buffer, batch_size, weight, metrics)
         self.check_weights()
         self._n_updates += gradient_steps
-        self._record("train", weight, curves)
+        self._record("train", weight, metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _update(self, batch: ReplayBufferSamples, weight: float, curves: defaultdict[str, list[float]]) -> None:
-        td_loss, teacher_kl = self._losses(batch)
+    def _update(self, buffer: ReplayBuffer, batch_size: int, weight: float, metrics: Metrics) -> None:
+        td_loss, teacher_kl = self._losses(buffer.sample(batch_size, env=self._vec_normalize_env))
         loss = td_loss + weight * teacher_kl
-        for name, number in (("loss", loss), ("td_loss", td_loss), ("teacher_kl", teacher_kl)):
-            curves[name].append(number.item())
-        descend(self.policy, loss, self.max_grad_norm)
+        metrics["loss"].append(loss.item())
+        metrics["td_loss"].append(td_loss.item())
+        metrics["teacher_kl"].append(teacher_kl.item())
+        optimizer_step(self.policy, loss, self.max_grad_norm)
 
     def _losses(self, batch: ReplayBufferSamples) -> tuple[Tensor, Tensor]:
-        """Returns the TD loss (Huber, over n steps) and the KL divergence, both means over the batch."""
+        """Returns the n-step TD loss (Huber) and the KL divergence, both means over the batch."""
         discount = self.gamma if batch.discounts is None else batch.discounts
         with torch.no_grad():
             best_B1 = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
@@ -147,37 +168,50 @@ class QDagger(Taught, DQN):
         kl_B = kl_divergence_B(teacher_log_BA, log_policy(q_BA, self.student_temperature))
         return smooth_l1_loss(taken_B1, target_B1), kl_B.mean()
 
-    def _record(self, phase: str, weight: float, curves: defaultdict[str, list[float]]) -> None:
-        for name, numbers in curves.items():
+    def _record(self, phase: str, weight: float, metrics: Metrics) -> None:
+        for name, numbers in metrics.items():
             self.logger.record(f"{phase}/{name}", float(np.mean(numbers)))
         self.logger.record(f"{phase}/distillation_weight", weight)
 
-    def _start_anew(self) -> None:
-        """Puts the first states of new games where `learn(reset_num_timesteps=False)` goes on."""
-        assert self.env is not None
-        self._last_obs = self.env.reset()  # type: ignore[assignment]
-        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
-        if self._vec_normalize_env is not None:
-            self._last_original_obs = self._vec_normalize_env.get_original_obs()
-
-    def _teacher_games(self, num_steps: int, epsilon: float, say: Callable[[str], object]) -> ReplayBuffer:
-        """Returns a replay buffer of so many steps of the teacher's, drawn from its policy."""
-        assert self.env is not None
+    def _teacher_buffer(self, num_steps: int) -> ReplayBuffer:
+        """Returns an empty replay buffer of the same kind as the student's."""
         assert self.replay_buffer_class is not None
-        how: dict[str, Any] = {"device": self.device, "n_envs": self.n_envs, **self.replay_buffer_kwargs}
-        how |= {"observation_space": self.observation_space, "action_space": self.action_space}
-        how["optimize_memory_usage"] = self.optimize_memory_usage
-        buffer = self.replay_buffer_class(num_steps, **how)
-        generator = torch.Generator().manual_seed(self.seed or 0)
-        num_rounds = max(1, num_steps // self.n_envs)
-        for i in range(num_rounds):
-            check_interrupted()
-            if i % max(1, SAID_EVERY // self.n_envs) == 0 and i:
-                say(f"{i * self.n_envs:,} of {num_steps:,} steps of the teacher's")
-            log_BA = self.teacher_log_policy(obs_as_tensor(self._last_obs, self.device)).cpu()  # type: ignore[arg-type]
-            random_B = torch.randint(log_BA.shape[1], (self.n_envs,), generator=generator)
-            is_random_B = torch.rand(self.n_envs, generator=generator) < epsilon
-            actions = torch.where(is_random_B, random_B, sample(log_BA, generator)).numpy()
-            new_obs, rewards, dones, infos = self.env.step(actions)
-            self._store_transition(buffer, actions, new_obs, rewards, dones, infos)  # type: ignore[arg-type]
-        return buffer
+        return self.replay_buffer_class(
+            num_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **self.replay_buffer_kwargs,
+        )
+
+
+@torch.no_grad()
+def collect_with_teacher(
+    model: OffPolicyAlgorithm,
+    buffer: ReplayBuffer,
+    teacher_log_policy: Callable[[Tensor], Tensor],
+    num_steps: int,
+    *,
+    epsilon: float = 0.0,
+) -> None:
+    """Fills a replay buffer with a teacher's steps in a model's environments, after the model's `_setup_learn`.
+
+    Args:
+        model: its environments are stepped; its seed also seeds the actions.
+        buffer: the replay buffer, of the model's environments.
+        teacher_log_policy: maps observations to log-policies `(batch, num_actions)`, from which actions are sampled.
+        num_steps: over all environments, rounded down to a multiple of their number.
+        epsilon: fraction of actions that are uniformly random.
+    """
+    generator = torch.Generator().manual_seed(model.seed or 0)
+    env: Any = model.env
+    for _ in range(max(1, num_steps // model.n_envs)):
+        obs: Any = model._last_obs
+        log_BA = teacher_log_policy(obs_as_tensor(obs, model.device)).cpu()
+        random_B = torch.randint(log_BA.shape[1], (model.n_envs,), generator=generator)
+        is_random_B = torch.rand(model.n_envs, generator=generator) < epsilon
+        actions = torch.where(is_random_B, random_B, sample(log_BA, generator)).numpy()
+        new_obs, rewards, dones, infos = env.step(actions)
+        model._store_transition(buffer, actions, new_obs, rewards, dones, infos)

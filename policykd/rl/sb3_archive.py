@@ -1,9 +1,9 @@
-"""Writes a trained SB3 agent as a teacher: an archive that SB3 opens and that is read here without unpickling."""
+"""A trained SB3 agent as a teacher: an archive that SB3 opens and that policykd reads without unpickling."""
 
 import io
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -15,43 +15,50 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.teacher import Teacher
 from policykd.io.files import write_atomically
 
-MADE_AT = (1980, 1, 1, 0, 0, 0)
-UNNEEDED = (
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+"""fixed, so that equal agents give equal bytes"""
+TRAINING_ONLY = (
     *("replay_buffer", "replay_buffer_class", "replay_buffer_kwargs", "rollout_buffer", "_custom_logger", "_logger"),
     *("_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer"),
 )
-"""of SB3's attributes: what only training needs"""
+"""SB3's attributes that are needed for training only"""
+
+
+@dataclass(frozen=True)
+class InputScaling:
+    """Scaling (grey - centre) / scale of frames, both in grey levels; by default SB3's own grey / 255."""
+
+    centre: float = 0.0
+    scale: float = 255.0
 
 
 def first_convolutions(policy: nn.Module) -> list[nn.Conv2d]:
     """Returns the first convolution of every distinct NatureCNN in an SB3 policy."""
-    found = [m.cnn[0] for m in policy.modules() if isinstance(m, NatureCNN)]
-    assert all(isinstance(layer, nn.Conv2d) for layer in found)
-    return found  # type: ignore[return-value]
+    layers = [module.cnn[0] for module in policy.modules() if isinstance(module, NatureCNN)]
+    return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
 
 
-def centre_input(policy: nn.Module, centre: float, scale: float) -> None:
-    """Gives a policy's convolutions (grey - centre) / scale in place of grey / 255; both in grey levels.
+def centre_input(policy: nn.Module, scaling: InputScaling) -> None:
+    """Makes a policy's convolutions see scaled frames in place of grey / 255; the names of the weights stay SB3's.
 
-    Small and large networks alike sit on a plateau in Pong without it (docs/log.md). The weights' names stay SB3's.
+    Without it small and large networks alike stay on a plateau in Pong for long (docs/log.md).
     """
 
-    def centred(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return (inputs[0] - centre / 255.0) * (255.0 / scale)
+    def rescaled(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return (inputs[0] - scaling.centre / 255.0) * (255.0 / scaling.scale)
 
     for layer in first_convolutions(policy):
-        layer.register_forward_pre_hook(centred)
+        layer.register_forward_pre_hook(rescaled)
 
 
 @torch.no_grad()
-def start_from(policy: nn.Module, teacher: Teacher, centre: float, scale: float) -> None:
-    """Copies a teacher's convolutions and features into an SB3 policy, and its head where both are of PPO or A2C.
+def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> None:
+    """Copies a teacher's convolutions and features into an SB3 policy, and its head if both are PPO's or A2C's.
 
     Args:
-        policy: of the new agent, whose input will be centred.
-        teacher: of the same game.
-        centre: what `centre_input` will be given.
-        scale: likewise.
+        policy: the new agent's.
+        teacher: for the same game.
+        scaling: the one that `centre_input` will be given.
 
     Raises:
         ValueError: the teacher is not a NatureCNN on frames in [0, 1].
@@ -59,49 +66,54 @@ def start_from(policy: nn.Module, teacher: Teacher, centre: float, scale: float)
     net = teacher.net
     if not isinstance(net, ConvNet) or (net.widths, net.hidden) != ((32, 64, 64), (512,)) or net.scale != 255.0:
         raise ValueError(f"--start-from {teacher.ref}: not SB3's NatureCNN on frames in [0, 1]; give another teacher")
-    for extractor in [m for m in policy.modules() if isinstance(m, NatureCNN)]:
+    for extractor in [module for module in policy.modules() if isinstance(module, NatureCNN)]:
         layers = [extractor.cnn[0], extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]
         for layer, source in zip(layers, [net.conv1, net.conv2, net.conv3, net.dense[0]], strict=True):
             layer.load_state_dict(source.state_dict())
+    # w (grey / 255) = (w scale / 255) ((grey - centre) / scale) + w (centre / 255)
     for first in first_convolutions(policy):
         assert first.bias is not None
-        first.bias.add_((centre / 255.0) * first.weight.sum(dim=(1, 2, 3)))
-        first.weight.mul_(scale / 255.0)
+        first.bias.add_((scaling.centre / 255.0) * first.weight.sum(dim=(1, 2, 3)))
+        first.weight.mul_(scaling.scale / 255.0)
     if isinstance(policy, ActorCriticPolicy) and teacher.algorithm in ("PPO", "A2C"):
         policy.action_net.load_state_dict(net.dense[-1].state_dict())
 
 
-def fold_input_normalization(policy: nn.Module, centre: float, scale: float) -> dict[str, Tensor]:
-    """Returns the state dict of a policy whose input was centred, as that of a plain one: the same function."""
-    state = {name: t.detach().clone() for name, t in policy.state_dict().items()}
-    for name in [n for n in state if n.endswith("cnn.0.weight")]:
+def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[str, Tensor]:
+    """Returns the state dict of a policy with a centred input as that of a plain policy, which is the same function."""
+    state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
+    for name in [name for name in state if name.endswith("cnn.0.weight")]:
         bias = name.removesuffix("weight") + "bias"
-        state[name] = state[name] * (255.0 / scale)
-        state[bias] = state[bias] - (centre / 255.0) * state[name].sum(dim=(1, 2, 3))
+        state[name] = state[name] * (255.0 / scaling.scale)
+        state[bias] = state[bias] - (scaling.centre / 255.0) * state[name].sum(dim=(1, 2, 3))
     return state
 
 
-def write_teacher(model: BaseAlgorithm, path: Path, *, centre: float = 0.0, scale: float = 255.0) -> None:
-    """Writes `model` as an SB3 archive without its optimizer's state.
-
-    Tensors that are equal are stored once: a target network is its network, since nothing goes on learning from here.
+def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = InputScaling()) -> None:  # noqa: B008
+    """Writes a PPO, A2C, DQN or QR-DQN agent as an SB3 archive without its optimizer's state.
 
     Args:
-        model: PPO, A2C, DQN or QR-DQN.
-        path: of the `.zip`.
-        centre: what `centre_input` was given; folded into the weights.
-        scale: likewise.
+        model: the agent.
+        path: name of the `.zip`.
+        scaling: the one that `centre_input` was given; folded into the weights.
 
     Raises:
-        OSError: no room or no permission; nothing is left behind.
+        OSError: no space left or no permission; no partial file is left.
     """
     buffer = io.BytesIO()
-    model.save(buffer, exclude=UNNEEDED)
-    state, plain = model.policy.state_dict(), fold_input_normalization(model.policy, centre, scale)
-    once: dict[int, Tensor] = {}
-    policy = {n: once.setdefault(state[_source(n)].data_ptr(), plain[_source(n)].contiguous()) for n in state}
-    optimizer: dict[str, Any] = model.policy.optimizer.state_dict()
-    replaced = {"policy.pth": policy, "policy.optimizer.pth": {**optimizer, "state": {}}}
+    model.save(buffer, exclude=TRAINING_ONLY)
+    # Equal tensors are stored once: a target network is written as its network, since no training follows.
+    state = model.policy.state_dict()
+    plain = fold_input_normalization(model.policy, scaling)
+    stored: dict[int, Tensor] = {}
+    policy: dict[str, Tensor] = {}
+    for name in state:
+        source = name.replace("_target.", ".", 1)
+        policy[name] = stored.setdefault(state[source].data_ptr(), plain[source].contiguous())
+    replaced = {
+        "policy.pth": policy,
+        "policy.optimizer.pth": {**model.policy.optimizer.state_dict(), "state": {}},
+    }
     archive = io.BytesIO()
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(archive, "w") as out:
         for name in whole.namelist():
@@ -110,10 +122,5 @@ def write_teacher(model: BaseAlgorithm, path: Path, *, centre: float = 0.0, scal
                 inner = io.BytesIO()
                 torch.save(replaced[name], inner)
                 content = inner.getvalue()
-            out.writestr(zipfile.ZipInfo(name, MADE_AT), content)
+            out.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
     write_atomically(path, archive.getvalue())
-
-
-def _source(name: str) -> str:
-    """Returns the tensor that stands for `name`: a target network's is its network's."""
-    return name.replace("_target.", ".", 1)

@@ -1,11 +1,11 @@
-"""Distillation inside reinforcement learning, as SB3's on-policy algorithms with a teacher.
+"""Distillation inside SB3's on-policy algorithms: PPO and A2C with a teacher.
 
-Callbacks, logger, `save` and `predict` stay SB3's. With the weight of the distillation at 0 an agent has, bit for bit,
-the parameters that SB3's own algorithm gives it, although the term is computed all the same. Suffixes name dimensions:
-B batch, A actions.
+Callbacks, logger, `save` and `predict` stay SB3's. With a distillation weight of 0 an agent's parameters equal those of
+SB3's own algorithm bit for bit, although the distillation term is computed.
+
+Shape suffixes: B batch, A actions, N stored states.
 """
 
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -19,207 +19,228 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from policykd.legacy.losses import kl_divergence_B
-from policykd.legacy.schedules import Linear, Quantity
+from policykd.losses import kl_divergence_B
 from policykd.rl.student_driven import NDistill, StudentDrivenMethod, cross_entropy_B
-from policykd.rl.teacher_mixin import Taught, TaughtRolloutBuffer, TaughtSamples, acted_on, buffer_class, descend
+from policykd.rl.teacher_mixin import TeacherMixin, TeacherRolloutBuffer, TeacherRolloutSamples, optimizer_step
+from policykd.schedules import Linear, Quantity
 
-FALLING, N_DISTILL = Linear(1.0, 0.0), NDistill()
+ONE_TO_ZERO = Linear(1.0, 0.0)
+N_DISTILL = NDistill()
 
 
-class TaughtPPO(Taught, PPO):
-    """PPO (Schulman et al., 2017) whose loss has a term of the teacher's more; the subclasses say which."""
+class OnPolicyTeacherMixin(TeacherMixin):
+    """An on-policy algorithm whose rollout buffer holds the teacher's log-policies."""
 
-    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
-        """Takes SB3's arguments for PPO, and those of `Taught`."""
-        kwargs["rollout_buffer_class"] = buffer_class(kwargs.get("rollout_buffer_class"))
-        super().__init__(policy, env, **kwargs)
+    policy: Any
+    rollout_buffer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of SB3's algorithm and of `TeacherMixin`.
+
+        Raises:
+            ValueError: `rollout_buffer_class` is not a `TeacherRolloutBuffer`; otherwise as `TeacherMixin`.
+        """
+        buffer_class = kwargs.get("rollout_buffer_class") or TeacherRolloutBuffer
+        if not issubclass(buffer_class, TeacherRolloutBuffer):
+            raise ValueError(
+                f"rollout_buffer_class {buffer_class.__name__} has no teacher labels; subclass TeacherRolloutBuffer"
+            )
+        super().__init__(*args, **{**kwargs, "rollout_buffer_class": buffer_class})
+
+    def prepare_training(self) -> float:
+        """Labels the rollout and sets the learning rate, as every `train` begins; returns the distillation weight."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        self.rollout_buffer.add_teacher_labels(self)
+        return self.current_weight()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Logs the metrics of one `train` under SB3's names."""
+        buffer = self.rollout_buffer
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        for name, metric in {**metrics, "explained_variance": explained}.items():
+            self.logger.record(f"train/{name}", metric)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+
+class DistillationPPO(OnPolicyTeacherMixin, PPO):
+    """PPO (Schulman et al., 2017) with a distillation term in its loss, which the subclasses define."""
 
     @property
     def num_gradient_steps(self) -> int:
-        """How often the weights were changed, if no epoch was cut short: SB3 counts passes over a rollout."""
-        return self._n_updates * -(-self.n_steps * self.n_envs // self.batch_size)
+        """Number of optimizer steps so far, if no epoch was stopped early: SB3 counts epochs."""
+        batches_per_epoch = -(-self.n_steps * self.n_envs // self.batch_size)
+        return self._n_updates * batches_per_epoch
 
-    def teacher_term_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
-        """Returns what the distillation adds to the loss of each row, nats `(batch,)`, before its weight.
+    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+        """Returns the distillation term of each state before its weight, nats `(batch,)`.
 
         Args:
-            student_log_BA: the student's log-policy as it is now.
-            teacher_log_BA: the teacher's.
-            ratio_B: how much more likely the action taken is now than when it was taken.
-            clip: PPO's range.
+            student_log_BA: the current log-policy of the student.
+            teacher_log_BA: the teacher's log-policy.
+            ratio_B: probability of the action under the current policy over that when it was taken.
+            clip: PPO's clip range.
         """
         raise NotImplementedError
 
     def train(self) -> None:
-        """Learns from a rollout, `n_epochs` times over."""
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
-        weight, curves = self.current_weight(), defaultdict[str, list[float]](list)
-        buffer = labelled(self)
+        """Makes `n_epochs` passes over the rollout."""
+        weight = self.prepare_training()
+        metrics: list[dict[str, float]] = []
+        num_earlier = 0
+        is_within_target_kl = True
         for epoch in range(self.n_epochs):
-            curves["approx_kl"].clear()
-            goes_on = self._epoch(weight, curves)
+            num_earlier = len(metrics)
+            for batch in self.rollout_buffer.get(self.batch_size):
+                loss, batch_metrics = self._loss(batch, weight)
+                metrics.append(batch_metrics)
+                # SB3's early stopping: the policy has moved too far from the one that collected the rollout.
+                if self.target_kl is not None and batch_metrics["approx_kl"] > 1.5 * self.target_kl:
+                    is_within_target_kl = False
+                    break
+                optimizer_step(self.policy, loss, self.max_grad_norm)
             self._n_updates += 1
-            if not goes_on:
+            if not is_within_target_kl:
                 if self.verbose >= 1:
-                    print(f"stopped in epoch {epoch}: approx_kl {curves['approx_kl'][-1]:.2f} is far above target_kl")
+                    print(f"Early stopping at epoch {epoch} due to reaching max kl: {metrics[-1]['approx_kl']:.2f}")
                 break
         self.check_weights()
-        for name, values in curves.items():
-            self.logger.record(f"train/{name}", values[-1] if name == "loss" else float(np.mean(values)))
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        self.logger.record("train/explained_variance", explained)
-        self.logger.record("train/clip_range", self._clip())
-        if self.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", self._value_clip())
-        self.logger.record("train/distillation_weight", weight)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        # As SB3 logs them: means over the minibatches, but the last epoch's approx_kl and the last minibatch's loss.
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        means["approx_kl"] = float(np.mean([m["approx_kl"] for m in metrics[num_earlier:]]))
+        means["loss"] = metrics[-1]["loss"]
+        self.record({**means, **self._clip_ranges(), "distillation_weight": weight})
 
-    def _epoch(self, weight: float, curves: defaultdict[str, list[float]]) -> bool:
-        """Makes one pass over the rollout; returns False where the policy has moved too far to go on."""
-        for batch in self.rollout_buffer.get(self.batch_size):
-            assert isinstance(batch, TaughtSamples)
-            loss, measured = self._loss(batch, weight)
-            for name, number in measured.items():
-                curves[name].append(number)
-            if self.target_kl is not None and measured["approx_kl"] > 1.5 * self.target_kl:
-                return False
-            descend(self.policy, loss, self.max_grad_norm)
-        return True
-
-    def _loss(self, batch: TaughtSamples, weight: float) -> tuple[Tensor, dict[str, float]]:
-        values, log_prob_B, entropy_B = self.policy.evaluate_actions(batch.observations, batch.actions.long().flatten())
-        student_log_BA, clip = acted_on(self.policy), self._clip()
-        assert entropy_B is not None
+    def _loss(self, batch: TeacherRolloutSamples, weight: float) -> tuple[Tensor, dict[str, float]]:
+        """Returns PPO's loss on a minibatch plus `weight` times the distillation term, and the metrics."""
+        actions_B = batch.actions.long().flatten()
+        values_B1, log_prob_B, entropy_B = self.policy.evaluate_actions(batch.observations, actions_B)
+        student_log_BA = last_action_logits(self.policy)
+        clips = self._clip_ranges()
+        clip = clips["clip_range"]
         advantage_B = batch.advantages
         if self.normalize_advantage and len(advantage_B) > 1:
             advantage_B = (advantage_B - advantage_B.mean()) / (advantage_B.std() + 1e-8)
+
+        # PPO's clipped surrogate objective, value loss and entropy bonus: the operations and their order are SB3's.
         log_ratio_B = log_prob_B - batch.old_log_prob
         ratio_B = log_ratio_B.exp()
-        gain_B = torch.min(advantage_B * ratio_B, advantage_B * ratio_B.clamp(1 - clip, 1 + clip))
-        value_loss = mse_loss(batch.returns, self._near(batch.old_values, values.flatten()))
-        distillation = self.teacher_term_B(student_log_BA, batch.teacher_log_BA, ratio_B, clip).mean()
-        policy_loss, entropy_loss = -gain_B.mean(), -entropy_B.mean()
+        clipped_B = advantage_B * ratio_B.clamp(1 - clip, 1 + clip)
+        policy_loss = -torch.min(advantage_B * ratio_B, clipped_B).mean()
+        value_B = values_B1.flatten()
+        if "clip_range_vf" in clips:
+            change_B = (value_B - batch.old_values).clamp(-clips["clip_range_vf"], clips["clip_range_vf"])
+            value_B = batch.old_values + change_B
+        value_loss = mse_loss(batch.returns, value_B)
+        entropy_loss = -entropy_B.mean()
+
+        distillation = self.distillation_loss_B(student_log_BA, batch.teacher_log_BA, ratio_B, clip).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss + weight * distillation
         with torch.no_grad():
-            measured = {
+            metrics = {
                 "entropy_loss": entropy_loss,
                 "policy_gradient_loss": policy_loss,
                 "value_loss": value_loss,
-                "approx_kl": (log_ratio_B.exp() - 1 - log_ratio_B).mean(),  # of the step, Schulman's estimator
+                # KL between old and new policy, not the teacher's: http://joschu.net/blog/kl-approx.html
+                "approx_kl": (log_ratio_B.exp() - 1 - log_ratio_B).mean(),
                 "clip_fraction": ((ratio_B - 1).abs() > clip).float().mean(),
                 "loss": loss,
                 "distillation_loss": distillation,
                 "teacher_kl": kl_divergence_B(batch.teacher_log_BA, student_log_BA).mean(),
             }
-        return loss, {name: number.item() for name, number in measured.items()}
+        return loss, {name: metric.item() for name, metric in metrics.items()}
 
-    def _clip(self) -> float:
-        assert callable(self.clip_range)
-        return self.clip_range(self._current_progress_remaining)
-
-    def _value_clip(self) -> float:
-        assert callable(self.clip_range_vf)
-        return self.clip_range_vf(self._current_progress_remaining)
-
-    def _near(self, old_value_B: Tensor, value_B: Tensor) -> Tensor:
-        """Returns values no further from the old ones than `clip_range_vf`, if there is one."""
-        if self.clip_range_vf is None:
-            return value_B
-        clip = self._value_clip()
-        return old_value_B + (value_B - old_value_B).clamp(-clip, clip)
+    def _clip_ranges(self) -> dict[str, float]:
+        schedules = {"clip_range": self.clip_range, "clip_range_vf": self.clip_range_vf}
+        return {name: s(self._current_progress_remaining) for name, s in schedules.items() if callable(s)}
 
 
-class ProximalPolicyDistillation(TaughtPPO):
+class ProximalPolicyDistillation(DistillationPPO):
     """PPO's loss + weight KL(teacher || student) max(ratio, 1 - clip) (Spigler, 2025; weight 1 there)."""
 
-    def teacher_term_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns KL(teacher || student) max(ratio, 1 - clip)."""
         return kl_divergence_B(teacher_log_BA, student_log_BA) * ratio_B.clamp(min=1 - clip)
 
 
-class KickstartingPPO(TaughtPPO):
-    """PPO's loss + weight H(teacher || student), the weight falling over the run (Schmitt et al., 2018)."""
+class KickstartingPPO(DistillationPPO):
+    """PPO's loss + weight H(teacher || student), with a decreasing weight (Schmitt et al., 2018)."""
 
-    def __init__(self, policy: Any, env: Any, *, distillation_weight: Quantity = FALLING, **kwargs: Any) -> None:
-        """Takes SB3's arguments for PPO, and those of `Taught`; the weight falls from 1 to 0 unless told otherwise."""
-        super().__init__(policy, env, distillation_weight=distillation_weight, **kwargs)
+    def __init__(self, *args: Any, distillation_weight: Quantity = ONE_TO_ZERO, **kwargs: Any) -> None:
+        """Takes the arguments of SB3's PPO and of `TeacherMixin`; the weight falls linearly from 1 to 0 by default."""
+        super().__init__(*args, distillation_weight=distillation_weight, **kwargs)
 
-    def teacher_term_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns H(teacher || student) = -sum_a p_T(a) log p_S(a)."""
         return cross_entropy_B(teacher_log_BA, student_log_BA)
 
 
-class StudentDriven(Taught, A2C):
-    """Czarnecki et al.'s (2019) student-driven methods: A2C on r_hat, + weight times the method's loss.
+class StudentDriven(OnPolicyTeacherMixin, A2C):
+    """Czarnecki et al.'s (2019) student-driven methods: A2C on r_hat, plus weight times the method's loss.
 
-    The value head learns the return of reward_weight r_t - weight cost(s_t), with the state's own cost in it. That is
-    the same for every action, so the advantage is that of r_hat.
+    The value head learns the return of reward_weight r_t - weight cost(s_t), which includes the cost of the state
+    itself. That cost is the same for every action, so the advantage is that of r_hat (docs/rl.md).
     """
 
-    def __init__(self, policy: Any, env: Any, *, method: StudentDrivenMethod = N_DISTILL, **kwargs: Any) -> None:
-        """Takes SB3's arguments for A2C, the method, and the arguments of `Taught`."""
+    def __init__(self, *args: Any, method: StudentDrivenMethod = N_DISTILL, **kwargs: Any) -> None:
+        """Takes the arguments of SB3's A2C and of `TeacherMixin`, and the method."""
         self.method = method
-        kwargs["rollout_buffer_class"] = buffer_class(kwargs.get("rollout_buffer_class"))
-        super().__init__(policy, env, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Plays as A2C does; rewards are weighted before SB3 adds the value of a game that a time limit cut."""
-        weighted = WeightedRewards(env, self.method.reward_weight)
+        """Collects a rollout; rewards are weighted before SB3 adds the value of an episode that a time limit cut."""
+        weighted = _WeightedRewards(env, self.method.reward_weight)
         return super().collect_rollouts(weighted, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
         """Takes one gradient step on a rollout."""
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
-        weight, buffer = self.current_weight(), labelled(self)
-        self._charge(buffer, weight)
-        (batch,) = buffer.get(batch_size=None)
-        assert isinstance(batch, TaughtSamples)
-        values, log_prob_B, entropy_B = self.policy.evaluate_actions(batch.observations, batch.actions.long().flatten())
-        student_log_BA = acted_on(self.policy)
-        assert entropy_B is not None
+        weight = self.prepare_training()
+        self._subtract_distillation_cost(weight)
+        (batch,) = self.rollout_buffer.get(batch_size=None)
+        actions_B = batch.actions.long().flatten()
+        values_B1, log_prob_B, entropy_B = self.policy.evaluate_actions(batch.observations, actions_B)
+        student_log_BA = last_action_logits(self.policy)
         advantage_B = batch.advantages
         if self.normalize_advantage:
             advantage_B = (advantage_B - advantage_B.mean()) / (advantage_B.std() + 1e-8)
+
+        # A2C's loss in SB3's order of operations, then the method's.
         policy_loss = -(advantage_B * log_prob_B).mean()
-        value_loss, entropy_loss = mse_loss(batch.returns, values.flatten()), -entropy_B.mean()
+        value_loss = mse_loss(batch.returns, values_B1.flatten())
+        entropy_loss = -entropy_B.mean()
         distillation = self.method.loss_B(student_log_BA, batch.teacher_log_BA).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss + weight * distillation
-        descend(self.policy, loss, self.max_grad_norm)
+        optimizer_step(self.policy, loss, self.max_grad_norm)
         self.check_weights()
         self._n_updates += 1
-        measured = {
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "entropy_loss": entropy_loss.item(),
-            "distillation_loss": distillation.item(),
-            "teacher_kl": kl_divergence_B(batch.teacher_log_BA, student_log_BA.detach()).mean().item(),
-            "r_hat": float(buffer.rewards.mean()),
-            "distillation_weight": weight,
-            "explained_variance": explained_variance(buffer.values.flatten(), buffer.returns.flatten()),
-        }
-        for name, number in measured.items():
-            self.logger.record(f"train/{name}", number)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        teacher_kl = kl_divergence_B(batch.teacher_log_BA, student_log_BA.detach()).mean()
+        self.record(
+            {
+                "policy_loss": policy_loss.item(),
+                "value_loss": value_loss.item(),
+                "entropy_loss": entropy_loss.item(),
+                "distillation_loss": distillation.item(),
+                "teacher_kl": teacher_kl.item(),
+                "r_hat": float(self.rollout_buffer.rewards.mean()),
+                "distillation_weight": weight,
+            }
+        )
 
     @torch.no_grad()
-    def _charge(self, buffer: TaughtRolloutBuffer, weight: float) -> None:
-        """Takes what its states cost from the rollout's rewards, and computes the advantages again."""
+    def _subtract_distillation_cost(self, weight: float) -> None:
+        """Subtracts the cost of each state from the rollout's rewards, and computes the advantages again."""
+        buffer = self.rollout_buffer
+        self.policy.get_distribution(buffer.to_torch(buffer.swap_and_flatten(buffer.observations)))
+        cost_N = self.method.cost_B(last_action_logits(self.policy), buffer.to_torch(buffer.teacher_log_NA))
+        buffer.rewards -= weight * cost_N.cpu().numpy().reshape(buffer.n_envs, -1).T
         assert self._last_obs is not None
-        assert self._last_episode_starts is not None
-        rows = buffer.to_torch(buffer.swap_and_flatten(buffer.observations))
-        self.policy.get_distribution(rows)
-        cost_B = self.method.cost(self.method.loss_B(acted_on(self.policy), buffer.to_torch(buffer.teacher_log)))
-        buffer.rewards -= weight * cost_B.cpu().numpy().reshape(buffer.n_envs, -1).T
         last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))
         buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
 
 
-class WeightedRewards(VecEnvWrapper):
+class _WeightedRewards(VecEnvWrapper):
     """Environments whose rewards are multiplied by a number."""
 
     def __init__(self, venv: VecEnv, weight: float) -> None:
@@ -227,18 +248,14 @@ class WeightedRewards(VecEnvWrapper):
         self.weight = weight
 
     def reset(self) -> Any:
-        """Starts new games."""
         return self.venv.reset()
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Returns a step with its rewards weighted."""
         obs, rewards, dones, infos = self.venv.step_wait()
         return obs, rewards * self.weight, dones, infos
 
 
-def labelled(agent: TaughtPPO | StudentDriven) -> TaughtRolloutBuffer:
-    """Returns an agent's rollout with what its teacher thinks of the states."""
-    buffer = agent.rollout_buffer
-    assert isinstance(buffer, TaughtRolloutBuffer)
-    buffer.label(agent)
-    return buffer
+def last_action_logits(policy: Any) -> Tensor:
+    """Returns the log-policies `(batch, num_actions)`, with their gradient, of the last `evaluate_actions`."""
+    log_policy_BA: Tensor = policy.action_dist.distribution.logits
+    return log_policy_BA
