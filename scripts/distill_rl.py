@@ -31,7 +31,6 @@ from policykd.evaluation.teacher_check import check_fits, check_teacher, measure
 from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.io.signals import check_interrupted, interruptible
-from policykd.legacy.schedules import parse
 from policykd.report import write_report
 from policykd.runs.folder import (
     again,
@@ -44,6 +43,7 @@ from policykd.runs.folder import (
     start_run,
     started_with,
 )
+from policykd.schedules import spelled
 from policykd.storage.generations import has_generations
 from policykd.viewer.animation import play_to_gif
 
@@ -52,27 +52,18 @@ with needs_extra("sb3"):
 
     from policykd.agents.sb3_student import from_sb3
     from policykd.envs.sb3_vec_env import SB3VecEnv
-    from policykd.rl.methods import STUDENT_DRIVEN, WEIGHTS, Method, check_weight, make_model, units
+    from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
     from policykd.rl.qdagger import QDagger
-    from policykd.rl.sb3_checkpoints import Progress, restore_training, save_training
-    from policykd.rl.teacher_mixin import Taught
+    from policykd.rl.sb3_checkpoints import TrainingCallback, restore_training, save_training
+    from policykd.rl.teacher_mixin import TeacherMixin
 
 FREE = {"steps", "device", "threads", "name", "folder", "resume", "debug"}
 FREE |= {"eval_every", "eval_episodes", "checkpoint_every"}
 """what may be changed when a run goes on"""
-OF_SOME: dict[str, tuple[float, tuple[str, ...]]] = {
-    "reward_weight": (0.0, tuple(STUDENT_DRIVEN)),
-    "entropy_weight": (1.0, ("n-distill", "expected-entropy")),
-    "offline_steps": (50_000, ("qdagger",)),
-    "offline_updates": (12_500, ("qdagger",)),
-}
-"""flags of some methods alone: what they are unless given, and whose"""
-LEARNS_BY = ("steps", "temperature", "reward_weight", "entropy_weight", "learning_rate", "seed")
-"""flags that the method is made of, besides its weight"""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(MethodArgs):
     """Distils an Atari agent into a compact student inside reinforcement learning, and says what was lost and gained.
 
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
@@ -90,28 +81,6 @@ class Args:
     """go on with a teacher that may play no better than chance"""
     student: Size = "7%"
     """size, see distill_atari.py"""
-    method: Method = "ppd"
-    """proximal policy distillation, kickstarting PPO, QDagger on DQN, or Czarnecki et al.'s three on A2C"""
-    weight: str = ""
-    """of the distillation, a number or a schedule such as linear:1:0 or gap:3; by default 1, falling to 0 for
-    kickstarting, gap:3 for QDagger"""
-    reward_weight: float | None = None
-    """of the game's rewards, for on-policy, n-distill and expected-entropy (default 0); the others learn from them as
-    they are"""
-    entropy_weight: float | None = None
-    """n-distill and expected-entropy minimise KL divergences with 1 (default), with 0 the cross-entropies of the
-    paper"""
-    temperature: float = 0.0
-    """divides the teacher's scores; 0 is the teacher's own (1 for PPO and A2C, 0.01 for DQN), but 0.1 for QDagger from
-    a DQN, whose Q-values are divided by the same"""
-    steps: int = 1_000_000
-    """agent steps (4 frames each) of the student's own over all environments; schedules follow it"""
-    offline_steps: int | None = None
-    """of the teacher's, from which QDagger learns first (default 50,000)"""
-    offline_updates: int | None = None
-    """gradient steps on these (default 12,500)"""
-    learning_rate: float = 0.0
-    """Adam's at the start, falling linearly to 0; 0 is 1e-3, for QDagger 1e-4"""
     num_envs: int = 16
     """games played at once"""
     checkpoint_every: int = 50_000
@@ -124,8 +93,6 @@ class Args:
     """where to compute: cuda, then mps, then cpu, whichever is there first"""
     threads: int = 0
     """CPU threads, and processes that emulate; 0 takes what torch finds"""
-    seed: int = 0
-    """of weights, games and actions"""
     name: str = ""
     """of the run's folder; by default method, size and seed"""
     folder: Path = Path("runs")
@@ -153,29 +120,25 @@ def filled(args: Args) -> Args:
     Raises:
         ValueError: a flag of another method, or an unknown game.
     """
-    for name, (_, methods) in OF_SOME.items():
-        if getattr(args, name) is not None and args.method not in methods:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is not for --method {args.method} but for {', '.join(methods)}; leave it out")
-    given: dict[str, Any] = {name: usual for name, (usual, _) in OF_SOME.items() if getattr(args, name) is None}
-    given |= {"game": canonical_name(args.game), "weight": args.weight or WEIGHTS.get(args.method, "1")}
-    return dataclasses.replace(args, **given)
+    return with_method_defaults(dataclasses.replace(args, game=canonical_name(args.game)))
 
 
 def check(args: Args) -> None:
     """Raises ValueError for what no run can have."""
     check_name(args.name)
     for name in ("reward_weight", "entropy_weight", "temperature", "learning_rate"):
-        if not math.isfinite(getattr(args, name)):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} must be a number, not {getattr(args, name)}; leave it out")
     check_at_least(args, 1, "steps", "num_envs", "checkpoint_every", "eval_episodes")
-    check_at_least(args, 0, "eval_every", "seed", "offline_steps", "offline_updates", "temperature", "learning_rate")
-    check_at_least(args, 0, "reward_weight", "entropy_weight")
+    optional = ("offline_steps", "offline_updates", "reward_weight", "entropy_weight")
+    check_at_least(args, 0, "eval_every", "seed", "temperature", "learning_rate")
+    check_at_least(args, 0, *(name for name in optional if getattr(args, name) is not None))
     if args.entropy_weight is not None and args.entropy_weight > 1:
         raise ValueError(f"--entropy-weight must lie in [0, 1], not {args.entropy_weight}; 1 makes KL divergences")
     if args.seed >= 2**32:
         raise ValueError(f"--seed must be below 2^32, not {args.seed}; give a smaller one")
-    check_weight(parse(args.weight), teacher_return=1.0)
+    assert args.weight is not None
+    check_weight(args.weight, 0.0, 1.0)
     num_steps, num_updates = offline(args)
     if num_updates and num_steps < 50 * args.num_envs:
         raise ValueError(f"--offline-steps {num_steps} are too few to learn from; give 50 an environment")
@@ -210,6 +173,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     opened.callback(envs.close)
     check_fits(teacher, envs, args.teacher, args.game)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"teacher": about(teacher)}
+    settings["weight"] = spelled(args.weight or 0.0)
     with closing(make_atari(args.game, 8, args.seed)) as few:
         teacher = compile_policy(teacher.to(device), few.reset().to(device))
         frames = first_frames(teacher, few, args.seed, device)
@@ -222,15 +186,17 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     how: dict[str, Any] = {"seed": args.seed, "allow_weak": args.allow_weak_teacher, "device": device, "kept": kept}
     checked = check_teacher(teacher, args.game, **how)
     print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
-    weight, returns = parse(args.weight), checked.goal(args.game)
-    check_weight(weight, *returns)
+    teacher_return, random_return = checked.goal(args.game)
+    assert args.weight is not None
+    check_weight(args.weight, random_return, teacher_return)
     if not is_old:
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
-    student = make_student(args.student, envs.num_actions, seed=args.seed, temperature=units(args.method))
+    student = make_student(
+        args.student, envs.num_actions, seed=args.seed, temperature=METHODS[args.method].student_temperature
+    )
     student.fit_input_normalization(frames)
-    how = {name: getattr(args, name) for name in LEARNS_BY} | {"weight": weight, "device": device}
-    how |= {"teacher_return": returns[0], "random_return": returns[1]}
-    model = make_model(args.method, student, teacher, SB3VecEnv(envs, clip_rewards=True), **how)
+    returns = (random_return, teacher_return)
+    model = make_model(args, student, teacher, SB3VecEnv(envs, clip_rewards=True), returns, device)
 
     has_checkpoint = has_generations(run / "checkpoints")
     with interruptible():
@@ -254,15 +220,17 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     try:
         if isinstance(model, QDagger) and num_updates and not has_checkpoint:
             began = time.perf_counter()
-            model.learn_offline(num_steps, num_updates, say=lambda line: print(line, flush=True))
+            model.learn_offline(num_steps, num_updates, print_line=lambda line: print(line, flush=True))
             wall_seconds = time.perf_counter() - began
             save_training(model, envs, run / "checkpoints", wall_seconds=wall_seconds)
-        progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
+        progress = TrainingCallback(
+            envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds
+        )
         try:
             model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
             progress.save()
         finally:
-            saved = progress.saved
+            saved = progress.saved_steps
         board.writer.flush()  # the report reads it
         write_results(run, args, from_sb3(model, student).to(device), teacher, model, progress.wall_seconds)
     except KeyboardInterrupt:
@@ -280,7 +248,7 @@ def first_frames(teacher: Teacher, envs: Any, seed: int, device: torch.device) -
 
 
 def write_results(
-    run: Path, args: Args, student: Student, teacher: Teacher, model: Taught, wall_seconds: float
+    run: Path, args: Args, student: Student, teacher: Teacher, model: TeacherMixin, wall_seconds: float
 ) -> None:
     """Saves the student, lets it be judged, and writes what was lost and gained."""
     check_there(run)

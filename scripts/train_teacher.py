@@ -39,8 +39,8 @@ with needs_extra("sb3"):
 
     from policykd.envs.sb3_vec_env import SB3VecEnv
     from policykd.rl.frame_buffer import FrameReplayBuffer
-    from policykd.rl.sb3_archive import centre_input, start_from, write_teacher
-    from policykd.rl.sb3_checkpoints import Progress, restore_training
+    from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
+    from policykd.rl.sb3_checkpoints import TrainingCallback, restore_training
 
 ALGORITHMS: dict[str, Algorithm] = {"ppo": "PPO", "a2c": "A2C", "dqn": "DQN", "qrdqn": "QRDQN"}
 OFF_POLICY = ("dqn", "qrdqn")
@@ -156,11 +156,11 @@ def train(run: Path, args: Args, device: torch.device) -> None:
     start = load_teacher(args.start_from, game=args.game) if args.start_from else None
     if start:
         check_fits(start, envs, args.start_from, args.game)
-    centre, scale = spread(args.game, args.seed) if args.centre else (0.0, 255.0)
+    scaling = spread(args.game, args.seed) if args.centre else InputScaling()
     if start:
-        start_from(model.policy, start, centre, scale)
+        start_from(model.policy, start, scaling)
     if args.centre:
-        centre_input(model.policy, centre, scale)
+        centre_input(model.policy, scaling)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
     settings["start_from"] = start.sha256 if start else ""
     machine = {"device": str(device), "threads": torch.get_num_threads()}
@@ -182,7 +182,9 @@ def train(run: Path, args: Args, device: torch.device) -> None:
         board.writer.add_scalar("eval/mean_ep_length", np.mean(games.lengths), steps)
         print(f"{steps:>11,} steps: 16 games, mean {np.mean(games.returns):.2f}", flush=True)
 
-    progress = Progress(envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds)
+    progress = TrainingCallback(
+        envs, run / "checkpoints", args.checkpoint_every, evaluate, args.eval_every, wall_seconds
+    )
     print(f"{run}: {model.num_timesteps:,} of {args.steps:,} steps; watch it with: tensorboard --logdir {args.folder}")
     try:
         if start and args.algo in OFF_POLICY and not is_old:
@@ -190,10 +192,10 @@ def train(run: Path, args: Args, device: torch.device) -> None:
         model.learn(max(0, args.steps - model.num_timesteps), progress, reset_num_timesteps=False)
         progress.save()
         archive = run / f"{args.algo}-{args.game}.zip"
-        write_teacher(model, archive, centre=centre, scale=scale)
+        write_teacher(model, archive, scaling)
         write_card(archive, model, args, settings, progress.wall_seconds)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{progress.saved:,} steps are saved; go on with: {again(args, run)}") from None
+        raise KeyboardInterrupt(f"{progress.saved_steps:,} steps are saved; go on with: {again(args, run)}") from None
 
 
 def make_model(args: Args, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
@@ -226,7 +228,7 @@ def overrides(given: tuple[str, ...]) -> dict[str, float]:
     return numbers
 
 
-def spread(game: str, seed: int) -> tuple[float, float]:
+def spread(game: str, seed: int) -> InputScaling:
     """Returns the median and the standard deviation of the pixels of random play, grey levels."""
     envs, generator = make_atari(game, 8, seed), torch.Generator().manual_seed(seed)
     obs = envs.reset()
@@ -234,7 +236,7 @@ def spread(game: str, seed: int) -> tuple[float, float]:
         check_interrupted()
         obs = envs.step(torch.randint(envs.num_actions, (8,), generator=generator)).obs
     pixels = obs.float()
-    return float(pixels.median()), float(pixels.std().clamp(min=1.0))
+    return InputScaling(float(pixels.median()), float(pixels.std().clamp(min=1.0)))
 
 
 @torch.no_grad()

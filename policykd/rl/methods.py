@@ -1,57 +1,137 @@
-"""The methods of scripts/distill_rl.py by name: SB3 agents whose policy is a student and that learn from a teacher."""
+"""The methods of `policykd distill-rl`: SB3 agents whose policy is a student and that learn from a teacher."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from policykd.agents.sb3_student import to_sb3
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.legacy.schedules import Measured, Quantity, value
+from policykd.cli.groups import SeedArgs
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
-from policykd.rl.teacher_mixin import Taught
+from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation, StudentDrivenMethod
+from policykd.rl.teacher_mixin import TeacherMixin
+from policykd.schedules import Linear, Measured, Quantity, ReturnGap, value
 
-Method = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
+MethodName = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
 
-STUDENT_DRIVEN: dict[str, Any] = {
-    "on-policy": OnPolicyDistillation,
-    "n-distill": NDistill,
-    "expected-entropy": ExpectedEntropyRegularised,
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm, its defaults on Atari, and the flags that only some methods have."""
+
+    algorithm: type[TeacherMixin]
+    settings: Mapping[str, Any]
+    """SB3's keyword arguments"""
+    weight: Quantity = 1.0
+    learning_rate: float = 1e-3
+    student_temperature: float = 1.0
+    """of the student itself: the network of QDagger's student gives Q-values, which are played at 0.01"""
+    loss: type[StudentDrivenMethod] | None = None
+    flags: Mapping[str, float] = field(default_factory=dict)
+    """name -> default"""
+
+
+_PPO = {"n_steps": 64, "n_epochs": 4, "batch_size": 256}
+_A2C = {
+    "n_steps": 8,
+    # At SB3's gamma 0.99 the KL divergence of N-distill on Pong diverged (docs/rl.md).
+    "gamma": 0.97,
+    "gae_lambda": 0.8,
+    "use_rms_prop": False,
+    # The costs are large: a critic on the student's own features would spoil them.
+    "policy_kwargs": {"share_features_extractor": False},
 }
-WEIGHTS: dict[str, str] = {"kickstarting": "linear:1:0", "qdagger": "gap:3"}
-"""of the distillation, where it is not 1"""
-OF_PPO: dict[str, Any] = {"n_steps": 64, "n_epochs": 4}
-BATCH_OF_PPO = 256
-OF_A2C: dict[str, Any] = {
-    **{"n_steps": 8, "gamma": 0.97, "gae_lambda": 0.8, "use_rms_prop": False},
-    "policy_kwargs": {"share_features_extractor": False},  # a critic of large costs would spoil the student's features
+_DQN = {
+    "buffer_size": 100_000,
+    "train_freq": 4,
+    "batch_size": 32,
+    "exploration_initial_eps": 0.05,
+    "exploration_final_eps": 0.01,
+    "target_update_interval": 1000,
+    "replay_buffer_class": FrameReplayBuffer,
+    "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99},
 }
-OF_DQN: dict[str, Any] = {
-    **{"buffer_size": 100_000, "train_freq": 4, "batch_size": 32},
-    **{"exploration_initial_eps": 0.05, "exploration_final_eps": 0.01, "target_update_interval": 1000},
-    **{"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}},
+_REWARD = {"reward_weight": 0.0}
+_ENTROPY = {"entropy_weight": 1.0}
+METHODS: dict[MethodName, Method] = {
+    "ppd": Method(ProximalPolicyDistillation, _PPO),
+    "kickstarting": Method(KickstartingPPO, _PPO, weight=Linear(1.0, 0.0)),
+    "qdagger": Method(
+        QDagger,
+        _DQN,
+        weight=ReturnGap(3.0),
+        learning_rate=1e-4,
+        student_temperature=0.01,
+        flags={"offline_steps": 50_000, "offline_updates": 12_500},
+    ),
+    "on-policy": Method(StudentDriven, _A2C, loss=OnPolicyDistillation, flags=_REWARD),
+    "n-distill": Method(StudentDriven, _A2C, loss=NDistill, flags=_REWARD | _ENTROPY),
+    "expected-entropy": Method(StudentDriven, _A2C, loss=ExpectedEntropyRegularised, flags=_REWARD | _ENTROPY),
 }
-LONGEST_START, SHARE_OF_START = 2000, 1 / 20
-"""steps, and share of a short run's, before QDagger learns from what it plays: it is weaned after 0.6 of them"""
-PLAYED_AT, COMPARED_AT = 0.01, 0.1
-"""temperatures of Q-values: a student that gives them plays softmax(Q / 0.01) (Rusu et al., 2015), and QDagger compares
-them at 0.1"""
+MAX_LEARNING_STARTS = 2000
+"""agent steps before QDagger's first update in `learn`; a twentieth of the run if that is shorter"""
 
 
-def units(method: Method) -> float:
-    """Returns the temperature of a student made for a method: QDagger's network gives Q-values, the others' logits."""
-    return PLAYED_AT if method == "qdagger" else 1.0
+@dataclass(frozen=True, kw_only=True)
+class MethodArgs(SeedArgs):
+    """The method and what it learns by."""
+
+    method: MethodName = "ppd"
+    """proximal policy distillation, kickstarting PPO, QDagger on DQN, or Czarnecki et al.'s three methods on A2C"""
+    weight: Quantity | None = None
+    """weight of the distillation, a number or a schedule such as linear:1:0 or gap:3; None is 1, for kickstarting
+    linear:1:0, for qdagger gap:3"""
+    reward_weight: float | None = None
+    """factor of the game's rewards, for on-policy, n-distill and expected-entropy (default 0); the others use the
+    rewards as they are"""
+    entropy_weight: float | None = None
+    """entropy that n-distill and expected-entropy subtract: 1 (default) minimises KL divergences, 0 the cross-entropies
+    of the paper"""
+    temperature: float = 0.0
+    """temperature of the teacher's outputs; 0 is the teacher's own (1 for PPO and A2C, 0.01 for DQN), but 0.1 for
+    qdagger with a DQN teacher, which also divides the student's Q-values"""
+    offline_steps: int | None = None
+    """agent steps of the teacher that qdagger trains on first (default 50,000)"""
+    offline_updates: int | None = None
+    """gradient steps on them (default 12,500)"""
+    steps: int = 1_000_000
+    """agent steps (4 frames each) of the student over all environments; schedules follow it"""
+    learning_rate: float = 0.0
+    """initial learning rate of Adam, which falls linearly to 0; 0 is 1e-3, for qdagger 1e-4"""
 
 
-def check_weight(weight: Quantity, teacher_return: float | None, random_return: float = 0.0) -> None:
-    """Tries a weight at the ends of a run, and of the way from random play to the teacher's.
+Args = TypeVar("Args", bound=MethodArgs)
+
+
+def with_method_defaults(args: Args) -> Args:
+    """Returns arguments with the method's own defaults in place of None.
 
     Raises:
-        ValueError: it is negative or no number somewhere, or follows the return of a teacher that does not beat chance.
+        ValueError: a flag of another method.
+    """
+    method = METHODS[args.method]
+    defaults: dict[str, Any] = {"weight": method.weight, **method.flags}
+    for name in ("reward_weight", "entropy_weight", "offline_steps", "offline_updates"):
+        if getattr(args, name) is not None and name not in method.flags:
+            others = ", ".join(other for other, spec in METHODS.items() if name in spec.flags)
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is not for --method {args.method} but for {others}; leave it out")
+    return replace(args, **{name: default for name, default in defaults.items() if getattr(args, name) is None})
+
+
+def check_weight(weight: Quantity, random_return: float, teacher_return: float | None) -> None:
+    """Evaluates a distillation weight over a run, and from a random policy's return to the teacher's.
+
+    Raises:
+        ValueError: it is negative or not finite somewhere, or it follows the return of a teacher that is not known to
+            be better than a random policy.
     """
     for progress in (0.0, 0.5, 1.0):
         for student_return in (None, random_return, teacher_return):
@@ -61,68 +141,42 @@ def check_weight(weight: Quantity, teacher_return: float | None, random_return: 
 
 
 def make_model(
-    method: Method,
+    args: MethodArgs,
     student: Student,
     teacher: Teacher,
-    envs: Any,
-    *,
-    steps: int,
-    weight: Quantity,
-    teacher_return: float | None,
-    random_return: float,
-    temperature: float = 0.0,
-    reward_weight: float = 0.0,
-    entropy_weight: float = 1.0,
-    learning_rate: float = 0.0,
-    seed: int = 0,
+    envs: VecEnv,
+    reference_returns: tuple[float, float | None],
     device: torch.device | str = "auto",
-) -> Taught:
-    """Returns the agent whose policy is the student, with its teacher.
+) -> TeacherMixin:
+    """Returns an agent whose policy is the student, with its teacher.
 
     Args:
-        method: its name.
-        student: stays as it is; made with the temperature `units(method)`.
-        teacher: what it learns from.
-        envs: SB3's.
-        steps: of the whole run, the student's own.
-        weight: of the distillation.
-        teacher_return: for a weight that follows returns; None if it is not known.
-        random_return: likewise.
-        temperature: divides the teacher's scores; 0 is the teacher's own, but QDagger's 0.1 where these are Q-values.
-        reward_weight: of the student-driven methods.
-        entropy_weight: of n-distill and expected-entropy.
-        learning_rate: at the start, falling to 0 over the run; 0 is the method's.
-        seed: of actions and minibatches.
-        device: where it learns.
+        args: the method, `with_method_defaults`.
+        student: copied; made with the method's `student_temperature`.
+        teacher: the teacher.
+        envs: where the student plays.
+        reference_returns: mean episodic returns of a random policy and of the teacher (None: unknown).
+        device: device to train on.
     """
+    method = METHODS[args.method]
     settings: dict[str, Any] = {
+        **method.settings,
         "teacher": teacher,
-        "teacher_temperature": temperature or teacher.temperature,
-        "distillation_weight": weight,
-        "teacher_return": teacher_return,
-        "random_return": random_return,
-        "learning_rate": LinearSchedule(learning_rate or (1e-4 if method == "qdagger" else 1e-3), 0.0, 1.0),
-        "seed": seed,
+        "teacher_temperature": args.temperature or None,
+        "distillation_weight": args.weight,
+        "reference_returns": reference_returns,
+        "learning_rate": LinearSchedule(args.learning_rate or method.learning_rate, 0.0, 1.0),
+        "seed": args.seed,
         "device": device,
     }
-    algorithm: type[Taught]
-    if method in STUDENT_DRIVEN:
-        entropy = {} if method == "on-policy" else {"entropy_weight": entropy_weight}
-        settings["method"] = STUDENT_DRIVEN[method](reward_weight=reward_weight, **entropy)
-        algorithm, settings = StudentDriven, settings | OF_A2C
-    elif method == "qdagger":
-        settings["student_temperature"] = COMPARED_AT
-        if teacher.temperature != 1.0:  # Q-values on both sides
-            settings["teacher_temperature"] = settings["student_temperature"] = temperature or COMPARED_AT
-        # One gradient step for every train_freq steps, as with a single environment.
-        settings |= {
-            "gradient_steps": envs.num_envs,
-            "learning_starts": min(LONGEST_START, int(steps * SHARE_OF_START)),
-        }
-        algorithm, settings = QDagger, settings | OF_DQN
+    if method.loss:
+        settings["method"] = method.loss(**{name: getattr(args, name) for name in method.flags})
+    elif method.algorithm is QDagger:
+        # One gradient step per train_freq steps of any environment, as with a single environment.
+        settings["gradient_steps"] = envs.num_envs
+        settings["learning_starts"] = min(MAX_LEARNING_STARTS, args.steps // 20)
     else:
-        algorithm = ProximalPolicyDistillation if method == "ppd" else KickstartingPPO
-        settings |= OF_PPO | {"batch_size": min(BATCH_OF_PPO, OF_PPO["n_steps"] * envs.num_envs)}
-    model = to_sb3(student, envs, algorithm, **settings)
-    assert isinstance(model, Taught)
+        settings["batch_size"] = min(settings["batch_size"], settings["n_steps"] * envs.num_envs)
+    model = to_sb3(student, envs, method.algorithm, **settings)
+    assert isinstance(model, TeacherMixin)
     return model

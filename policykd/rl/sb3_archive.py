@@ -89,7 +89,7 @@ def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[s
     return state
 
 
-def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = InputScaling()) -> None:  # noqa: B008
+def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = InputScaling()) -> None:
     """Writes a PPO, A2C, DQN or QR-DQN agent as an SB3 archive without its optimizer's state.
 
     Args:

@@ -1,10 +1,10 @@
-"""Saves and restores an SB3 algorithm in the middle of its training, so that it goes on as if nothing had happened.
+"""Checkpoints of an SB3 algorithm in the middle of its training, from which it continues bit for bit.
 
-SB3's own `save` keeps weights and optimizer; here the games, the random streams and the replay buffer are kept too, and
-nothing is a pickle. A checkpoint belongs between two rollouts: SB3 has then learned from all that it has collected.
+SB3's own `save` holds weights and optimizer; here the environments, the random streams and the replay buffer are saved
+too, and nothing is a pickle. A checkpoint is written between two rollouts, when SB3 has learned from all that it has
+collected.
 """
 
-import random
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from policykd.envs.vector import VectorEnv
-from policykd.io.signals import check_interrupted, seconds_since_signal
+from policykd.io.signals import deferred_signals
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.storage.checkpoints import optimizer_tensors, restore_optimizer
 from policykd.storage.generations import commit, last, packed, read_arrays, read_file, recover
@@ -30,18 +30,23 @@ COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining", "evaluated_at"),
 )
-GRACE_SECONDS = 5.0
-"""after a signal, until a rollout is given up whose end is still far away; the process is to be gone after 10"""
+"""attributes of SB3's algorithms, and of `TrainingCallback`"""
+MAX_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+"""bounds the work that an interrupted training repeats, however slow the machine is"""
 
 
 def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_seconds: float = 0.0) -> None:
-    """Writes where the training of `model` on `envs` stands; of the replay buffer only what is new.
+    """Writes a checkpoint of the training of `model` on `envs`; of the replay buffer only the new steps.
 
-    `wall_seconds` is how long it has taken so far; it is kept for the card.
+    Args:
+        model: PPO, A2C, DQN or QR-DQN, between two rollouts.
+        envs: its environments.
+        folder: holds the checkpoints of this run.
+        wall_seconds: duration of the training so far, which is saved too.
 
     Raises:
         ValueError: the folder holds the checkpoints of another run.
-        OSError: no room or no permission; the checkpoint before stays valid.
+        OSError: no space left or no permission; the previous checkpoint stays valid.
     """
     before, buffer = last(folder, KEYS), _buffer(model)
     steps_before = before.about["counters"]["num_timesteps"] if before else 0
@@ -65,31 +70,27 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     kind, words, *rest = np.random.get_state(legacy=True)
     tensors["numpy_random"] = torch.from_numpy(np.asarray(words, np.int64))
     files["model.safetensors"] = packed(tensors)
-    version, python_words, gauss = random.getstate()
     about = {
         "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
         "episodes": list(model.ep_info_buffer or []),
         "envs": envs.state(),
         "starts": np.asarray(model._last_episode_starts).tolist(),
-        "random": {
-            "numpy": [kind, *rest],
-            "python": [version, list(python_words), gauss],
-            "actions": model.action_space.np_random.bit_generator.state,
-        },
+        "random": {"numpy": [kind, *rest], "actions": model.action_space.np_random.bit_generator.state},
         "num_added": num_added,
         "shard_ends": [*shards.values(), *([num_added] if "replay.npz" in files else [])],
         "wall_seconds": wall_seconds,
     }
-    commit(folder, before, files, kept=shards, at=f"step {model.num_timesteps:,}", about=about)
+    with deferred_signals():
+        commit(folder, before, files, kept=shards, at=f"step {model.num_timesteps:,}", about=about)
 
 
 def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> float:
-    """Brings a freshly made `model` and `envs` to where `save_training` saw them; returns its `wall_seconds`.
+    """Restores a new `model` and its `envs` from the newest checkpoint; returns its `wall_seconds`.
 
-    Go on with `model.learn(total - model.num_timesteps, reset_num_timesteps=False)`.
+    Continue with `model.learn(total - model.num_timesteps, reset_num_timesteps=False)`.
 
     Raises:
-        BadFile: no checkpoint, or none whose files are those that were saved.
+        BadFile: no checkpoint, or none that is intact.
     """
     generation = recover(folder, KEYS)
     manifest, buffer = generation.about, _buffer(model)
@@ -99,8 +100,8 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     (name,) = generation.named("model")
     tensors = load_tensors(read_file(generation, name))
     with torch.no_grad():
-        for parameter, value in model.policy.named_parameters():
-            value.copy_(tensors[f"policy.{parameter}"])
+        for parameter, weight in model.policy.named_parameters():
+            weight.copy_(tensors[f"policy.{parameter}"])
     restore_optimizer(model.policy.optimizer, tensors)
     for counter, number in manifest["counters"].items():
         setattr(model, counter, number)
@@ -111,8 +112,6 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     stored: dict[str, Any] = manifest["random"]
     kind, *rest = stored["numpy"]
     np.random.set_state((kind, tensors["numpy_random"].numpy().astype(np.uint32), *rest))
-    version, words, gauss = stored["python"]
-    random.setstate((version, tuple(words), gauss))
     model.action_space.np_random.bit_generator.state = stored["actions"]
     torch.set_rng_state(tensors["torch_random"])
     if model.device.type == "cuda" and "cuda_random" in tensors:
@@ -120,74 +119,77 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     return float(manifest.get("wall_seconds", 0.0))
 
 
-class Progress(BaseCallback):
-    """Saves and evaluates between rollouts, and stops the training there once a signal has come.
-
-    Where a rollout with the learning from it takes so long that a signal could not wait for its end, each begins with a
-    checkpoint, and after `GRACE_SECONDS` it is given up: the training goes on from its beginning.
-    """
+class TrainingCallback(BaseCallback):
+    """Saves and evaluates between rollouts."""
 
     def __init__(
         self,
         envs: VectorEnv,
         folder: Path,
         checkpoint_every: int,
-        evaluate: Callable[[int], None],
-        evaluate_every: int,
+        evaluate: Callable[[int], object] = lambda steps: None,
+        eval_every: int = 0,
         wall_seconds: float = 0.0,
     ) -> None:
-        """Takes the environments, where checkpoints go, and after how many steps they are due and `evaluate` is called.
+        """Prepares a training.
 
-        An `evaluate_every` of 0 is never; `wall_seconds` were spent before.
+        Args:
+            envs: the environments of the model.
+            folder: where checkpoints are written.
+            checkpoint_every: agent steps between checkpoints.
+            evaluate: periodic evaluation, called with the number of agent steps.
+            eval_every: agent steps between periodic evaluations; 0 for none.
+            wall_seconds: duration of the training before it was resumed.
         """
         super().__init__()
-        self.envs, self.folder, self.checkpoint_every = envs, folder, checkpoint_every
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.saved = 0
-        """steps at the last checkpoint"""
+        self.envs = envs
+        self.folder = folder
+        self.checkpoint_every = checkpoint_every
+        self.evaluate = evaluate
+        self.eval_every = eval_every
         self.wall_seconds = wall_seconds
-        """up to the last checkpoint"""
-        self._began = self._rollout_began = time.perf_counter()
+        """duration of the training up to the last checkpoint"""
+        self.saved_steps = 0
+        """agent steps at the last checkpoint"""
+        self._saved_at = time.perf_counter()
 
     def save(self) -> None:
         """Writes a checkpoint and prints a line about it."""
-        steps, seconds = self.model.num_timesteps, time.perf_counter() - self._began
-        self._began += seconds
+        steps = self.model.num_timesteps
+        seconds = time.perf_counter() - self._saved_at
         self.wall_seconds += seconds
+        self._saved_at += seconds
         save_training(self.model, self.envs, self.folder, wall_seconds=self.wall_seconds)
-        recent = [e["r"] for e in self.model.ep_info_buffer or []]
-        score = f"{np.mean(recent):.2f} in the last {len(recent)} games" if recent else "no game ended yet"
-        print(f"{steps:>11,} steps: {score}, {(steps - self.saved) / seconds:.0f} steps/s; saved", flush=True)
-        self.saved = steps
+        returns = [episode["r"] for episode in self.model.ep_info_buffer or []]
+        score = f"mean {np.mean(returns):.2f} of the last {len(returns)} episodes" if returns else "no episode yet"
+        speed = (steps - self.saved_steps) / seconds
+        print(f"{steps:>11,} steps: {score}, {speed:.0f} steps/s; saved", flush=True)
+        self.saved_steps = steps
 
     def _on_training_start(self) -> None:
         model: Any = self.model
-        self.saved, self._rollout_began = model.num_timesteps, time.perf_counter()
-        model.evaluated_at = getattr(model, "evaluated_at", model.num_timesteps)  # there, so that checkpoints have it
-        self._hook = model.policy.optimizer.register_step_pre_hook(self._stop_if_late)
-
-    def _on_training_end(self) -> None:
-        self._hook.remove()
+        self.saved_steps = model.num_timesteps
+        # An attribute of the model, so that checkpoints hold it and a resumed run evaluates at the same steps.
+        model.evaluated_at = getattr(model, "evaluated_at", model.num_timesteps)
 
     def _on_rollout_start(self) -> None:
         model: Any = self.model
-        steps, is_slow = model.num_timesteps, time.perf_counter() - self._rollout_began > GRACE_SECONDS / 2
-        is_due = self.evaluate_every and steps // self.evaluate_every > model.evaluated_at // self.evaluate_every
-        if is_due or is_slow or seconds_since_signal() or steps - self.saved >= self.checkpoint_every:
+        steps = model.num_timesteps
+        interval = self.eval_every
+        is_evaluation_due = interval and steps // interval > model.evaluated_at // interval
+        is_checkpoint_due = (
+            steps - self.saved_steps >= self.checkpoint_every
+            or time.perf_counter() - self._saved_at > MAX_SECONDS_BETWEEN_CHECKPOINTS
+        )
+        # Saved before the evaluation too: an interrupted one is repeated, the training is not.
+        if is_evaluation_due or is_checkpoint_due:
             self.save()
-        check_interrupted()
-        if is_due:
+        if is_evaluation_due:
             self.evaluate(steps)
             model.evaluated_at = steps
-        self._rollout_began = time.perf_counter()
 
     def _on_step(self) -> bool:
-        self._stop_if_late()
         return True
-
-    def _stop_if_late(self, *_: object) -> None:
-        if seconds_since_signal() > GRACE_SECONDS:
-            check_interrupted()
 
 
 def _buffer(model: BaseAlgorithm) -> FrameReplayBuffer | None:

@@ -72,7 +72,7 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
         batches_per_epoch = -(-self.n_steps * self.n_envs // self.batch_size)
         return self._n_updates * batches_per_epoch
 
-    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+    def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns the distillation term of each state before its weight, nats `(batch,)`.
 
         Args:
@@ -134,7 +134,7 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
         value_loss = mse_loss(batch.returns, value_B)
         entropy_loss = -entropy_B.mean()
 
-        distillation = self.distillation_loss_B(student_log_BA, batch.teacher_log_BA, ratio_B, clip).mean()
+        distillation = self.distillation_B(student_log_BA, batch.teacher_log_BA, ratio_B, clip).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss + weight * distillation
         with torch.no_grad():
             metrics = {
@@ -158,7 +158,7 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
 class ProximalPolicyDistillation(DistillationPPO):
     """PPO's loss + weight KL(teacher || student) max(ratio, 1 - clip) (Spigler, 2025; weight 1 there)."""
 
-    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+    def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns KL(teacher || student) max(ratio, 1 - clip)."""
         return kl_divergence_B(teacher_log_BA, student_log_BA) * ratio_B.clamp(min=1 - clip)
 
@@ -170,7 +170,7 @@ class KickstartingPPO(DistillationPPO):
         """Takes the arguments of SB3's PPO and of `TeacherMixin`; the weight falls linearly from 1 to 0 by default."""
         super().__init__(*args, distillation_weight=distillation_weight, **kwargs)
 
-    def distillation_loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
+    def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns H(teacher || student) = -sum_a p_T(a) log p_S(a)."""
         return cross_entropy_B(teacher_log_BA, student_log_BA)
 

@@ -1,4 +1,4 @@
-"""Losses of student-driven distillation (Czarnecki et al., 2019); `StudentDriven` in sb3_distillation.py trains on them.
+"""Losses of student-driven distillation (Czarnecki et al., 2019), which `StudentDriven` in sb3_distillation.py uses.
 
 The student collects its own states, so its weights also decide which states it is trained on. A method therefore
 defines two things: the loss l(s) of one state, and whether an action is charged for the loss of the state that it leads

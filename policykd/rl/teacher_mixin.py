@@ -12,9 +12,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, is_vecenv_wrapped
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
@@ -23,12 +22,10 @@ from policykd.schedules import Measured, Quantity, ReturnGap, ReturnReached, val
 ARRAY_SPACES = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 LABEL_BATCH_SIZE = 1024
 """states per call of the teacher"""
-MAX_UNREPORTED_EPISODES = 20
-"""episodes per environment without a reported return before a warning; with SB3's AtariWrapper a lost life ends one"""
 
 
 class TeacherMixin(BaseAlgorithm):
-    """An SB3 algorithm with a teacher and the weight of its distillation term; comes before SB3's class in the bases."""
+    """An SB3 algorithm with a teacher and a weighted distillation term; precedes SB3's class in the bases."""
 
     def __init__(
         self,
@@ -60,12 +57,13 @@ class TeacherMixin(BaseAlgorithm):
             teacher_temperature = getattr(teacher, "temperature", 1.0)
         check_temperature("teacher_temperature", teacher_temperature)
         if isinstance(distillation_weight, int | float) and not 0.0 <= distillation_weight < math.inf:
-            raise ValueError(f"distillation_weight must not be negative, not {distillation_weight}; 0 ignores the teacher")
+            raise ValueError(
+                f"distillation_weight must not be negative, not {distillation_weight}; 0 ignores the teacher"
+            )
         self.teacher = teacher
         self.teacher_temperature = teacher_temperature
         self.distillation_weight = distillation_weight
         self.reference_returns = reference_returns
-        self._num_unreported_episodes = 0
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -83,9 +81,17 @@ class TeacherMixin(BaseAlgorithm):
         Raises:
             FloatingPointError: losses, gradients, weights or outputs are not finite: training has diverged.
         """
+        env = self.get_env()
+        follows_return = isinstance(self.distillation_weight, ReturnGap | ReturnReached)
+        if follows_return and env and not (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor))):
+            warnings.warn(
+                "nothing reports episodic returns, so a weight that follows the return stays constant; wrap the"
+                " environment in SB3's Monitor or VecMonitor",
+                stacklevel=2,
+            )
         try:
             super().learn(*args, **kwargs)  # type: ignore[safe-super]
-            self._check_outputs()
+            self.check_weights()
         except ValueError as error:
             # torch.distributions reports NaN logits as a violated constraint.
             if "to satisfy the constraint" not in str(error):
@@ -127,33 +133,6 @@ class TeacherMixin(BaseAlgorithm):
         sums = torch.stack([weight.detach().sum() for weight in self.policy.parameters()])
         if not sums.isfinite().all():
             raise FloatingPointError(diverged("weights", self.num_timesteps))
-
-    @torch.no_grad()
-    def _check_outputs(self) -> None:
-        """Raises if the outputs for the last observations are not finite, which no further rollout would notice."""
-        if self._last_obs is None:
-            return
-        obs = obs_as_tensor(self._last_obs, self.device)
-        policy = self.policy
-        if isinstance(policy, ActorCriticPolicy):
-            policy.get_distribution(obs)  # torch.distributions raises
-        elif not policy.q_net(obs).isfinite().all():  # type: ignore[operator]
-            raise FloatingPointError(diverged("outputs", self.num_timesteps))
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        super()._update_info_buffer(infos, dones)
-        # A weight that follows the return would silently stay constant if nothing reports episodic returns.
-        follows_return = isinstance(self.distillation_weight, ReturnGap | ReturnReached)
-        if self.ep_info_buffer or dones is None or not follows_return:
-            return
-        before = self._num_unreported_episodes
-        self._num_unreported_episodes += int(np.sum(dones))
-        if before <= MAX_UNREPORTED_EPISODES * self.n_envs < self._num_unreported_episodes:
-            warnings.warn(
-                f"{self._num_unreported_episodes} episodes ended without a reported return, so a weight that follows"
-                " the return stays constant; wrap the environment in SB3's Monitor or VecMonitor",
-                stacklevel=2,
-            )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "rollout_buffer_class"]

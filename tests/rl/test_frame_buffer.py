@@ -31,7 +31,7 @@ def fill(*buffers: FrameReplayBuffer | NStepReplayBuffer, steps: int) -> None:
 
 def make(size: int, n_steps: int = 1) -> FrameReplayBuffer:
     spaces = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(4)
-    return FrameReplayBuffer(size * NUM_ENVS, *spaces, "cpu", NUM_ENVS, n_steps=n_steps, gamma=0.9)
+    return FrameReplayBuffer(size * NUM_ENVS, *spaces, device="cpu", n_envs=NUM_ENVS, n_steps=n_steps, gamma=0.9)
 
 
 def draw(buffer: FrameReplayBuffer | NStepReplayBuffer, rows: np.ndarray) -> ReplayBufferSamples:
@@ -54,12 +54,12 @@ def test_samples_are_those_of_sb3s_buffer(n_steps: int, steps: int) -> None:
     assert (a.actions == b.actions).all()
     torch.testing.assert_close(a.rewards, b.rewards)
     assert (a.dones == b.dones).all()
-    goes_on = a.dones[:, 0] == 0
-    assert 0 < int((~goes_on).sum()) < len(rows)
-    assert (a.next_observations == b.next_observations)[goes_on].all()
+    is_alive = a.dones[:, 0] == 0
+    assert 0 < int((~is_alive).sum()) < len(rows)
+    assert (a.next_observations == b.next_observations)[is_alive].all()
     assert b.discounts is not None
     assert a.discounts is not None
-    torch.testing.assert_close(a.discounts[goes_on], b.discounts[goes_on])
+    torch.testing.assert_close(a.discounts[is_alive], b.discounts[is_alive])
 
 
 def test_only_whole_samples_are_drawn() -> None:
@@ -73,7 +73,7 @@ def test_only_whole_samples_are_drawn() -> None:
 
 def test_a_step_takes_a_frame_and_not_eight() -> None:
     buffer = make(1000)
-    arrays = (buffer.frames_TE, buffer.pasts_TE, buffer.actions, buffer.rewards, buffer.dones)
+    arrays = (buffer.frames_TE, buffer.num_past_frames_TE, buffer.actions, buffer.rewards, buffer.dones)
     assert sum(a.nbytes for a in arrays) / (1000 * NUM_ENVS) < 7_100
     assert not hasattr(buffer, "observations")
 
@@ -88,7 +88,7 @@ def test_shards_bring_a_ring_back() -> None:
     for arrays, last in shards:
         again.extend(arrays, last)
     assert (again.num_added, again.pos, again.full) == (100, 100 % 40, True)
-    for name in ("frames_TE", "pasts_TE", "actions", "rewards", "dones"):
+    for name in ("frames_TE", "num_past_frames_TE", "actions", "rewards", "dones"):
         assert (getattr(buffer, name) == getattr(again, name)).all()
 
 

@@ -1,4 +1,4 @@
-"""QDagger: a teacher's games first, then its own, with the teacher beside it."""
+"""QDagger: the teacher's states first, then the student's own, with a decreasing weight of the teacher."""
 
 from typing import Any
 
@@ -19,12 +19,15 @@ from policykd.legacy.schedules import ReturnGap
 from policykd.rl import qdagger
 from policykd.rl.qdagger import QDagger
 
-CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
-SMALL_DQN: dict[str, Any] = {"learning_starts": 50, "target_update_interval": 100, "buffer_size": 1000, **CPU}
 QUICK_DQN: dict[str, Any] = {
-    **CPU,
-    **{"learning_starts": 64, "exploration_initial_eps": 0.1, "buffer_size": 5000, "gradient_steps": 4},
-    **{"learning_rate": 1e-3, "target_update_interval": 200},
+    "seed": 0,
+    "device": "cpu",
+    "learning_starts": 64,
+    "exploration_initial_eps": 0.1,
+    "buffer_size": 5000,
+    "gradient_steps": 4,
+    "learning_rate": 1e-3,
+    "target_update_interval": 200,
 }
 
 
@@ -34,13 +37,17 @@ def controller(obs_BO: Tensor) -> Tensor:
     return torch.stack([-lean_B, lean_B], dim=1)
 
 
-def cart_poles(num_envs: int = 4, seed: int = 0) -> VecEnv:
+def cart_poles(num_envs: int = 1, seed: int = 0) -> VecEnv:
     return make_vec_env("CartPole-v1", num_envs, seed=seed)
 
 
+def make(**settings: Any) -> QDagger:
+    return QDagger("MlpPolicy", **{"env": cart_poles(), "teacher": controller, **QUICK_DQN, **settings})
+
+
 def mean_return(model: BaseAlgorithm) -> float:
-    """Returns the mean of 20 games with actions drawn from the policy: about 20 untrained, the teacher's is 450."""
-    mean, _ = evaluate_policy(model, cart_poles(seed=99), 20, deterministic=False)
+    """Returns the mean of 10 episodes with sampled actions: about 20 untrained, the teacher's is 450."""
+    mean, _ = evaluate_policy(model, cart_poles(4, seed=99), 10, deterministic=False)
     assert isinstance(mean, float)
     return mean
 
@@ -52,70 +59,53 @@ def replayed(num_rows: int, repeats: int = 1) -> ReplayBufferSamples:
     return ReplayBufferSamples(obs, column.long(), next_obs, column, column + 1.0)
 
 
-def test_qdaggers_divergence_is_a_mean_over_the_batch_at_both_temperatures() -> None:
-    how = {"teacher": controller, "teacher_temperature": 0.5, "student_temperature": 0.2, **SMALL_DQN}
-    model = QDagger("MlpPolicy", cart_poles(1), **how)
-    td_loss, teacher_kl = model._losses(replayed(8))
-    for part, repeated in zip((td_loss, teacher_kl), model._losses(replayed(8, repeats=16)), strict=True):
-        torch.testing.assert_close(part, repeated)
+def test_the_divergence_is_a_mean_over_the_batch_at_both_temperatures() -> None:
+    model = make(teacher_temperature=0.5, student_temperature=0.2)
+    losses = model._losses(replayed(8))
+    for loss, repeated in zip(losses, model._losses(replayed(8, repeats=16)), strict=True):
+        torch.testing.assert_close(loss, repeated)
     obs = replayed(8).observations
     teacher = torch.distributions.Categorical(logits=controller(obs) / 0.5)
     student = torch.distributions.Categorical(logits=model.q_net(obs) / 0.2)
-    torch.testing.assert_close(teacher_kl, torch.distributions.kl_divergence(teacher, student).mean())
+    torch.testing.assert_close(losses[1], torch.distributions.kl_divergence(teacher, student).mean())
 
 
 def test_it_plays_as_its_teacher_before_its_first_own_step() -> None:
-    how: dict[str, Any] = {"teacher_temperature": 1.0, "teacher_return": 500.0, "random_return": 20.0}
-    model = QDagger(
-        "MlpPolicy", cart_poles(1), teacher=controller, distillation_weight=ReturnGap(3.0), **how, **QUICK_DQN
-    )
+    model = make(teacher_temperature=1.0, distillation_weight=ReturnGap(3.0), reference_returns=(20.0, 500.0))
     model.learn_offline(1000, 600)
-    assert model.replay_buffer is not None
     assert model.replay_buffer.size() == 0
     assert mean_return(model) > 400
 
 
-def half_trained(**settings: Any) -> QDagger:
-    how = {"teacher": controller, "teacher_temperature": 1.0, "distillation_weight": 3.0, "weaned_after": 1.0}
-    model = QDagger("MlpPolicy", cart_poles(1), **{**how, **QUICK_DQN, **settings})
+def test_it_continues_to_learn_from_its_teacher_on_its_own_states() -> None:
+    model = make(teacher_temperature=1.0, distillation_end_fraction=1.0)
     model.learn_offline(300, 30)
-    return model
-
-
-def test_it_goes_on_learning_from_its_teacher_on_its_own_games() -> None:
-    model = half_trained()
-    assert 25 < mean_return(model) < 80
-    assert mean_return(model.learn(600)) > 300
-
-
-def test_the_target_network_follows() -> None:
-    model = half_trained()
     online, target = (list(net.parameters()) for net in (model.q_net, model.q_net_target))
     assert all(map(torch.equal, online, target))
     first = [weight.clone() for weight in target]
-    model.learn(300)  # its target is set every 200 steps
+    assert 20 < mean_return(model) < 90
+    assert mean_return(model.learn(600)) > 250
+    # The target network follows every 200 steps.
     assert not any(map(torch.equal, online, target))
     assert not any(map(torch.equal, first, target))
 
 
-def test_own_games_begin_with_its_own_steps() -> None:
+def test_no_episode_of_the_teachers_is_the_students() -> None:
     envs = SB3VecEnv(GymnasiumEnvs("CartPole-v1", 2, seed=0), clip_rewards=False)
-    model = QDagger("MlpPolicy", envs, teacher=controller, **{**QUICK_DQN, "learning_starts": 1000})
-    model.learn_offline(120, 1)  # 60 steps of games that would go on to 500
+    model = make(env=envs, learning_starts=1000)
+    model.learn_offline(120, 1)  # 60 steps of episodes that would last 500
     assert not model.ep_info_buffer
     assert (np.abs(np.asarray(model._last_obs)) <= 0.05).all()  # where CartPole starts
     model.learn(200, reset_num_timesteps=False)
     assert model.ep_info_buffer
-    assert sum(e["l"] for e in model.ep_info_buffer) <= 200
-    assert model.replay_buffer is not None
+    assert sum(episode["l"] for episode in model.ep_info_buffer) <= 200
     assert (np.abs(model.replay_buffer.observations[0]) <= 0.05).all()
 
 
-def test_offline_curves_end_at_zero_and_its_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qdagger, "LOGGED_EVERY", 10)
-    monkeypatch.setattr(qdagger, "SAID_EVERY", 100)
-    model, lines = QDagger("MlpPolicy", cart_poles(1), teacher=controller, **QUICK_DQN), list[str]()
-    steps = list[int]()
+def test_offline_curves_end_at_zero_and_progress_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdagger, "LOG_INTERVAL", 10)
+    lines: list[str] = []
+    steps: list[int] = []
 
     class Steps(KVWriter):
         def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
@@ -125,23 +115,27 @@ def test_offline_curves_end_at_zero_and_its_work_is_told(monkeypatch: pytest.Mon
         def close(self) -> None:
             """Does nothing: nothing is open."""
 
+    model = make()
     model.set_logger(Logger(None, [Steps()]))
-    model.learn_offline(201, 15, say=lines.append)
+    model.learn_offline(201, 15, print_line=lines.append)
     assert steps == [-5, 0]
-    assert lines[0] == "100 of 201 steps of the teacher's"
-    assert lines[-1].startswith("15 of 15 updates on the teacher's games: KL ")
+    assert lines[0] == "collecting 201 steps of the teacher"
+    assert lines[-1].startswith("15 of 15 updates on the teacher's states: KL ")
 
 
-def test_what_has_diverged_is_said_before_the_weights_are_not_finite() -> None:
-    model = QDagger("MlpPolicy", cart_poles(1), teacher=controller, **{**QUICK_DQN, "learning_rate": 1e30})
+def test_divergence_is_reported_before_the_weights_are_not_finite() -> None:
+    model = make(learning_rate=1e30)
     with pytest.raises(FloatingPointError, match=r"not finite.*lower --learning-rate or --weight"):
         model.learn_offline(200, 20)
     assert all(weight.isfinite().all() for weight in model.policy.parameters())
-    with pytest.raises(FloatingPointError, match="it has diverged"):
-        QDagger("MlpPolicy", cart_poles(1), teacher=controller, **{**QUICK_DQN, "learning_rate": 1e30}).learn(300)
 
 
-def test_a_teacher_of_another_width_is_refused_offline() -> None:
-    model = QDagger("MlpPolicy", cart_poles(1), teacher=lambda obs: controller(obs)[:, :1], **QUICK_DQN)
-    with pytest.raises(ValueError, match=r"scores are \(1, 1\), not \(1, 2\)"):
+def test_a_teacher_with_another_number_of_actions_is_refused_offline() -> None:
+    model = make(teacher=lambda obs: controller(obs)[:, :1])
+    with pytest.raises(ValueError, match=r"outputs are \(1, 1\), not \(1, 2\)"):
         model.learn_offline(200, 20)
+
+
+def test_a_negative_student_temperature_is_refused() -> None:
+    with pytest.raises(ValueError, match="student_temperature must be positive, not -1"):
+        make(student_temperature=-1.0)

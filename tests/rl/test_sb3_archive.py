@@ -19,7 +19,7 @@ from policykd.agents.trusted import Sb3Scores
 from policykd.envs.atari import make_atari
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.rl.frame_buffer import FrameReplayBuffer
-from policykd.rl.sb3_archive import centre_input, start_from, write_teacher
+from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
 
 BUFFER = {"buffer_size": 200, "replay_buffer_class": FrameReplayBuffer}
 ALGORITHMS: dict[Algorithm, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
@@ -58,12 +58,12 @@ def test_a_centred_agent_is_the_plain_archive_it_is_written_as(
 ) -> None:
     model = make(algorithm)
     plain = scores(model, algorithm, frames)
-    centre_input(model.policy, 87.0, 37.0)
+    centre_input(model.policy, InputScaling(87.0, 37.0))
     expected = scores(model, algorithm, frames)
     assert (expected - plain).abs().max() > 1e-3
 
     archive = tmp_path / "agent.zip"
-    write_teacher(model, archive, centre=87.0, scale=37.0)
+    write_teacher(model, archive, InputScaling(87.0, 37.0))
 
     teacher = load_teacher(archive)
     found = teacher(frames) if "DQN" in algorithm else teacher(frames).log_softmax(dim=-1)
@@ -80,10 +80,10 @@ def test_a_centred_agent_is_the_plain_archive_it_is_written_as(
 def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor) -> None:
     teacher = load_teacher("bundled", game="Pong")
     model = make("PPO")
-    centre, scale = (87.0, 37.0) if centred else (0.0, 255.0)
-    start_from(model.policy, teacher, centre, scale)
+    scaling = InputScaling(87.0, 37.0) if centred else InputScaling()
+    start_from(model.policy, teacher, scaling)
     if centred:
-        centre_input(model.policy, centre, scale)
+        centre_input(model.policy, scaling)
     torch.testing.assert_close(scores(model, "PPO", frames), teacher(frames).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
 
 
@@ -99,12 +99,12 @@ def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor
 def test_a_network_of_another_shape_is_no_start(net: ConvNet | MLP) -> None:
     teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), net=net)
     with pytest.raises(ValueError, match="--start-from bundled:ppo: not SB3's NatureCNN"):
-        start_from(make("PPO").policy, teacher, 0.0, 255.0)
+        start_from(make("PPO").policy, teacher, InputScaling())
 
 
 def test_q_values_are_no_policy_to_start_with() -> None:
     teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), algorithm="DQN")
     policy: Any = make("PPO").policy
     head = policy.action_net.weight.clone()
-    start_from(policy, teacher, 0.0, 255.0)
+    start_from(policy, teacher, InputScaling())
     assert (policy.action_net.weight == head).all()

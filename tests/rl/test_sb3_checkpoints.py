@@ -1,6 +1,5 @@
-"""SB3's training, cut and continued, is the training that was not cut; what it ends with is a teacher."""
+"""An SB3 training that is interrupted and resumed ends as the uninterrupted one, bit for bit."""
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,44 +10,51 @@ import torch
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.envs.vector import VectorEnv
-from policykd.io.signals import check_interrupted, noting_signals
+from policykd.io.signals import handle_signals
 from policykd.rl import sb3_checkpoints
 from policykd.rl.frame_buffer import FrameReplayBuffer
-from policykd.rl.sb3_checkpoints import Progress, restore_training, save_training
+from policykd.rl.sb3_checkpoints import TrainingCallback, restore_training, save_training
 
 OFF_POLICY: dict[str, Any] = {
     "learning_starts": 100,
     "buffer_size": 400,
     "gradient_steps": 2,
     "target_update_interval": 50,
+    "replay_buffer_class": FrameReplayBuffer,
+    "replay_buffer_kwargs": {"n_steps": 2},
 }
-OFF_POLICY |= {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2}}
 RMSPROP = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "PPO": (PPO, {"n_steps": 32, "batch_size": 32, "n_epochs": 2}),
     "A2C": (A2C, {"policy_kwargs": RMSPROP}),
     "DQN": (DQN, OFF_POLICY),
     "QRDQN": (QRDQN, {**OFF_POLICY, "policy_kwargs": {"n_quantiles": 5, "net_arch": [32]}}),
+    "DQN on Atari": (DQN, {**OFF_POLICY, "batch_size": 4, "gradient_steps": 1}),
 }
+NEVER = 10**9
 
 
-def make(algorithm: str) -> tuple[BaseAlgorithm, VectorEnv]:
-    kind, settings = ALGORITHMS[algorithm]
-    envs = GymnasiumEnvs("CartPole-v1", 2, seed=0)
-    return kind("MlpPolicy", SB3VecEnv(envs, clip_rewards=False), seed=0, device="cpu", **settings), envs
+def make(name: str) -> tuple[BaseAlgorithm, VectorEnv]:
+    kind, settings = ALGORITHMS[name]
+    is_atari = "Atari" in name
+    envs: VectorEnv = make_atari("Breakout", 2, seed=0) if is_atari else GymnasiumEnvs("CartPole-v1", 2, seed=0)
+    policy = "CnnPolicy" if is_atari else "MlpPolicy"
+    model = kind(policy, SB3VecEnv(envs, clip_rewards=is_atari), seed=0, device="cpu", **settings)
+    if is_atari:
+        model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, envs
 
 
-class Saving(Progress):
-    """Saves every 200 steps and stops, as if killed, at `until`."""
+class Killed(TrainingCallback):
+    """Saves every 150 steps and stops, as if killed, at `until`."""
 
-    until = 10**9
+    until = NEVER
 
     def _on_rollout_start(self) -> None:
         super()._on_rollout_start()
@@ -56,61 +62,56 @@ class Saving(Progress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU")
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_training_that_was_killed_goes_on_bit_for_bit(algorithm: str, tmp_path: Path) -> None:
-    whole, envs = make(algorithm)
-    whole.learn(1200)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_killed_training_is_resumed_bit_for_bit(name: str, tmp_path: Path) -> None:
+    whole, _ = make(name)
+    whole.learn(600)
 
-    first, envs = make(algorithm)
-    saving = Saving(envs, tmp_path, 200, lambda steps: None, 0)
-    saving.until = 900
+    first, envs = make(name)
+    callback = Killed(envs, tmp_path, 150)
+    callback.until = 400
     with pytest.raises(KeyboardInterrupt):
-        first.learn(1200, saving)
+        first.learn(600, callback)
 
-    np.random.seed(99)  # nothing may depend on what a new process starts with
-    again, envs = make(algorithm)
-    restore_training(again, envs, tmp_path)
-    assert 700 <= again.num_timesteps <= 900
-    again.learn(1200 - again.num_timesteps, reset_num_timesteps=False)
+    np.random.seed(99)  # nothing may depend on the state with which a new process starts
+    resumed, envs = make(name)
+    restore_training(resumed, envs, tmp_path)
+    assert 250 <= resumed.num_timesteps <= 400
+    resumed.learn(600 - resumed.num_timesteps, reset_num_timesteps=False)
 
-    assert again.num_timesteps == whole.num_timesteps
-    expected, found = whole.policy.state_dict(), again.policy.state_dict()
-    assert all((expected[name] == found[name]).all() for name in expected)
-    assert [e["r"] for e in whole.ep_info_buffer or []] == [e["r"] for e in again.ep_info_buffer or []]
+    assert resumed.num_timesteps == whole.num_timesteps
+    expected, found = whole.policy.state_dict(), resumed.policy.state_dict()
+    assert all((expected[weight] == found[weight]).all() for weight in expected)
+    assert [e["r"] for e in whole.ep_info_buffer or []] == [e["r"] for e in resumed.ep_info_buffer or []]
 
 
 def test_shards_that_left_the_ring_are_removed(tmp_path: Path) -> None:
     model, envs = make("DQN")
-    model.learn(3000, Saving(envs, tmp_path, 200, lambda steps: None, 0))
-    shards = [p.name for p in tmp_path.glob("replay-*.npz")]
-    assert 2 <= len(shards) <= 5
-    manifests = list(tmp_path.glob("checkpoint-*.json"))
-    assert len(manifests) == 2
-    held = {name for path in manifests for name in json.loads(path.read_text())["files"]}
-    assert {p.name for p in tmp_path.iterdir()} == held | {p.name for p in manifests}
+    model.learn(1500, TrainingCallback(envs, tmp_path, 100))
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert 2 * (1 + 1) + 2 <= len(sizes) <= 2 * (1 + 1) + 8  # two generations, and the shards of 400 steps in all
 
 
 def test_saving_twice_at_one_step_keeps_the_replay(tmp_path: Path) -> None:
     model, envs = make("DQN")
-    model.learn(300, Saving(envs, tmp_path, 100, lambda steps: None, 0))
+    model.learn(300, TrainingCallback(envs, tmp_path, 100))
     save_training(model, envs, tmp_path)
     again, envs = make("DQN")
     restore_training(again, envs, tmp_path)
     save_training(again, envs, tmp_path)  # as a run does that was killed while it wrote its card
     last, envs = make("DQN")
     restore_training(last, envs, tmp_path)
-    for name in ("frames_TE", "pasts_TE", "actions", "rewards", "dones"):
-        a, b = (getattr(m.replay_buffer, name) for m in (model, last))  # type: ignore[attr-defined]
-        assert (a == b).all()
-        assert a.any() or name == "pasts_TE"
+    arrays, restored = (m.replay_buffer.arrays(0) for m in (model, last))  # type: ignore[attr-defined]
+    for name, array in arrays.items():
+        assert (array == restored[name]).all()
+        assert array.any() or name == "num_past_frames"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     model, envs = make("PPO")
     model.learn(64)
     save_training(model, envs, tmp_path)
-    (file,) = tmp_path.glob("model-*.safetensors")
+    (file,) = tmp_path.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -118,89 +119,36 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         restore_training(*make("PPO"), tmp_path)
 
 
-def test_a_signal_waits_for_the_end_of_a_rollout(tmp_path: Path) -> None:
-    """C04: what was collected is learned from and saved."""
-    model, envs = make("PPO")
-    progress = Progress(envs, tmp_path, 10**9, lambda steps: None, 0)
-    progress.evaluate, progress.evaluate_every = lambda steps: signal.raise_signal(signal.SIGTERM), 128
-    with noting_signals(), pytest.raises(KeyboardInterrupt):
-        model.learn(1000, progress)
-    assert progress.saved == model.num_timesteps == 192
-    again, envs = make("PPO")
-    restore_training(again, envs, tmp_path)
-    assert again.num_timesteps == 192
-
-
-def test_a_rollout_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C04: on a machine that needs seconds for a rollout each begins with a checkpoint, and nothing but it is lost."""
-    monkeypatch.setattr(sb3_checkpoints, "GRACE_SECONDS", 0.0)  # every rollout is too long
-    for where in ("step", "learning"):
-        model, envs = make("PPO")
-        progress = Progress(envs, tmp_path / where, 10**9, lambda steps: None, 0)
-
-        class Signal(BaseCallback):
-            def _on_step(self, where: str = where) -> bool:
-                if where == "step" and self.num_timesteps == 150:
-                    signal.raise_signal(signal.SIGTERM)
-                return True
-
-            def _on_rollout_end(self, where: str = where) -> None:
-                if where == "learning" and self.num_timesteps == 192:
-                    signal.raise_signal(signal.SIGTERM)
-
-        with noting_signals(), pytest.raises(KeyboardInterrupt):
-            model.learn(1000, [Signal(), progress])
-        assert (progress.saved, model.num_timesteps) == (128, 150 if where == "step" else 192)
-        again, envs = make("PPO")
-        restore_training(again, envs, tmp_path / where)
-        assert again.num_timesteps == 128
-
-
-def test_an_evaluation_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
-    """C04: the training is saved before it."""
+def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     model, envs = make("A2C")
-
-    def interrupted(steps: int) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        check_interrupted()
-
-    progress = Progress(envs, tmp_path, 10**9, interrupted, 300)
-    with noting_signals(), pytest.raises(KeyboardInterrupt):
-        model.learn(700, progress)
-    again, envs = make("A2C")
-    restore_training(again, envs, tmp_path)
-    seen: list[int] = []
-    again.learn(700 - again.num_timesteps, Progress(envs, tmp_path, 10**9, seen.append, 300), reset_num_timesteps=False)
-    assert seen == [300, 600]
+    model.learn(20)
+    save_training(model, envs, tmp_path)
+    with pytest.raises(ValueError, match="holds the checkpoints of another run"):
+        save_training(*make("A2C"), tmp_path)
 
 
-def test_evaluations_come_between_rollouts(tmp_path: Path) -> None:
+def test_a_signal_during_an_evaluation_leaves_its_training_saved(tmp_path: Path) -> None:
+    """C04: an interrupted evaluation is repeated, the training before it is not."""
     model, envs = make("A2C")
+    callback = TrainingCallback(envs, tmp_path, NEVER, lambda steps: signal.raise_signal(signal.SIGTERM), 300)
+    with handle_signals(), pytest.raises(KeyboardInterrupt):
+        model.learn(700, callback)
+    assert callback.saved_steps == 300
+    resumed, envs = make("A2C")
+    restore_training(resumed, envs, tmp_path)
     seen: list[int] = []
-    model.learn(700, Progress(envs, tmp_path, 10**9, seen.append, 300))
+    resumed.learn(
+        700 - resumed.num_timesteps, TrainingCallback(envs, tmp_path, NEVER, seen.append, 300), reset_num_timesteps=False
+    )
     assert seen == [300, 600]
-    progress = Progress(envs, tmp_path, 10**9, seen.append, 300)  # a run that goes on does not start to count anew
-    model.learn(300, progress, reset_num_timesteps=False)
+    # A resumed run does not count from its start.
+    resumed.learn(300, TrainingCallback(envs, tmp_path, NEVER, seen.append, 300), reset_num_timesteps=False)
     assert seen == [300, 600, 900]
 
 
-def test_an_atari_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    def make_dqn() -> tuple[BaseAlgorithm, VectorEnv]:
-        envs = make_atari("Breakout", 2, seed=0)
-        settings: dict[str, Any] = {**OFF_POLICY, "batch_size": 4, "gradient_steps": 1}
-        model = DQN("CnnPolicy", SB3VecEnv(envs, clip_rewards=True), seed=0, device="cpu", **settings)
-        model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model, envs
-
-    whole, _ = make_dqn()
-    whole.learn(400)
-    first, envs = make_dqn()
-    saving = Saving(envs, tmp_path, 200, lambda steps: None, 0)
-    saving.until = 300
-    with pytest.raises(KeyboardInterrupt):
-        first.learn(400, saving)
-    again, envs = make_dqn()
-    restore_training(again, envs, tmp_path)
-    again.learn(400 - again.num_timesteps, reset_num_timesteps=False)
-    expected, found = whole.policy.state_dict(), again.policy.state_dict()
-    assert all((expected[name] == found[name]).all() for name in expected)
+def test_a_slow_training_is_saved_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sb3_checkpoints, "MAX_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    model, envs = make("PPO")
+    callback = TrainingCallback(envs, tmp_path, NEVER)
+    model.learn(128, callback)
+    assert callback.saved_steps == 64

@@ -14,14 +14,11 @@ from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.legacy.losses import kl_divergence_B, log_policy
 from policykd.rl.sb3_distillation import StudentDriven
 from policykd.rl.student_driven import (
-    AnyMethod,
     ExpectedEntropyRegularised,
     NDistill,
     OnPolicyDistillation,
+    StudentDrivenMethod,
     cross_entropy_B,
-    distillation_reward_BT,
-    returns_BT,
-    surrogate_B,
 )
 
 S, A, HORIZON, GAMMA = 3, 2, 3, 0.9
@@ -42,6 +39,38 @@ WITH_GRADIENT = [
 ]
 
 
+def distillation_reward_BT(cost_BT: Tensor, reward_BT: Tensor, *, reward_weight: float, gamma: float) -> Tensor:
+    """Returns r_hat_t = reward_weight r_t - gamma cost_{t+1}, `(batch, time)`; no cost follows the last step.
+
+    a_t does not affect the cost of s_t, so it is charged for that of the next state, discounted as in the objective.
+    """
+    next_cost_BT = torch.cat([cost_BT[:, 1:], torch.zeros_like(cost_BT[:, :1])], dim=1)
+    return reward_weight * reward_BT - gamma * next_cost_BT
+
+
+def returns_BT(reward_BT: Tensor, gamma: float) -> Tensor:
+    """Returns R_t = sum_{k >= t} gamma^(k-t) reward_k, `(batch, time)`."""
+    total_B, columns = torch.zeros_like(reward_BT[:, 0]), []
+    for reward_B in reversed(reward_BT.unbind(dim=1)):
+        total_B = reward_B + gamma * total_B
+        columns.append(total_B)
+    return torch.stack(columns[::-1], dim=1)
+
+
+def surrogate_B(log_prob_BT: Tensor, loss_BT: Tensor, reward_BT: Tensor, gamma: float) -> Tensor:
+    """Returns sum_t gamma^t (l(s_t) - log p_S(a_t | s_t) R_t), whose gradient is the method's estimator.
+
+    R_t is the return of r_hat, held fixed (Czarnecki et al., 2019). What lies after the end of a trajectory is 0.
+    """
+    discount_T = gamma ** torch.arange(loss_BT.shape[1], dtype=loss_BT.dtype, device=loss_BT.device)
+    return_BT = returns_BT(reward_BT.detach(), gamma)
+    return (discount_T * (loss_BT - log_prob_BT * return_BT)).sum(dim=1)
+
+
+def charged(method: StudentDrivenMethod, loss: Tensor) -> Tensor:
+    return loss.detach() * method.charges_actions
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """Every one there is: states and actions `(batch, time)`, and how likely each is, without a gradient."""
@@ -58,7 +87,7 @@ def log_student(theta_SA: Tensor) -> Tensor:
     return log_policy(theta_SA)
 
 
-def every_trajectory(theta_SA: Tensor, method: AnyMethod, is_short: bool = False) -> Trajectories:
+def every_trajectory(theta_SA: Tensor, method: StudentDrivenMethod, is_short: bool = False) -> Trajectories:
     """With `is_short` a trajectory ends where it comes into the last state, and what lies behind is 0."""
     spaces = [range(S)] * HORIZON + [range(A)] * HORIZON
     table = torch.tensor(list(itertools.product(*spaces)))
@@ -76,11 +105,11 @@ def every_trajectory(theta_SA: Tensor, method: AnyMethod, is_short: bool = False
     )
 
 
-def estimate(theta_SA: Tensor, method: AnyMethod, *, is_short: bool = False, shift: int = 0) -> Tensor:
+def estimate(theta_SA: Tensor, method: StudentDrivenMethod, *, is_short: bool = False, shift: int = 0) -> Tensor:
     """Returns the expected gradient of the surrogate; `shift` moves r_hat to other actions."""
     every = every_trajectory(theta_SA, method, is_short)
     reward_BT = distillation_reward_BT(
-        method.cost(every.loss_BT), every.reward_BT, reward_weight=method.reward_weight, gamma=GAMMA
+        charged(method, every.loss_BT), every.reward_BT, reward_weight=method.reward_weight, gamma=GAMMA
     )
     if shift:
         reward_BT = torch.roll(reward_BT, shift, dims=1)
@@ -89,7 +118,7 @@ def estimate(theta_SA: Tensor, method: AnyMethod, *, is_short: bool = False, shi
     return gradient
 
 
-def objective(theta_SA: Tensor, method: AnyMethod, *, is_short: bool = False) -> Tensor:
+def objective(theta_SA: Tensor, method: StudentDrivenMethod, *, is_short: bool = False) -> Tensor:
     """Returns E sum_t gamma^t (l(s_t) - reward_weight r_t) by passing the distribution of states on: no sampling."""
     log_SA = log_student(theta_SA)
     paid_SA = method.loss_B(log_SA, TEACHER_SA)[:, None] - method.reward_weight * REWARD_SA
@@ -108,7 +137,7 @@ def theta() -> Tensor:
     return THETA_SA.clone().requires_grad_()
 
 
-def exact_gradient(method: AnyMethod, *, is_short: bool = False) -> Tensor:
+def exact_gradient(method: StudentDrivenMethod, *, is_short: bool = False) -> Tensor:
     theta_SA = theta()
     (gradient,) = torch.autograd.grad(objective(theta_SA, method, is_short=is_short), theta_SA)
     return gradient
@@ -132,7 +161,7 @@ def test_the_trajectories_are_all_there_are() -> None:
 
 @pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("method", WITH_GRADIENT, ids=repr)
-def test_the_expected_update_is_the_gradient_of_the_objective(method: AnyMethod, is_short: bool) -> None:
+def test_the_expected_update_is_the_gradient_of_the_objective(method: StudentDrivenMethod, is_short: bool) -> None:
     found = estimate(theta(), method, is_short=is_short)
     assert found.abs().max() > 0.05
     assert (found - exact_gradient(method, is_short=is_short)).abs().max() < 1e-8
@@ -168,10 +197,10 @@ def test_on_policy_distillation_is_the_expected_gradient_and_no_objectives() -> 
 
 
 @pytest.mark.parametrize("method", WITH_GRADIENT, ids=repr)
-def test_broken_updates_are_noticed(method: AnyMethod) -> None:
+def test_broken_updates_are_noticed(method: StudentDrivenMethod) -> None:
     exact = exact_gradient(method)
     every = every_trajectory(theta_SA := theta(), method)
-    cost_BT = method.cost(every.loss_BT)
+    cost_BT = charged(method, every.loss_BT)
     reward_BT = distillation_reward_BT(cost_BT, every.reward_BT, reward_weight=method.reward_weight, gamma=GAMMA)
     undiscounted_BT = distillation_reward_BT(cost_BT, every.reward_BT, reward_weight=method.reward_weight, gamma=1.0)
     attached_BT = returns_BT(
@@ -240,7 +269,7 @@ def every_likely_trajectory() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 @pytest.mark.parametrize("method", [*WITH_GRADIENT, OnPolicyDistillation(reward_weight=0.7)], ids=repr)
-def test_what_a2c_descends_is_the_surrogate(method: AnyMethod, gamma: float) -> None:
+def test_what_a2c_descends_is_the_surrogate(method: StudentDrivenMethod, gamma: float) -> None:
     """Over all trajectories a critic, even a wrong one, adds nothing to the gradient, so what is left is exact."""
     states_BT, actions_BT = every_likely_trajectory()
     num_envs, weight = len(states_BT), 0.5
@@ -275,7 +304,7 @@ def test_what_a2c_descends_is_the_surrogate(method: AnyMethod, gamma: float) -> 
     log_prob_BT = log_SA[states_BT, actions_BT]
     loss_BT = weight * method.loss_B(log_SA, log_policy(LABELS_SA.double()))[states_BT]
     reward_BT = distillation_reward_BT(
-        method.cost(loss_BT), GAIN_SA[states_BT, actions_BT], reward_weight=method.reward_weight, gamma=gamma
+        charged(method, loss_BT), GAIN_SA[states_BT, actions_BT], reward_weight=method.reward_weight, gamma=gamma
     )
     surrogate = (loss_BT - log_prob_BT * returns_BT(reward_BT, gamma)).mean()  # A2C's has no gamma^t
     if gamma == 1.0:
