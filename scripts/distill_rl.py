@@ -43,7 +43,7 @@ from policykd.runs.folder import (
     start_run,
     started_with,
 )
-from policykd.schedules import spelled
+from policykd.schedules import format_schedule
 from policykd.storage.generations import has_generations
 from policykd.viewer.animation import play_to_gif
 
@@ -173,7 +173,7 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
     opened.callback(envs.close)
     check_fits(teacher, envs, args.teacher, args.game)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"teacher": about(teacher)}
-    settings["weight"] = spelled(args.weight or 0.0)
+    settings["weight"] = format_schedule(args.weight or 0.0)
     with closing(make_atari(args.game, 8, args.seed)) as few:
         teacher = compile_policy(teacher.to(device), few.reset().to(device))
         frames = first_frames(teacher, few, args.seed, device)

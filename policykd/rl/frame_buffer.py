@@ -107,10 +107,9 @@ class FrameReplayBuffer(ReplayBuffer):
             self._stacks(batch_inds + self.n_steps, envs),
             (1.0 - is_alive[:, -1:]).astype(np.float32),
             returns[:, None].astype(np.float32),
+            np.full((len(batch_inds), 1), self.gamma**self.n_steps, np.float32),
         )
-        bootstrap = np.full((len(batch_inds), 1), self.gamma**self.n_steps, np.float32)
-        samples = [torch.as_tensor(column, device=self.device) for column in columns]
-        return ReplayBufferSamples(*samples, discounts=torch.as_tensor(bootstrap, device=self.device))
+        return ReplayBufferSamples(*(torch.as_tensor(column, device=self.device) for column in columns))
 
     def _stacks(self, steps: np.ndarray, envs: np.ndarray) -> np.ndarray:
         """Returns the observations of steps, with zeros for the frames before the start of an episode."""

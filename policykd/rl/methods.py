@@ -17,7 +17,7 @@ from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation, StudentDrivenMethod
 from policykd.rl.teacher_mixin import TeacherMixin
-from policykd.schedules import Linear, Measured, Quantity, ReturnGap, value
+from policykd.schedules import Linear, Progress, Quantity, ReturnGap, check_bounds, resolve
 
 MethodName = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
 
@@ -127,17 +127,14 @@ def with_method_defaults(args: Args) -> Args:
 
 
 def check_weight(weight: Quantity, random_return: float, teacher_return: float | None) -> None:
-    """Evaluates a distillation weight over a run, and from a random policy's return to the teacher's.
+    """Checks a distillation weight all over a run, before the run starts.
 
     Raises:
         ValueError: it is negative or not finite somewhere, or it follows the return of a teacher that is not known to
             be better than a random policy.
     """
-    for progress in (0.0, 0.5, 1.0):
-        for student_return in (None, random_return, teacher_return):
-            found = value(weight, progress, Measured(student_return, teacher_return, random_return))
-            if not 0.0 <= found < float("inf"):
-                raise ValueError(f"--weight must not be negative or infinite, it comes to {found:g}; give another")
+    check_bounds("--weight", weight, 0.0)
+    resolve(weight, Progress(0.0, None, teacher_return, random_return))
 
 
 def make_model(

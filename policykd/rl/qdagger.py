@@ -130,7 +130,7 @@ class QDagger(TeacherMixin, DQN):
 
         # `learn(reset_num_timesteps=False)` continues from these observations.
         assert self.env is not None
-        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_obs = self.env.reset()
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
         if self._vec_normalize_env is not None:
             self._last_original_obs = self._vec_normalize_env.get_original_obs()
@@ -191,7 +191,7 @@ class QDagger(TeacherMixin, DQN):
 def collect_with_teacher(
     model: OffPolicyAlgorithm,
     buffer: ReplayBuffer,
-    teacher_log_policy: Callable[[Tensor], Tensor],
+    teacher_log_policy: Callable[[Any], Tensor],
     num_steps: int,
     *,
     epsilon: float = 0.0,

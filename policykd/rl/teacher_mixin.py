@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, i
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
-from policykd.schedules import Measured, Quantity, ReturnGap, ReturnReached, value
+from policykd.schedules import Progress, Quantity, check_bounds, follows_return, resolve
 
 ARRAY_SPACES = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 LABEL_BATCH_SIZE = 1024
@@ -56,10 +56,7 @@ class TeacherMixin(BaseAlgorithm):
         if teacher_temperature is None:
             teacher_temperature = getattr(teacher, "temperature", 1.0)
         check_temperature("teacher_temperature", teacher_temperature)
-        if isinstance(distillation_weight, int | float) and not 0.0 <= distillation_weight < math.inf:
-            raise ValueError(
-                f"distillation_weight must not be negative, not {distillation_weight}; 0 ignores the teacher"
-            )
+        check_bounds("distillation_weight", distillation_weight, 0.0)
         self.teacher = teacher
         self.teacher_temperature = teacher_temperature
         self.distillation_weight = distillation_weight
@@ -82,8 +79,8 @@ class TeacherMixin(BaseAlgorithm):
             FloatingPointError: losses, gradients, weights or outputs are not finite: training has diverged.
         """
         env = self.get_env()
-        follows_return = isinstance(self.distillation_weight, ReturnGap | ReturnReached)
-        if follows_return and env and not (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor))):
+        is_monitored = env and (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor)))
+        if follows_return(self.distillation_weight) and not is_monitored:
             warnings.warn(
                 "nothing reports episodic returns, so a weight that follows the return stays constant; wrap the"
                 " environment in SB3's Monitor or VecMonitor",
@@ -108,8 +105,9 @@ class TeacherMixin(BaseAlgorithm):
         """Returns the distillation weight at the current progress of the run and return of the student."""
         returns = [float(episode["r"]) for episode in self.ep_info_buffer or []]
         random_return, teacher_return = self.reference_returns
-        measured = Measured(float(np.mean(returns)) if returns else None, teacher_return, random_return)
-        return value(self.distillation_weight, 1.0 - self._current_progress_remaining, measured)
+        student_return = float(np.mean(returns)) if returns else None
+        done = 1.0 - self._current_progress_remaining
+        return resolve(self.distillation_weight, Progress(done, student_return, teacher_return, random_return))
 
     @torch.no_grad()
     def teacher_log_policy(self, obs: Tensor) -> Tensor:

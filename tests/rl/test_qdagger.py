@@ -15,9 +15,9 @@ from torch import Tensor
 
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.legacy.schedules import ReturnGap
 from policykd.rl import qdagger
 from policykd.rl.qdagger import QDagger
+from policykd.schedules import ReturnGap
 
 QUICK_DQN: dict[str, Any] = {
     "seed": 0,

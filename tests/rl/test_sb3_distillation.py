@@ -23,26 +23,13 @@ from policykd.agents.student import make_student
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.legacy.schedules import Linear, ReturnGap
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_checkpoints import restore_training, save_training
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-<<<<<<< HEAD
-from policykd.rl.student_driven import (
-    AnyMethod,
-    ExpectedEntropyRegularised,
-    NDistill,
-    OnPolicyDistillation,
-    distillation_reward_BT,
-    returns_BT,
-)
-from policykd.rl.teacher_mixin import TaughtSamples
-=======
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.rl.teacher_mixin import TeacherRolloutSamples
 from policykd.schedules import Linear, ReturnGap
->>>>>>> 64dd6e5 (rl: methods table, callbacks, tests of the new names (wip))
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL_PPO: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, **CPU}

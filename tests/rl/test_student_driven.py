@@ -5,13 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor
 
+from policykd.agents.policy import log_policy
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.legacy.losses import kl_divergence_B, log_policy
+from policykd.losses import kl_divergence_B
 from policykd.rl.sb3_distillation import StudentDriven
 from policykd.rl.student_driven import (
     ExpectedEntropyRegularised,
@@ -312,3 +315,28 @@ def test_what_a2c_descends_is_the_surrogate(method: StudentDrivenMethod, gamma: 
     (expected_SA,) = torch.autograd.grad(surrogate, theta_SA)
     assert expected_SA.abs().max() > 0.01
     torch.testing.assert_close(policy.action_net.weight.grad.T.double(), expected_SA, rtol=1e-4, atol=1e-5)
+
+
+def test_the_value_head_learns_the_return_of_whole_episodes_and_their_own_cost() -> None:
+    num_envs, num_steps, gamma = 2, 64, 0.9
+    method = ExpectedEntropyRegularised(0.5)
+    how: dict[str, Any] = {"n_steps": num_steps, "gamma": gamma, "gae_lambda": 1.0, "learning_rate": 0.0}
+    envs = make_vec_env("CartPole-v1", num_envs, seed=0)
+    model = StudentDriven(
+        "MlpPolicy", envs, teacher=lambda obs: obs[:, :2], method=method, seed=0, device="cpu", **how
+    ).learn(num_envs * num_steps)
+    buffer = model.rollout_buffer
+    obs, returns = (torch.as_tensor(array) for array in (buffer.observations, buffer.returns))
+    with torch.no_grad():
+        student_log_NA = model.policy.get_distribution(obs).distribution.logits  # type: ignore[union-attr]
+        cost_ET = method.cost_B(student_log_NA, obs[:, :2].log_softmax(dim=1)).view(num_envs, -1)
+    num_episodes = 0
+    for env in range(num_envs):
+        starts = np.flatnonzero(buffer.episode_starts[:, env]).tolist()
+        for first, last in itertools.pairwise(starts):
+            cost_BT = cost_ET[env : env + 1, first:last]
+            r_hat_BT = distillation_reward_BT(cost_BT, torch.ones_like(cost_BT), reward_weight=0.5, gamma=gamma)
+            found = returns.view(num_envs, -1)[env, first:last]
+            torch.testing.assert_close(found, (returns_BT(r_hat_BT, gamma) - cost_BT)[0], rtol=1e-4, atol=1e-4)
+            num_episodes += 1
+    assert num_episodes > 2

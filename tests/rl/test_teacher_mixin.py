@@ -10,15 +10,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import Tensor, nn
 
-from policykd.legacy.schedules import Linear, Quantity, ReturnGap, ReturnReached
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-<<<<<<< HEAD
-from policykd.rl.teacher_mixin import descend
-=======
 from policykd.rl.teacher_mixin import optimizer_step
 from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached
->>>>>>> 64dd6e5 (rl: methods table, callbacks, tests of the new names (wip))
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL: dict[Any, dict[str, Any]] = {
@@ -57,8 +52,8 @@ def test_invalid_arguments_are_refused_in_one_line(algorithm: Any) -> None:
         ({"teacher": None}, f"{algorithm.__name__} has no teacher"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, not 0"),
         ({"teacher_temperature": float("nan")}, "teacher_temperature must be positive, not nan"),
-        ({"distillation_weight": -1.0}, "distillation_weight must not be negative, not -1"),
-        ({"distillation_weight": float("nan")}, "distillation_weight must not be negative, not nan"),
+        ({"distillation_weight": -1.0}, "distillation_weight must be at least 0, not -1"),
+        ({"distillation_weight": float("nan")}, "distillation_weight must be at least 0, not nan"),
     ):
         with pytest.raises(ValueError, match=message):
             algorithm("MlpPolicy", "CartPole-v1", **{"teacher": even, **SMALL[algorithm], **settings})
