@@ -1,7 +1,7 @@
-"""Several teachers as one: each one's own softmax, then a mixture of their policies.
+"""Ensembles: several teachers as one, whose policy is the mixture of theirs.
 
-Teachers of different algorithms mix, since Q-values and logits only meet as probabilities. Suffixes name dimensions:
-M members, B batch, A actions.
+Q-values and logits are only comparable as probabilities, so each member's softmax is taken at its own temperature.
+Suffixes name dimensions: M members, B batch, A actions.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.card import Card
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.policy import entropy, log_policy
 from policykd.agents.teacher import Teacher, load_teacher
@@ -24,12 +25,12 @@ WEIGHTS_HELP = (
     "weights of several teachers: `equal`, `return` (each teacher's reported return above random play), `confidence`"
     " (per state, the teachers of lower entropy count more), or numbers such as 0.7,0.3"
 )
-_LEAST_CONFIDENCE = 1e-6
-"""so that members that are all uniform weigh the same"""
+_MIN_CONFIDENCE = 1e-6
+"""makes the weights equal where all members are uniform"""
 
 
 class Weights(Protocol):
-    """How much each member counts in each state."""
+    """Weight of each member in each state."""
 
     def __call__(self, log_p_MBA: Tensor, /) -> Tensor:
         """Returns weights `(members, batch)`, or `(members, 1)` for all states; they sum to 1 over the members."""
@@ -41,7 +42,7 @@ class FixedWeights:
     """The same weights in every state."""
 
     values: tuple[float, ...]
-    """one a member, not negative; they are divided by their sum"""
+    """one per member, not negative; they are divided by their sum"""
 
     def __post_init__(self) -> None:
         if not all(0.0 <= v < math.inf for v in self.values) or not sum(self.values) > 0.0:
@@ -55,18 +56,18 @@ class FixedWeights:
 
 @dataclass(frozen=True)
 class ReturnWeights:
-    """Proportional to what each member plays above chance: max(return - random, 0), over their sum."""
+    """Weights proportional to max(return - random return, 0)."""
 
     returns: tuple[float, ...]
     """mean episodic return of each member, unclipped"""
     random_return: float = 0.0
-    """of random play in the same game"""
+    """mean episodic return of random play in the same game"""
 
     def __post_init__(self) -> None:
         if not any(r > self.random_return for r in self.returns):
             raise ValueError(
-                f"teacher returns {self.returns} are none above random play's {self.random_return}: there is nothing to"
-                " weigh them by; give numbers as --teacher-weights"
+                f"teacher returns {self.returns}: none is above random play's {self.random_return}, so they give no"
+                " weights; give numbers as --teacher-weights"
             )
 
     def __call__(self, log_p_MBA: Tensor, /) -> Tensor:
@@ -76,24 +77,24 @@ class ReturnWeights:
 
 @dataclass(frozen=True)
 class ConfidenceWeights:
-    """Per state, proportional to 1 - H(p) / log A: nothing for a member that is uniform there, most for a sure one."""
+    """Weights per state, proportional to 1 - H(p) / log A: near 0 for a uniform member, largest for a certain one."""
 
     def __call__(self, log_p_MBA: Tensor, /) -> Tensor:
         """Returns the weights, `(members, batch)`; equal where all members are uniform."""
-        most = math.log(max(2, log_p_MBA.shape[-1]))
-        confidence_MB = (1.0 - entropy(log_p_MBA) / most).clamp(min=0.0) + _LEAST_CONFIDENCE
+        max_entropy = math.log(max(2, log_p_MBA.shape[-1]))
+        confidence_MB = (1.0 - entropy(log_p_MBA) / max_entropy).clamp(min=0.0) + _MIN_CONFIDENCE
         return confidence_MB / confidence_MB.sum(dim=0)
 
 
 def log_mixture(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
-    """Returns log sum_m w_m p_m, `(batch, num_actions)`; finite, since one weight at least is positive."""
+    """Returns log sum_m w_m p_m, `(batch, num_actions)`; finite, since at least one weight is positive."""
     return torch.logsumexp(log_p_MBA + weights_MB.log().unsqueeze(-1), dim=0)
 
 
 def disagreement_B(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
     """Returns H(sum_m w_m p_m) - sum_m w_m H(p_m), nats `(batch,)`: the generalised Jensen-Shannon divergence.
 
-    It is 0 where all members agree, and the weights' own entropy, at most log M, where no action is shared (Lin, 1991).
+    It is 0 where all members agree, and at most the entropy of the weights, where no action is shared (Lin, 1991).
     """
     within_B = (weights_MB * entropy(log_p_MBA)).sum(dim=0)
     return (entropy(log_mixture(log_p_MBA, weights_MB)) - within_B).clamp(min=0.0)
@@ -101,33 +102,35 @@ def disagreement_B(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shares:
-    """Who said what in an ensemble, means over states."""
+    """Disagreement and weights of an ensemble, means over states."""
 
     disagreement: float
-    """between the members: their generalised Jensen-Shannon divergence, nats"""
+    """generalised Jensen-Shannon divergence between the members, nats"""
     weights: tuple[float, ...]
-    """of the members"""
+    """one per member"""
 
 
 class Disagreement:
-    """Means over states that several threads add to; on a GPU nothing waits for them before they are asked for."""
+    """Running means of disagreement and weights; several threads may add to them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sums: list[Tensor] = []
 
     def add(self, nats_B: Tensor, weights_MB: Tensor) -> None:
-        """Counts these states, but for those that are no numbers."""
-        counted_B = nats_B.isfinite()
-        rows_NB = torch.cat([counted_B.float()[None], nats_B[None], weights_MB.expand(-1, len(nats_B))])
-        sums_N = rows_NB.masked_fill(~counted_B, 0.0).sum(dim=1)
+        """Adds these states; those with NaN are left out."""
+        finite_B = nats_B.isfinite()
+        rows_NB = torch.cat([finite_B.float()[None], nats_B[None], weights_MB.expand(-1, len(nats_B))])
+        # The sums stay on the device until `take`, so that the GPU is not synchronised in every batch.
+        sums_N = rows_NB.masked_fill(~finite_B, 0.0).sum(dim=1)
         with self._lock:
             self._sums.append(sums_N)
 
     def take(self) -> Shares | None:
-        """Returns the means over the states since it was last asked, or None if there were none."""
+        """Returns the means over the states since the previous call, or None if there were none."""
         with self._lock:
-            sums, self._sums = self._sums, []
+            sums = self._sums
+            self._sums = []
         if not sums:
             return None
         num, nats, *weights = torch.stack([s.cpu() for s in sums]).double().sum(dim=0).tolist()
@@ -135,54 +138,68 @@ class Disagreement:
 
 
 class Ensemble:
-    """Scores actions as the mixture of several teachers: log-probabilities, which are logits at temperature 1."""
+    """The mixture of several teachers as a policy: log-probabilities, which are logits at temperature 1."""
+
+    temperature = 1.0
 
     def __init__(
         self, teachers: Sequence[Teacher], weights: Weights, *, disagreement: Disagreement | None = None
     ) -> None:
-        self.teachers, self.weights = tuple(teachers), weights
-        shapes = [(t.num_actions, t.obs_shape) for t in self.teachers]
-        for teacher, (num_actions, obs_shape) in zip(self.teachers, shapes, strict=True):
-            if (num_actions, obs_shape) != shapes[0]:
+        """Mixes teachers of one game.
+
+        Args:
+            teachers: the members.
+            weights: weight of each member.
+            disagreement: statistics shared with another ensemble of the same members.
+
+        Raises:
+            ValueError: other actions or observations, or another number of weights.
+        """
+        self.teachers = tuple(teachers)
+        self.weights = weights
+        first = self.teachers[0]
+        for other in self.teachers:
+            if (other.num_actions, other.obs_shape) != (first.num_actions, first.obs_shape):
                 raise ValueError(
-                    f"{self.teachers[0].ref} scores {shapes[0][0]} actions on {shapes[0][1]}, {teacher.ref} scores"
-                    f" {num_actions} on {obs_shape}: teachers of one game are needed"
+                    f"{first.ref} has {first.num_actions} actions on observations {first.obs_shape}, {other.ref} has"
+                    f" {other.num_actions} on {other.obs_shape}; give teachers of one game"
                 )
         given = getattr(weights, "values", getattr(weights, "returns", self.teachers))
         if len(given) != len(self.teachers):
             raise ValueError(f"{len(given)} teacher weights for {len(self.teachers)} teachers; give one for each")
-        self.num_actions, self.obs_shape = shapes[0]
+        self.num_actions = first.num_actions
+        self.obs_shape = first.obs_shape
         self._disagreement = disagreement or Disagreement()
 
     def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
-        """Returns log-probabilities, float32 `(batch, num_actions)`, finite if the members' scores are."""
+        """Returns log-probabilities, float32 `(batch, num_actions)`, finite if the members' outputs are."""
         log_p_MBA = torch.stack([log_policy(t(obs_BCHW), t.temperature) for t in self.teachers])
         weights_MB = self.weights(log_p_MBA)
         self._disagreement.add(disagreement_B(log_p_MBA, weights_MB), weights_MB)
         return log_mixture(log_p_MBA, weights_MB)
 
     def take_disagreement(self) -> Shares | None:
-        """Returns how far the members were apart on the states since it was last asked; None if there were none."""
+        """Returns disagreement and weights over the states since the previous call; None if there were none."""
         return self._disagreement.take()
 
     def to(self, device: Any, /) -> "Ensemble":
-        """Moves the members to a device and returns itself."""
+        """Moves the members to a device and returns the ensemble."""
         for teacher in self.teachers:
             teacher.to(device)
         return self
 
     def with_members(self, teachers: Sequence[Teacher]) -> "Ensemble":
-        """Returns an ensemble of other members with the same weights; both add to one count of disagreement."""
+        """Returns the ensemble with other versions of its members; both add to the same statistics."""
         return Ensemble(teachers, self.weights, disagreement=self._disagreement)
 
     @property
     def backend(self) -> str:
-        """What computes the members' scores."""
+        """Libraries that compute the members' outputs."""
         return " + ".join(dict.fromkeys(t.backend for t in self.teachers))
 
     @property
     def num_parameters(self) -> int:
-        """Of all members' acting paths."""
+        """Number of parameters of all members' acting paths."""
         nets = [t.net for t in self.teachers]
         return sum(num_parameters(n) if isinstance(n, nn.Module) else getattr(n, "num_parameters", 0) for n in nets)
 
@@ -194,24 +211,24 @@ class Ensemble:
 
 
 def make_ensemble(teachers: Sequence[Teacher], weights: Weights) -> Teacher:
-    """Returns several teachers as one, known by its members' hashes and the weights.
+    """Returns several teachers as one, identified by the members' hashes and the weights.
 
     Raises:
-        ValueError: they score other actions or observations, or there is another number of weights.
+        ValueError: other actions or observations, or another number of weights.
     """
     net = Ensemble(teachers, weights)
-    known_by = "\n".join([*(t.sha256 for t in teachers), repr(weights)])
-    card: dict[str, Any] = {"members": [{"ref": t.ref, "sha256": t.sha256} for t in teachers], "weights": repr(weights)}
-    games = {t.card["game"] for t in teachers if t.card.get("game")}
-    if len(games) == 1:
-        card["game"] = games.pop()
+    games = {t.card.game for t in teachers if t.card.game}
     return Teacher(
         net,
         "ENSEMBLE",
         teachers[0].path,
-        hashlib.sha256(known_by.encode()).hexdigest(),
-        card,
-        "+".join(f"{t.ref}@{t.revision}" if t.revision else t.ref for t in teachers),
+        sha256=hashlib.sha256("\n".join([*(t.sha256 for t in teachers), repr(weights)]).encode()).hexdigest(),
+        card=Card(
+            game=games.pop() if len(games) == 1 else "",
+            members=tuple(t.record for t in teachers),
+            weights=repr(weights),
+        ),
+        ref="+".join(f"{t.ref}@{t.revision}" if t.revision else t.ref for t in teachers),
     )
 
 
@@ -223,46 +240,54 @@ def load_teachers(
     trust_pickle: bool = False,
     measure: Callable[[Teacher], float] | None = None,
 ) -> Teacher:
-    """Returns the teacher that a reference names, or an ensemble of those that `REF+REF...` names.
+    """Returns the teacher that a reference names, or the ensemble that `REF+REF...` names.
 
     Args:
-        ref: as `load_teacher` takes it, or several of them with `+` between; an existing path is never split.
+        ref: as `load_teacher` takes it, or several joined by `+`; an existing path is never split.
         weights: see `WEIGHTS_HELP`; `equal` for one teacher.
-        game: the game to play.
-        trust_pickle: as for `load_teacher`, for all of them.
-        measure: returns the mean episodic return of a member of which none is reported, for weights by return.
+        game: game to play.
+        trust_pickle: as for `load_teacher`, for every member.
+        measure: returns a member's mean episodic return where none is reported, for weights by return.
 
     Raises:
-        ValueError: as `load_teacher`; weights that are malformed, or not one for each teacher; a missing return.
+        ValueError: as `load_teacher`; malformed weights, another number of weights, or an unknown return.
         OSError: the Hub cannot be reached and its cache has no copy.
     """
     if isinstance(ref, Path) or "+" not in ref or Path(ref).exists():
         if weights != "equal":
             raise ValueError(f"{ref}: --teacher-weights {weights} is for several teachers; give REF+REF, or leave it")
         return load_teacher(ref, game=game, trust_pickle=trust_pickle)
-    if not all(refs := ref.split("+")):
-        raise ValueError(f"{ref}: a teacher is missing beside a +; give REF+REF")
+    refs = ref.split("+")
+    if not all(refs):
+        raise ValueError(f"{ref}: no teacher before or after a +; give REF+REF")
     teachers = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
-    return make_ensemble(teachers, _weights(weights, teachers, game, measure))
-
-
-def _weights(
-    text: str, teachers: Sequence[Teacher], game: str | None, measure: Callable[[Teacher], float] | None
-) -> Weights:
-    if text == "equal":
-        return FixedWeights((1.0,) * len(teachers))
-    if text == "confidence":
-        return ConfidenceWeights()
-    if text == "return":
-        silent = [t.ref for t in teachers if t.reported_return is None]
-        if silent and measure is None:
-            raise ValueError(f"{', '.join(silent)}: no return is reported of it; give numbers as --teacher-weights")
-        returns = [measure(t) if t.reported_return is None and measure else t.reported_return for t in teachers]
-        random, _ = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game), (0.0, 0.0)) if game else (0.0, 0.0)
-        return ReturnWeights(tuple(float(r or 0.0) for r in returns), random)
+    if weights == "equal":
+        return make_ensemble(teachers, FixedWeights((1.0,) * len(teachers)))
+    if weights == "confidence":
+        return make_ensemble(teachers, ConfidenceWeights())
+    if weights == "return":
+        return make_ensemble(teachers, _return_weights(teachers, game, measure))
     try:
-        return FixedWeights(tuple(float(number) for number in text.split(",")))
+        fixed = FixedWeights(tuple(float(number) for number in weights.split(",")))
     except ValueError as error:
         raise ValueError(
-            f"--teacher-weights {text}: give equal, return, confidence, or numbers from 0 up such as 0.7,0.3"
+            f"--teacher-weights {weights}: give equal, return, confidence, or numbers from 0 up such as 0.7,0.3"
         ) from error
+    return make_ensemble(teachers, fixed)
+
+
+def _return_weights(
+    teachers: Sequence[Teacher], game: str | None, measure: Callable[[Teacher], float] | None
+) -> ReturnWeights:
+    returns: list[float] = []
+    for teacher in teachers:
+        if teacher.reported_return is not None:
+            returns.append(teacher.reported_return)
+        elif measure is not None:
+            returns.append(measure(teacher))
+        else:
+            raise ValueError(f"{teacher.ref}: no reported return; give numbers as --teacher-weights")
+    random_return = 0.0
+    if game is not None:
+        random_return, _ = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game), (0.0, 0.0))
+    return ReturnWeights(tuple(returns), random_return)

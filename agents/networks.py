@@ -303,7 +303,8 @@ class UserNet(nn.Module):
         self.module = module
         self.obs_shape = tuple(obs_shape)
         self.num_actions = num_actions
-        self.temperature = 1.0
+        self.divisor = 1.0
+        """divisor of the module's outputs; set where a student's temperature is folded in"""
         name = type(module).__name__
         is_training = module.training
         try:
@@ -322,14 +323,14 @@ class UserNet(nn.Module):
             )
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Returns logits, float32 `(batch, num_actions)`: the module's outputs divided by the temperature.
+        """Returns logits, float32 `(batch, num_actions)`: the module's outputs divided by `divisor`.
 
         Raises:
             ValueError: observations of another shape or dtype.
         """
         check_obs(obs, self.obs_shape)
         outputs_BA: Tensor = self.module(obs)
-        return outputs_BA if self.temperature == 1.0 else outputs_BA / self.temperature
+        return outputs_BA if self.divisor == 1.0 else outputs_BA / self.divisor
 
     def blank_obs(self, num: int) -> Tensor:
         """Returns observations of zeros, uint8 or float32 `(num, *obs_shape)`, on the module's device."""

@@ -3,7 +3,7 @@
 Suffixes name dimensions: B batch, A actions, C H W an image.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ class Policy(Protocol):
 
     def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
         """Returns logits or Q-values, float32 `(batch, num_actions)`."""
+        ...
+
+
+class PolicyNet(Policy, Protocol):
+    """A policy that knows its shapes: a network, or a session of ONNX Runtime."""
+
+    @property
+    def num_actions(self) -> int:
+        """Number of outputs."""
+        ...
+
+    @property
+    def obs_shape(self) -> tuple[int, ...]:
+        """Shape of one observation."""
+        ...
+
+    def to(self, device: Any, /) -> Any:
+        """Moves the weights to a device."""
         ...
 
 

@@ -122,7 +122,7 @@ def to_sb3(
     if student.shape.module:
         raise ValueError(f"{student.shape.module}: a module of your own is no SB3 policy; write SB3 a policy class")
     if temperature is None:
-        temperature = student.temperature if kind is DQNPolicy else 1.0
+        temperature = student.shape.temperature if kind is DQNPolicy else 1.0
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, not {temperature}; 0.01 makes Q-values of scores")
     policy_kwargs = _policy_kwargs(student, temperature, kwargs.get("policy_kwargs") or {})
@@ -166,7 +166,7 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
             f"this {type(model).__name__} has {words.format(*found)}, `like` {words.format(*expected)}; give one of the"
             " same shape"
         )
-    student, ratio = copy.deepcopy(like), like.temperature / extractor.temperature
+    student, ratio = copy.deepcopy(like), like.shape.temperature / extractor.temperature
     last = {name: w * ratio for name, w in zip(_last_layer(student.net), head.parameters(), strict=True)}
     student.net.load_state_dict({**extractor.net.state_dict(), **last})
     if student.value_head is not None:
@@ -220,7 +220,7 @@ def _load(policy: nn.Module, student: Student, temperature: float) -> None:
         extractor.net.load_state_dict(features)
     for head in _heads(policy):
         for weight, source in zip(head.parameters(), last.values(), strict=True):
-            weight.copy_(source * (temperature / student.temperature))
+            weight.copy_(source * (temperature / student.shape.temperature))
     if isinstance(policy, ActorCriticPolicy):
         if student.value_head is not None:
             policy.value_net.load_state_dict(student.value_head.state_dict())

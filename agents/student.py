@@ -143,8 +143,8 @@ class Student(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """Divisor of the network's outputs that gives the student's logits."""
-        return self.shape.temperature
+        """Temperature of the policy, as a teacher has one: 1, since `shape.temperature` is already in the logits."""
+        return 1.0
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
         """Returns logits, float32 `(batch, num_actions)`: the network's outputs divided by the temperature."""
@@ -183,31 +183,35 @@ class Student(nn.Module):
 
     def folded_net(self) -> Net:
         """Returns a network that gives the student's logits: its own, or a copy with the temperature folded in."""
-        if self.temperature == 1.0:
+        if self.shape.temperature == 1.0:
             return self.net
         net = copy.deepcopy(self.net)
         if isinstance(net, UserNet):
-            net.temperature = self.temperature
+            net.divisor = self.shape.temperature
             return net
         with torch.no_grad():
             for weight in net.dense[-1].parameters():
-                weight.div_(self.temperature)
+                weight.div_(self.shape.temperature)
         return net
 
     def to_sb3(self, env: Any = None, algorithm: Any = "PPO", **kwargs: Any) -> "BaseAlgorithm":
         """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
         from policykd.agents.sb3_student import to_sb3
 
-        return to_sb3(self, env, algorithm, **kwargs)
+        student: Any = self  # a type checker that follows both paths to this module sees two classes
+        return to_sb3(student, env, algorithm, **kwargs)
 
     def from_sb3(self, model: "BaseAlgorithm") -> "Student":
         """Returns a student of this shape with the weights of an agent that `to_sb3` made."""
         from policykd.agents.sb3_student import from_sb3
 
-        return from_sb3(model, self)
+        student: Any = self
+        trained: Any = from_sb3(model, student)
+        return trained  # type: ignore[no-any-return]
 
     def _logits(self, outputs_BA: Tensor) -> Tensor:
-        return outputs_BA if self.temperature == 1.0 else outputs_BA / self.temperature
+        divisor = self.shape.temperature
+        return outputs_BA if divisor == 1.0 else outputs_BA / divisor
 
     @torch.no_grad()
     def fit_input_normalization(self, frames: Tensor) -> None:

@@ -1,83 +1,69 @@
-"""Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, from wherever a reference points."""
+"""Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, loaded from whatever a reference names."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.archive import read_archive, read_members
-from policykd.agents.card import TeacherRecord
+from policykd.agents.card import Card, TeacherRecord
 from policykd.agents.networks import MLP, Activations, ConvNet
+from policykd.agents.policy import PolicyNet
 from policykd.agents.rebuild import rebuild, rebuild_critic
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
 from policykd.io.files import BadFile
 
-__all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher"]
+__all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher", "policy_temperature"]
 
 Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX", "ENSEMBLE"]
-_OF_A_FILE = get_args(Algorithm)[:-1]
-
-
-class Net(Protocol):
-    """What scores actions: a network, or a session of ONNX Runtime."""
-
-    @property
-    def num_actions(self) -> int:
-        """How many actions it scores."""
-        ...
-
-    @property
-    def obs_shape(self) -> tuple[int, ...]:
-        """The shape of one observation."""
-        ...
-
-    def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
-        """Returns scores, float32 `(batch, num_actions)`."""
-        ...
-
-    def to(self, device: Any, /) -> Any:
-        """Moves it to a device."""
-        ...
+_FILE_ALGORITHMS = get_args(Algorithm)[:-1]
 
 
 def policy_temperature(algorithm: Algorithm) -> float:
-    """Returns what scores are divided by to get a policy: 1 for logits, 0.01 for Q-values (Rusu et al., 2015)."""
+    """Returns the temperature that makes a policy of an algorithm's outputs.
+
+    1 for logits and log-probabilities, 0.01 for Q-values (Rusu et al., 2015).
+    """
     return 0.01 if algorithm in ("DQN", "QRDQN") else 1.0
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained agent as a `Policy`, with where it came from."""
+    """A trained agent as a `Policy`, with its temperature and its origin."""
 
-    net: Net
+    net: PolicyNet
     algorithm: Algorithm
     path: Path
-    """of its archive or file on this machine"""
+    """archive or file on this machine"""
     sha256: str
-    """of the archive"""
-    card: Mapping[str, Any] = field(default_factory=dict)
-    """what is said beside the archive: the JSON card, the zoo's YAML, the Hub's results.json; or empty"""
+    """hash of the archive"""
+    card: Card = field(default_factory=Card)
+    """metadata from the JSON card next to the archive, the zoo's YAML and the Hub's results.json"""
     ref: str = ""
-    """what `load_teacher` takes to find it again, such as `hub:sb3/dqn-PongNoFrameskip-v4`"""
+    """reference that `load_teacher` takes to find it again, such as `hub:sb3/dqn-PongNoFrameskip-v4`"""
     revision: str = ""
-    """the commit on the Hub, empty elsewhere"""
-    session: Net | None = None
+    """commit on the Hub, empty elsewhere"""
+    session: PolicyNet | None = None
     """`net` run by ONNX Runtime, if `policykd.export.compiled.compile_policy` made this teacher"""
 
     @property
     def num_actions(self) -> int:
-        """How many actions it scores."""
+        """Number of outputs."""
         return self.net.num_actions
 
     @property
     def obs_shape(self) -> tuple[int, ...]:
-        """The shape of one observation."""
+        """Shape of one observation."""
         return self.net.obs_shape
+
+    @property
+    def temperature(self) -> float:
+        """Divisor of the outputs that gives the logits of the teacher's policy: 0.01 for Q-values, else 1."""
+        return policy_temperature(self.algorithm)
 
     @property
     def record(self) -> TeacherRecord:
@@ -91,24 +77,18 @@ class Teacher:
         )
 
     @property
-    def temperature(self) -> float:
-        """What its scores are divided by to get its policy."""
-        return policy_temperature(self.algorithm)
-
-    @property
     def reported_return(self) -> float | None:
-        """The mean episodic return that its card, the Hub or the zoo's benchmark reports, or None."""
-        protocol = self.card.get("protocols", {}).get("noop_sampled")
-        reported = protocol["mean"] if protocol else self.card.get("reported_return")
-        return None if reported is None else float(reported)
+        """Mean episodic return from its card, the Hub or the zoo's benchmark, or None."""
+        protocol = self.card.protocols.get("noop_sampled")
+        return self.card.reported_return if protocol is None else protocol.mean
 
     @property
     def backend(self) -> str:
-        """What computes its scores, with its version; another backend's differ in the last bits."""
+        """Library that computes the outputs, with its version; another one's differ in the last bits."""
         return str(getattr(self.session or self.net, "backend", f"torch {torch.__version__}"))
 
     def to(self, device: torch.device | str) -> "Teacher":
-        """Moves its weights to a device and returns it."""
+        """Moves the weights to a device and returns the teacher."""
         self.net.to(device)
         if "critic" in self.__dict__:
             self.critic.to(device)
@@ -116,12 +96,13 @@ class Teacher:
 
     @cached_property
     def critic(self) -> nn.Linear | ConvNet | MLP:
-        """PPO's and A2C's value network, read from the archive when first asked for; it does not act.
+        """Value network of PPO or A2C, read from the archive when it is first used.
 
         A linear layer on the last hidden activations of `net`, where actor and critic share them (SB3's CnnPolicy).
 
         Raises:
-            ValueError: it has none; the archive is not what it was when the teacher was loaded.
+            ValueError: no critic.
+            BadFile: the archive changed since the teacher was loaded.
         """
         if self.algorithm not in ("PPO", "A2C") or not isinstance(self.net, ConvNet | MLP):
             raise ValueError(
@@ -132,28 +113,29 @@ class Teacher:
         if archive.sha256 != self.sha256:
             raise BadFile(f"{self.path}: changed since it was loaded; start again")
         critic = rebuild_critic(archive).eval().requires_grad_(False).to(next(self.net.parameters()).device)
-        return critic.dense[-1] if _same_but_last(critic, self.net) else critic  # type: ignore[return-value]
+        return critic.dense[-1] if _share_features(critic, self.net) else critic  # type: ignore[return-value]
 
     @torch.inference_mode()
-    def values(self, obs_BCHW: Tensor, seen: Activations | None = None) -> Tensor:
-        """Returns the states' values, float32 `(batch,)`: of PPO's or A2C's critic, or max_a Q of DQN and QR-DQN.
+    def values(self, obs_BCHW: Tensor, activations: Activations | None = None) -> Tensor:
+        """Returns the states' values, float32 `(batch,)`: PPO's or A2C's critic, max_a Q of DQN and QR-DQN.
 
-        Their unit is what the agent was trained on: discounted sums of rewards, clipped to [-1, 1] on Atari.
+        Their unit is the one of training: discounted sums of rewards, clipped to [-1, 1] on Atari.
 
         Args:
             obs_BCHW: observations.
-            seen: `net.activations` of them, if at hand: spares a pass of the network.
+            activations: `net.activations` of them if already computed, which saves a forward pass.
 
         Raises:
             ValueError: no critic and no Q-values.
         """
         if self.algorithm in ("DQN", "QRDQN"):
-            return (self(obs_BCHW) if seen is None else seen.outputs_BA).amax(dim=-1)
-        critic, net = self.critic, self.net
+            return (self(obs_BCHW) if activations is None else activations.outputs_BA).amax(dim=-1)
+        critic = self.critic
         if not isinstance(critic, nn.Linear):
             return critic(obs_BCHW).squeeze(-1)  # type: ignore[no-any-return]
-        assert isinstance(net, ConvNet | MLP)
-        return critic((seen or net.activations(obs_BCHW)).hidden_BF).squeeze(-1)  # type: ignore[no-any-return]
+        assert isinstance(self.net, ConvNet | MLP)
+        hidden_BF = (activations or self.net.activations(obs_BCHW)).hidden_BF
+        return critic(hidden_BF).squeeze(-1)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def __call__(self, obs_BCHW: Tensor) -> Tensor:
@@ -162,68 +144,68 @@ class Teacher:
 
 
 def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pickle: bool = False) -> Teacher:
-    """Returns the agent that a reference names; nothing in its files is executed, unless `trust_pickle` allows it.
+    """Returns the agent that a reference names; no code in its files is executed unless `trust_pickle` is set.
 
     Args:
         ref: see `TEACHER_HELP` or docs/teachers.md.
-        game: the game to play; a teacher whose card or zoo files name another is refused.
-        trust_pickle: let SB3 itself load the archive, which runs the code in it; for custom policies of your own.
+        game: game to play; a teacher whose card or zoo files name another one is refused.
+        trust_pickle: load the archive with SB3 itself, which executes code in it; for custom policies of your own.
 
     Raises:
-        ValueError: malformed reference, or nothing where it points.
+        ValueError: malformed reference, or nothing found.
         BadFile: truncated, foreign or unsafe archive; another algorithm or game.
         OSError: the Hub cannot be reached and its cache has no copy.
     """
     source = find_teacher(ref, game=game)
-    played = source.card.get("game")
-    if game and played and played_game(played) != played_game(game):
+    trained_on = source.card.game
+    if game and trained_on and played_game(trained_on) != played_game(game):
         raise BadFile(
-            f"{source.path}: this teacher plays {played_game(played)}, not {played_game(game)}; give another --teacher"
+            f"{source.path}: this teacher plays {played_game(trained_on)}, not {played_game(game)}; give another"
+            " --teacher"
         )
-    net, algorithm, sha256 = _read(source, trust_pickle=trust_pickle)
+    net, algorithm, sha256 = _load(source, trust_pickle=trust_pickle)
     return Teacher(net, algorithm, source.path, sha256, source.card, source.ref, source.revision)
 
 
-def _read(source: Source, *, trust_pickle: bool) -> tuple[Net, Algorithm, str]:
+def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, str]:
+    """Returns network, algorithm and sha256; the hash is compared with the card's before any code could run."""
     if source.path.suffix == ".onnx":
-        return _read_onnx(source)
+        from policykd.agents.onnx_policy import OnnxPolicy
+
+        policy = OnnxPolicy(source.path)
+        _check_hash(source, policy.sha256)
+        named = source.card.algorithm.upper() or "ONNX"
+        if named not in _FILE_ALGORITHMS:
+            raise BadFile(
+                f"{source.path}: unknown algorithm {named!r} in its card; give one of {', '.join(_FILE_ALGORITHMS)}"
+            )
+        return policy, cast(Algorithm, named), policy.sha256
     if trust_pickle:
         from policykd.agents.trusted import load_with_sb3
 
         sha256, members = read_members(source.path)
-        _check_hash(source, sha256)  # before any code in the file runs
-        net, algorithm = load_with_sb3(source.path, members)
-        return net.requires_grad_(False), algorithm, sha256
+        _check_hash(source, sha256)
+        trusted, algorithm = load_with_sb3(source.path, members)
+        return trusted.requires_grad_(False), algorithm, sha256
     archive = read_archive(source.path)
     _check_hash(source, archive.sha256)
-    rebuilt, algorithm = rebuild(archive)
-    return rebuilt.eval().requires_grad_(False), algorithm, archive.sha256
-
-
-def _read_onnx(source: Source) -> tuple[Net, Algorithm, str]:
-    from policykd.agents.onnx_policy import OnnxPolicy
-
-    policy = OnnxPolicy(source.path)
-    _check_hash(source, policy.sha256)
-    algorithm = str(source.card.get("algorithm", "ONNX")).upper()
-    if algorithm not in _OF_A_FILE:
-        raise BadFile(f"{source.path}: its card's algorithm {algorithm} is none of {', '.join(_OF_A_FILE)}")
-    return policy, cast(Algorithm, algorithm), policy.sha256
+    net, algorithm = rebuild(archive)
+    return net.eval().requires_grad_(False), algorithm, archive.sha256
 
 
 def _check_hash(source: Source, sha256: str) -> None:
-    if "sha256" in source.card and source.card["sha256"] != sha256:
-        raise BadFile(
-            f"{source.path}: sha256 {sha256[:12]}... is not its card's {source.card['sha256'][:12]}...; get it again"
-        )
+    expected = source.card.sha256
+    if expected and expected != sha256:
+        raise BadFile(f"{source.path}: sha256 {sha256[:12]}... is not its card's {expected[:12]}...; get it again")
 
 
-def _same_but_last(one: ConvNet | MLP, other: ConvNet | MLP) -> bool:
-    """Whether two networks have the same weights up to their last hidden activations."""
-    last = f"dense.{len(one.dense) - 1}."
-    states = [{n: t for n, t in net.state_dict().items() if not n.startswith(last)} for net in (one, other)]
+def _share_features(critic: ConvNet | MLP, actor: ConvNet | MLP) -> bool:
+    """Returns whether two networks have the same weights up to their last hidden activations."""
+    last_layer = f"dense.{len(critic.dense) - 1}."
+    ours = {name: t for name, t in actor.state_dict().items() if not name.startswith(last_layer)}
+    theirs = {name: t for name, t in critic.state_dict().items() if not name.startswith(last_layer)}
     return (
-        type(one) is type(other)
-        and states[0].keys() == states[1].keys()
-        and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+        type(critic) is type(actor)
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(t, theirs[name]) for name, t in ours.items())
     )

@@ -1,15 +1,17 @@
-"""What RL Baselines3 Zoo wrote beside an agent: the game it was trained on, with which frames, and its return."""
+"""Metadata that RL Baselines3 Zoo writes next to an agent: its environment, its preprocessing, its return."""
 
-import json
 import re
 import reprlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policykd.agents.card import Card, Return
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile
+from policykd.io.typed import one_line, read_bounded, read_json
 
 MAX_BYTES = 1 << 14
 
@@ -39,55 +41,56 @@ BENCHMARK: dict[tuple[str, str], float] = {
     ("QRDQN", "Pong"): 20.49,
     ("QRDQN", "Seaquest"): 2558.0,
 }
-"""(algorithm, game) -> mean episodic return of the zoo's agents, unclipped, actions drawn (its benchmark.md)"""
+"""(algorithm, game) -> mean episodic return of the zoo's agents, unclipped, actions sampled (its benchmark.md)"""
 
 _KNOWN_KWARGS = {"full_action_space": False, "repeat_action_probability": 0.0, "frameskip": 1, "obs_type": "rgb"}
-"""env_kwargs that say what policykd does anyway"""
+"""env_kwargs with the values that policykd's environments have anyway"""
 _WRAPPER = "stable_baselines3.common.atari_wrappers.AtariWrapper"
-_SHORT = reprlib.Repr()  # YAML's aliases can make a small file's repr endless
+_SHORT = reprlib.Repr()  # aliases in YAML can make the repr of a small file endless
 _SHORT.maxstring = 100
 
 
-def describe(name: str, *folders: Path) -> dict[str, Any]:
-    """Returns the card entries of a zoo agent: game, algorithm and reported return, as far as they are known.
+@dataclass(frozen=True)
+class _Results:
+    """Content of results.json."""
+
+    mean_reward: Return | None = None
+
+
+def read_zoo_files(name: str, *folders: Path) -> Card:
+    """Returns the card of a zoo agent: game, algorithm and reported return, as far as they are known.
 
     Args:
-        name: such as `dqn-PongNoFrameskip-v4`; what it says counts where `args.yml` is missing.
-        folders: where `args.yml`, `config.yml`, `env_kwargs.yml` and `results.json` may lie; the first one counts.
+        name: such as `dqn-PongNoFrameskip-v4`; used where `args.yml` is missing.
+        folders: searched in order for `args.yml`, `config.yml`, `env_kwargs.yml` and `results.json`.
 
     Raises:
-        BadFile: a file that is damaged or unsafe, or frames that policykd does not make.
+        BadFile: a damaged or unsafe file, or preprocessing that policykd does not have.
     """
-    args, _ = _read("args.yml", folders)
-    config, config_path = _read("config.yml", folders)
-    env_kwargs, kwargs_path = _read("env_kwargs.yml", folders)
-    results, results_path = _read("results.json", folders)
     named = re.fullmatch(r"(ppo|a2c|dqn|qrdqn)-(.+)", name)
-    algorithm, env_id = (args.get(key) or (named and named[i]) or "" for i, key in ((1, "algo"), (2, "env")))
+    args = _read_yaml(_find("args.yml", folders))
+    algorithm = args.get("algo") or (named[1] if named else "")
+    env_id = args.get("env") or (named[2] if named else "")
     if not (isinstance(algorithm, str) and isinstance(env_id, str)):
-        raise BadFile(f"args.yml of {name or folders[0]}: algo and env are no names; mend or remove the file")
-    if config_path:
-        _check_observations(config_path, config, env_id)
-    known = {**_KNOWN_KWARGS, "render_mode": env_kwargs.get("render_mode")}
-    if unknown := {key: value for key, value in env_kwargs.items() if key not in known or known[key] != value}:
-        warnings.warn(f"{kwargs_path}: trained with {_SHORT.repr(unknown)}, policykd plays without", stacklevel=5)
-    reported = results.get("mean_reward")
-    if reported is not None and not (isinstance(reported, int | float) and abs(reported) < 1e12):
-        warnings.warn(f"{results_path}: mean_reward is no number, so it counts for nothing", stacklevel=5)
-        reported = None
-    card = {"game": played_game(env_id), "algorithm": algorithm.upper(), "reported_return": reported}
-    return {key: value for key, value in card.items() if value not in (None, "")}
+        raise BadFile(f"args.yml of {name or folders[0]}: algo and env are not text; fix or remove the file")
+    if config_path := _find("config.yml", folders):
+        _check_preprocessing(config_path, env_id)
+    if kwargs_path := _find("env_kwargs.yml", folders):
+        _warn_of_env_kwargs(kwargs_path)
+    return Card(game=played_game(env_id), algorithm=algorithm.upper(), reported_return=_reported_return(folders))
 
 
 def played_game(env_id: str) -> str:
-    """Returns a game's name as papers write it, or what is no Atari game unchanged."""
+    """Returns the canonical name of an Atari game, and the id of any other environment unchanged."""
     try:
         return canonical_name(re.sub("^ALE-", "ALE/", env_id))
     except ValueError:
         return env_id
 
 
-def _check_observations(path: Path, config: Mapping[str, Any], env_id: str) -> None:
+def _check_preprocessing(path: Path, env_id: str) -> None:
+    """Raises BadFile for observations that policykd does not produce; warns where they may differ."""
+    config = _read_yaml(path)
     normalize = config.get("normalize")
     if normalize and not (isinstance(normalize, str) and re.search(r"norm_obs\W+False", normalize)):
         raise BadFile(
@@ -99,41 +102,52 @@ def _check_observations(path: Path, config: Mapping[str, Any], env_id: str) -> N
         raise BadFile(f"{path}: expected frame_stack: 4, found {_SHORT.repr(found)}; give another --teacher")
     wrapper = config.get("env_wrapper")
     if wrapper not in (_WRAPPER, [_WRAPPER]) or "NoFrameskip-v4" not in env_id:
-        trained = f"{env_id} with env_wrapper {_SHORT.repr(wrapper)}"
-        warnings.warn(f"{path}: trained on {trained}; policykd plays NoFrameskip-v4 as AtariWrapper does", stacklevel=6)
+        trained = f"{one_line(env_id)} with env_wrapper {_SHORT.repr(wrapper)}"
+        warnings.warn(f"{path}: trained on {trained}; policykd plays NoFrameskip-v4 with AtariWrapper", stacklevel=6)
 
 
-def _read(name: str, folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | None]:
-    """Returns what the first file of that name says, and its path; ({}, None) where there is none."""
-    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if path is None:
-        return {}, None
+def _warn_of_env_kwargs(path: Path) -> None:
+    kwargs = _read_yaml(path)
+    known = {**_KNOWN_KWARGS, "render_mode": kwargs.get("render_mode")}
+    if unknown := {key: value for key, value in kwargs.items() if key not in known or known[key] != value}:
+        warnings.warn(f"{path}: trained with {_SHORT.repr(unknown)}, policykd plays without", stacklevel=6)
+
+
+def _reported_return(folders: tuple[Path, ...]) -> float | None:
+    """Returns mean_reward of results.json; an invalid file is a warning, since nothing else depends on it."""
+    if not (path := _find("results.json", folders)):
+        return None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes, the zoo writes less than {MAX_BYTES:,}")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _safe_yaml(text)
-        content = {} if content is None else content
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not names and values")
-    except (ValueError, OSError, RecursionError) as error:
-        raise BadFile(f"{path}: {' '.join(str(error).split())[:200]}; mend or remove the file") from error
-    return content, path
+        return read_json(_Results, path, max_bytes=MAX_BYTES).mean_reward
+    except BadFile as error:
+        warnings.warn(f"{error}; the reported return is ignored", stacklevel=6)
+        return None
 
 
-def _safe_yaml(text: str) -> Any:
-    """Returns plain data; of YAML's Python tags only the zoo's OrderedDict is known, as a dict."""
+def _find(name: str, folders: tuple[Path, ...]) -> Path | None:
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _read_yaml(path: Path | None) -> Mapping[str, Any]:
+    """Returns the plain data of a YAML file; the zoo's OrderedDict is the only Python tag that is accepted."""
     import yaml
 
-    # the zoo writes neither; merged keys double with every line, nested brackets take PyYAML quadratic time
-    if "<<" in text or text.count("[") + text.count("{") > 100:
-        raise ValueError("not the YAML of an rl-zoo agent (merged keys or too many brackets)")
-    loader: Any = type("ZooLoader", (yaml.SafeLoader,), {})  # its own class: constructors are the class's
+    if path is None:
+        return {}
+    next_step = "fix or remove the file"
+    content = read_bounded(path, MAX_BYTES, next_step=next_step)
+    # The zoo writes neither: merged keys double with every line, nested brackets take PyYAML quadratic time.
+    if b"<<" in content or content.count(b"[") + content.count(b"{") > 100:
+        raise BadFile(f"{path}: not the YAML of an rl-zoo agent (merged keys or too many brackets); {next_step}")
+    loader: Any = type("ZooLoader", (yaml.SafeLoader,), {})  # a class of its own: constructors belong to the class
     loader.add_constructor(
         "tag:yaml.org,2002:python/object/apply:collections.OrderedDict",
         lambda loader, node: dict(loader.construct_sequence(node, deep=True)[0]),
     )
     try:
-        return yaml.load(text, loader)
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"not the YAML of an rl-zoo agent ({error})") from error
+        data = yaml.load(content, loader) or {}
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: not the YAML of an rl-zoo agent ({one_line(str(error))}); {next_step}") from error
+    if not isinstance(data, dict):
+        raise BadFile(f"{path}: expected names and values, found a {type(data).__name__}; {next_step}")
+    return data

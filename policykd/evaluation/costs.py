@@ -13,7 +13,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.teacher import Net
+from policykd.agents.policy import PolicyNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def summarise_latencies(turns: list[list[int]]) -> Latency:
 
 
 def measure_costs(
-    nets: Mapping[str, nn.Module | Net], obs: Tensor, *, rounds: int = 5, calls_per_round: int = 40
+    nets: Mapping[str, nn.Module | PolicyNet], obs: Tensor, *, rounds: int = 5, calls_per_round: int = 40
 ) -> dict[str, Costs]:
     """Returns the costs of networks, timed in turns (A B, A B, ...) on one CPU thread.
 
@@ -166,7 +166,7 @@ def parameters_and_macs(net: object, obs_shape: tuple[int, ...]) -> tuple[int | 
     return getattr(net, "num_parameters", None), getattr(net, "num_macs", None)
 
 
-def _next_observation(net: nn.Module | Net, obs: Tensor) -> Callable[[], object]:
+def _next_observation(net: nn.Module | PolicyNet, obs: Tensor) -> Callable[[], object]:
     """Returns a call of the network on one observation, another one each time."""
     observations = cycle(obs.cpu().split(1))
     return lambda: net(next(observations))

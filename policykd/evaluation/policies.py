@@ -156,5 +156,4 @@ def _played_by(ref: str) -> str | None:
         return games.pop() if len(games) == 1 else None
     if ref.startswith("hub:") and "/" not in ref:
         return None
-    card = find_teacher(ref.partition("+")[0]).card
-    return str(card["game"]) if "game" in card else None
+    return find_teacher(ref.partition("+")[0]).card.game or None

@@ -228,13 +228,13 @@ def protocols_of_card(teacher: Teacher) -> dict[ProtocolName, ProtocolResult]:
     """Returns the games on a teacher's card by protocol, with statistics computed from the returns themselves."""
     found: dict[ProtocolName, ProtocolResult] = {}
     for protocol in PROTOCOLS:
-        if games := teacher.card.get("protocols", {}).get(protocol):
+        if games := teacher.card.protocols.get(protocol):
             found[protocol] = ProtocolResult(
-                returns=tuple(games["returns"]),
-                lengths=tuple(games.get("lengths", ())),
-                num_truncated=games.get("num_truncated", 0),
-                num_unfinished=games.get("num_unfinished", 0),
-                **asdict(summarise(games["returns"])),
+                returns=games.returns,
+                lengths=games.lengths,
+                num_truncated=games.num_truncated,
+                num_unfinished=games.num_unfinished,
+                **asdict(summarise(games.returns)),
             )
     return found
 

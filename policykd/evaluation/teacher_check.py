@@ -172,18 +172,18 @@ def compare_with_random(
 
 def read_card(teacher: Teacher, game: str) -> TeacherCheck | None:
     """Returns what the card says of this very file, or None where it says too little or random play is not known."""
-    protocol = teacher.card.get("protocols", {}).get("noop_sampled")
+    protocol = teacher.card.protocols.get("noop_sampled")
     row = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game))
-    if "sha256" not in teacher.card or not protocol or not row or len(protocol["returns"]) < ENOUGH_ON_CARD:
+    if protocol is None or not row or len(protocol.returns) < ENOUGH_ON_CARD:
         return None
-    low, high = bootstrap_interval(protocol["returns"], np.mean, level=LEVEL)
+    low, high = bootstrap_interval(protocol.returns, np.mean, level=LEVEL)
     return TeacherCheck(
         source="card",
-        mean=float(np.mean(protocol["returns"])),
-        interval=bootstrap_interval(protocol["returns"], np.mean),
+        mean=float(np.mean(protocol.returns)),
+        interval=bootstrap_interval(protocol.returns, np.mean),
         random_mean=row[0],
         advantage=(low - row[0], high - row[0]),
-        num_games=len(protocol["returns"]),
+        num_games=len(protocol.returns),
         num_unfinished=0,
         max_steps=None,
         reported_return=teacher.reported_return,

@@ -76,7 +76,7 @@ def results(teacher: Teacher, student: Student) -> dict[str, Any]:
     drawn = {"student": (-8, 8, 40), "random": (-21, -18, 32)}
     protocols: dict[str, dict[str, Any]] = {who: {} for who in WHO}
     for protocol in ("noop_sampled", "sticky_greedy"):
-        protocols["teacher"][protocol] = judgement_of_card(teacher.card["protocols"][protocol])
+        protocols["teacher"][protocol] = judgement_of_card(asdict(teacher.card.protocols[protocol]))
         for who, (low, high, num) in drawn.items():
             returns = generator.integers(low, high, num).astype(float).tolist()
             protocols[who][protocol] = judgement(Evaluation(returns, [1600] * num, num_truncated=int(who == "random")))
