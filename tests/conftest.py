@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 class Small:
     """The bundled teacher of Pong with few of its states and a small budget, for the tests of compression."""
 
-    folder: Path
-    """dataset of states from the teacher's games, with its outputs"""
     tuning: "FineTuning"
     """one gradient step per round; the last fifth of the states is held out"""
     teacher: "Student"
@@ -33,18 +31,18 @@ class Small:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+def small() -> Small:
     from policykd.agents.policy import sample
     from policykd.agents.teacher import load_teacher
-    from policykd.compression.fine_tuning import ROUNDS, FineTuning
+    from policykd.compression.fine_tuning import ROUNDS, FineTuning, Settings
     from policykd.compression.networks import teacher_as_student
     from policykd.envs.atari import make_atari
     from policykd.replay import Replay
-    from policykd.storage.dataset import save_dataset
 
     num_states, num_envs = 640, 8
-    folder, envs = tmp_path_factory.mktemp("states"), make_atari("Pong", num_envs, 0)
-    obs, generator = envs.reset(), torch.Generator().manual_seed(0)
+    envs = make_atari("Pong", num_envs, 0)
+    obs = envs.reset()
+    generator = torch.Generator().manual_seed(0)
     teacher = load_teacher(game="Pong")
     replay = Replay(num_states, num_envs, 6, (4, 84, 84), stack=4, dtype=torch.uint8)
     starts_B = torch.ones(num_envs, dtype=torch.bool)
@@ -53,11 +51,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         replay.add(obs, starts_B, outputs_BA)
         step = envs.step(sample(outputs_BA, generator))
         obs, starts_B = step.obs, step.starts_B
-    of = {"algorithm": teacher.algorithm, "sha256": teacher.sha256}
-    save_dataset(replay, folder, source="the teacher", preprocessing="policykd.envs", game="Pong", teacher=of)
     replay.num_held_out = num_states // 5
-    tuning = FineTuning(teacher, make_atari("Pong", 1, 0), replay, updates=ROUNDS, batch_size=8)
-    return Small(folder, tuning, teacher_as_student(teacher), replay.gather(torch.arange(100, 164)))
+    settings = Settings("Pong", teacher.sha256, "states", updates=ROUNDS, batch_size=8)
+    tuning = FineTuning(settings, teacher, make_atari("Pong", 1, 0), replay)
+    return Small(tuning, teacher_as_student(teacher), replay.gather(torch.arange(100, 164)))
 
 
 @pytest.fixture
@@ -78,7 +75,14 @@ def teacher_student(small: Small) -> "Student":
     return small.teacher
 
 
-@pytest.fixture
-def dataset(small: Small) -> Path:
-    """The folder of the teacher's states."""
-    return small.folder
+@pytest.fixture(scope="session")
+def dataset(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dataset of the same states, with the teacher's outputs."""
+    from policykd.storage.dataset import save_dataset
+
+    teacher = small.tuning.teacher
+    of = {"algorithm": teacher.algorithm, "sha256": teacher.sha256}
+    folder = tmp_path_factory.mktemp("states")
+    replay = small.tuning.replay
+    save_dataset(replay, folder, source="the teacher", preprocessing="policykd.envs", game="Pong", teacher=of)
+    return folder

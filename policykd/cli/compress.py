@@ -10,12 +10,13 @@ from policykd.agents.student import load_student
 from policykd.agents.teacher import Teacher
 from policykd.cli.command import prepare_device
 from policykd.cli.groups import SeedArgs
-from policykd.compression.comparison import ComparisonOptions, compare, comparison_table
-from policykd.compression.fine_tuning import FineTuning
+from policykd.compression.comparison import compare, comparison_table
+from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.pareto import draw_pareto
 from policykd.compression.recipes import STANDARD, parse_recipe
 from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import game_of, teacher_of
+from policykd.io.files import write_atomically
 from policykd.runs.folder import check_at_least, check_name, check_seed
 from policykd.states import DatasetStates
 from policykd.storage.offline import label_given, open_replay
@@ -91,16 +92,17 @@ def run(args: CompressArgs) -> None:
     student = load_student(args.run)
     teacher = teacher_of(args.run, ref=args.teacher, instead="give --teacher", trust_pickle=args.trust_pickle).policy
     assert isinstance(teacher, Teacher)
-    envs = make_atari(game, 1, args.seed)
     states = DatasetStates(args.states or args.run, held_out=args.held_out)
     replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)
     assert replay is not None
     label_given(replay, teacher)
-    tuning = FineTuning(teacher, envs, replay, args.updates, args.batch_size, args.seed, args.threads)
+    settings = Settings(game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed)
+    tuning = FineTuning(settings, teacher, make_atari(game, 1, args.seed), replay, args.threads)
 
     folder = args.run.parent / args.name
-    comparison = compare(folder, recipes, student, tuning, ComparisonOptions(game, states.path, args.episodes))
+    comparison = compare(folder, recipes, student, tuning, args.episodes)
     table = comparison_table(comparison)
-    (folder / "compression.md").write_text(table)
-    draw_pareto(comparison, folder / "pareto.svg")
-    print(f"\n{table}\n{folder}/ holds compression.json, compression.md and pareto.svg")
+    write_atomically(folder / "compression.md", table.encode())
+    if args.episodes:
+        draw_pareto(comparison, folder / "pareto.svg")
+    print(f"\n{table}\n{folder}/ holds compression.json and, as a table and a picture, compression.md and pareto.svg")

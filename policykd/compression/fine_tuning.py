@@ -32,27 +32,38 @@ FROM_TRAINED = 2e-3
 
 
 @dataclass(frozen=True)
-class FineTuning:
-    """Teacher, labelled states and budget that all methods of a comparison share."""
+class Settings:
+    """Settings that all rows of a comparison share; they are recorded with every row."""
 
-    teacher: Teacher
-    envs: VectorEnv
-    """an environment of the game; it is not stepped"""
-    replay: Replay
-    """labelled states; the last `num_held_out` rows are only measured on"""
+    game: str
+    teacher_sha256: str
+    states: str
+    """path of the run or dataset that the states come from"""
     updates: int = 3000
     """gradient steps, a multiple of `ROUNDS`"""
     batch_size: int = 256
     """states per gradient step"""
     seed: int = 0
-    """random seed (weights, batches)"""
-    threads: int = 1
-    """CPU threads per batch"""
+    """random seed (weights, batches, games)"""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a budget that cannot be divided into rounds."""
         if self.updates < ROUNDS or self.updates % ROUNDS:
             raise ValueError(f"--updates must be a positive multiple of {ROUNDS}, not {self.updates}")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Teacher, labelled states and budget that all methods of a comparison share."""
+
+    settings: Settings
+    teacher: Teacher
+    envs: VectorEnv
+    """an environment of the game; it is not stepped"""
+    replay: Replay
+    """labelled states; the last `num_held_out` rows are only measured on"""
+    threads: int = 1
+    """CPU threads per batch"""
 
     def prepare(self, student: Student) -> Student:
         """Returns a copy to tune: it computes the same function, with its input scaling fitted to the states."""
@@ -86,12 +97,12 @@ class FineTuning:
 
         config = DistillConfig(
             rounds=num_rounds,
-            updates_per_round=self.updates // ROUNDS,
-            batch_size=self.batch_size,
+            updates_per_round=self.settings.updates // ROUNDS,
+            batch_size=self.settings.batch_size,
             learning_rate=learning_rate,
             states=DatasetStates(Path()),
             # Another seed per part, or a network that is trained in parts would see the same batches in each.
-            seed=self.seed + first_round,
+            seed=self.settings.seed + first_round,
             threads=self.threads,
         )
         state = make_train_state(student, self.envs, config, loss_fn=loss_fn, replay=self.replay)
@@ -129,5 +140,5 @@ def train_from_scratch(size: Size, tuning: FineTuning, loss_fn: LossFn = forward
         tuning: teacher, states and budget.
         loss_fn: a KL divergence for soft targets, `ActionNLL` for hard labels.
     """
-    student = make_student(size, tuning.teacher.num_actions, seed=tuning.seed)
+    student = make_student(size, tuning.teacher.num_actions, seed=tuning.settings.seed)
     return tuning.train_fully(student, FROM_SCRATCH, loss_fn)

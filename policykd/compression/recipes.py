@@ -121,10 +121,3 @@ def apply_last_step(recipe: Recipe, student: Student, tuning: FineTuning) -> Stu
     if method == "structured":
         return prune_structured(student, tuning, round((1.0 - amount) * num_parameters(student)))
     return factorize_and_tune(student, tuning, int(amount))
-
-
-def compress(recipe: Recipe, student: Student, tuning: FineTuning) -> Student:
-    """Returns the student of a recipe, all methods applied one after the other; it is exported with its precision."""
-    if recipe.parent is None:
-        return start_student(recipe, student, tuning)
-    return apply_last_step(recipe, compress(recipe.parent, student, tuning), tuning)

@@ -76,8 +76,8 @@ def test_structured_pruning_gives_a_small_dense_network(tuning: FineTuning, monk
     assert all(int((layer.weight == 0).sum()) == 0 for layer in weight_layers(pruned))
     assert student.shape.widths == (16, 16, 16)
     # Every step of pruning continues in the budget, with batches of its own.
-    assert len(trained) == tuning.updates
-    assert len({batch.numpy().tobytes() for batch in trained}) == tuning.updates
+    assert len(trained) == tuning.settings.updates
+    assert len({batch.numpy().tobytes() for batch in trained}) == tuning.settings.updates
 
 
 def test_a_dead_unit_is_removed_first_with_all_that_reads_it() -> None:
