@@ -45,7 +45,7 @@ from policykd.runs.folder import (
     start_run,
     started_with,
 )
-from policykd.runs.records import Records
+from policykd.runs.legacy_records import Records
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import has_generations
 from policykd.storage.manifest import open_dataset

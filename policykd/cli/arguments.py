@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from policykd.legacy.schedules import Quantity, Varying, parse, spelled
 from policykd.runs.groups import check_flags
+from policykd.schedules import Quantity, Schedule, format_schedule, parse_schedule
 
 T = TypeVar("T")
 
@@ -126,12 +126,12 @@ def _quantity_rule(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]
     is_optional = info.type != Quantity
 
     def is_instance(x: object) -> bool:
-        return isinstance(x, int | float | Varying) or (is_optional and x is None)
+        return isinstance(x, int | float | Schedule) or (is_optional and x is None)
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="NUMBER|SCHEDULE",
-        instance_from_str=lambda args: None if is_optional and args[0] == "None" else parse(args[0]),
+        instance_from_str=lambda args: None if is_optional and args[0] == "None" else parse_schedule(args[0]),
         is_instance=is_instance,
-        str_from_instance=lambda x: ["None" if x is None else spelled(x)],
+        str_from_instance=lambda x: ["None" if x is None else format_schedule(x)],
     )

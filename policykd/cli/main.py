@@ -1,14 +1,15 @@
 """The `policykd` command: finds the subcommand's module, imports it, parses its arguments, runs it.
 
 A command is a module `policykd.cli.NAME` with a function `run(args)`; the type of `args` is a dataclass whose fields
-are the flags and whose docstring is the help text, or a union of such dataclasses.
+are the flags and whose docstring is the help text, or a union of such dataclasses. A module may have a function
+`parse(words, prog)` of its own.
 """
 
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_type_hints
 
 from policykd.cli.errors import run_cli
 
@@ -55,12 +56,25 @@ def execute(name: str, words: Sequence[str]) -> None:
         SystemExit: with code 0 after --help; with code 2 where a package is not installed.
         ValueError: an invalid flag; besides, whatever the command raises.
     """
-    # Only here, so that `policykd --help` takes no longer than Python's start.
+    kind, run = load_command(name)
+    # Only now, so that `policykd --help` takes no longer than Python's start.
     from policykd.cli.arguments import parse_args
 
+    prog = f"policykd {name}"
+    parse = getattr(sys.modules[run.__module__], "parse", None)
+    run(parse(words, prog) if parse else parse_args(kind, words, prog=prog))
+
+
+def load_command(name: str) -> tuple[Any, Callable[[Any], None]]:
+    """Imports the module of a subcommand and returns the type of its arguments, and its function `run`.
+
+    Raises:
+        ValueError: not a subcommand.
+    """
+    if name not in COMMANDS:
+        raise ValueError(f"{name}: not a command of policykd")
     module = importlib.import_module(f"policykd.cli.{name.replace('-', '_')}")
-    kind = get_type_hints(module.run)["args"]
-    module.run(parse_args(kind, words, prog=f"policykd {name}"))
+    return get_type_hints(module.run)["args"], module.run
 
 
 def _help() -> str:

@@ -1,128 +1,204 @@
-"""A run's folder: what it was started with, whether it may go on, and that one process alone writes there."""
+"""Folder of a run: what it was started with (`config.json`), and whether a process may resume it."""
 
 import errno
-import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from policykd.agents.card import TeacherRecord
+from policykd.evaluation.teacher_check import TeacherCheck
 from policykd.io.files import BadFile, write_atomically
-from policykd.io.locks import LOCK as LOCK
-from policykd.io.locks import lock_folder as lock
+from policykd.io.locks import lock_folder as lock_folder
 from policykd.io.machine import versions
+from policykd.io.typed import read_json, write_json
+from policykd.runs.settings import Settings, changed_settings
 
-__all__ = ["LOCK", "lock"]
+CONFIG = "config.json"
+NOTES = "notes.log"
+CHECKPOINTS = "checkpoints"
+FINAL_EVALUATION = "final_eval.json"
 
-CONFIG, NOTES = "config.json", "notes.log"
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Hardware and backends that the last bits of a result depend on."""
+
+    device: str
+    """device that torch computes on"""
+    threads: int
+    """CPU threads per batch"""
+    teacher_backend: str = ""
+    """runtime of the teacher's network"""
 
 
-def goes_on(run: Path, settings: Mapping[str, Any], *, resume: bool, machine: Mapping[str, Any]) -> bool:
-    """Returns whether a run's folder is there already, started with the same settings and to be resumed.
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Content of `config.json`: everything that identifies a run, written when it starts."""
 
-    On another `machine` (device, threads) or with other versions it goes on with a warning, which is kept in notes.log:
-    not bit for bit the same.
+    subcommand: str
+    """command that resumes it: distill, distill-rl or train-teacher"""
+    settings: Settings
+    """every flag of that command, given or not"""
+    machine: Machine
+    teacher: TeacherRecord | None = None
+    """identity of the teacher"""
+    teacher_check: TeacherCheck | None = None
+    """how the teacher played when the run was started"""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """name -> sha256 of other files that the run reads, such as a dataset"""
+    versions: dict[str, str] = field(default_factory=versions)
+    """package -> version"""
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    """command line"""
+
+
+def should_resume(run: Path, *, resume: bool) -> bool:
+    """Returns whether a folder holds a run, which is then to be resumed.
 
     Raises:
-        ValueError: a run of that name exists and is not to be resumed, or was started with other settings.
-        BadFile: its config.json is missing or damaged.
+        ValueError: it does, but to resume it was not asked for.
+        BadFile: it holds checkpoints without a config.
     """
-    config = run / CONFIG
-    if not config.is_file():
-        if (run / "checkpoints").exists():
-            raise BadFile(f"{run}: holds checkpoints but no {CONFIG} to tell whose; give another --name")
+    if not (run / CONFIG).is_file():
+        if (run / CHECKPOINTS).exists():
+            raise BadFile(f"{run}: holds checkpoints but no {CONFIG}; give another --name")
         return False
     if not resume:
-        raise ValueError(f"{run}: holds a run already; go on with it by --resume, or give another --name")
-    try:
-        started = json.loads(config.read_text())
-        changed = _changes(started["settings"], settings)
-        elsewhere = _changes(started["versions"], versions()) + _changes(started["machine"], machine)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise BadFile(f"{config}: damaged, or not what a run writes ({error!r}); give another --name") from error
-    if changed:
-        raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
-    if elsewhere:
-        warning = f"goes on elsewhere than it was started, so not bit for bit the same run ({'; '.join(elsewhere)})"
-        print(f"warning: {run}: {warning}", file=sys.stderr)
-        _note(run, warning)
+        raise ValueError(f"{run}: holds a run already; resume it with --resume, or give another --name")
     return True
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def load_run_config(run: Path) -> RunRecord:
+    """Returns what a run was started with.
+
+    Raises:
+        BadFile: not found, damaged, or written by another version of policykd.
+    """
+    step = "written by another version of policykd, or damaged; start a new run under another --name"
+    return read_json(RunRecord, run / CONFIG, next_step=step)
+
+
+def write_run_config(run: Path, record: RunRecord) -> None:
+    """Creates a run's folder with its config."""
+    write_json(run / CONFIG, record)
+
+
+def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change: Collection[str]) -> None:
+    """Compares the settings of a resumed run with those it was started with.
+
+    On another machine or with other versions it is resumed with a warning, which is also written to `notes.log`: its
+    results are then not bit for bit the same.
+
+    Args:
+        run: the run's folder.
+        started: its config.
+        now: what it would be started with now.
+        may_change: names of settings that are not compared.
+
+    Raises:
+        ValueError: other settings, teacher or inputs; one line names each of them.
+    """
+    changed = [
+        f"{name} was {before!r}, is {value!r}"
+        for name, before, value in changed_settings(started.settings, now.settings)
+        if name.partition(".")[0] not in may_change
+    ]
+    if started.teacher and now.teacher and started.teacher.sha256 != now.teacher.sha256:
+        changed.append(f"teacher was {_describe(started.teacher)}, is {_describe(now.teacher)}")
+    changed += _changes(started.inputs, now.inputs)
+    if changed:
+        raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
+    elsewhere = _changes(started.versions, now.versions) + _changes(asdict(started.machine), asdict(now.machine))
+    if elsewhere:
+        warning = (
+            f"resumed on another machine or with other versions, not bit for bit the same ({'; '.join(elsewhere)})"
+        )
+        print(f"warning: {run}: {warning}", file=sys.stderr)
+        add_note(run, warning)
+
+
+def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> RunRecord:
+    """Returns the record of a run whose budget may have grown; config.json and notes.log then record the new one.
+
+    Args:
+        run: the run's folder.
+        started: its config.
+        now: what it would be started with now.
+        key: name of the setting that holds the budget, such as `rounds`.
+
+    Raises:
+        ValueError: a smaller budget.
+    """
+    before = started.settings[key]
+    budget = now.settings[key]
+    assert isinstance(before, int)
+    assert isinstance(budget, int)
+    if budget < before:
+        raise ValueError(
+            f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
+        )
+    if budget > before:
+        started = replace(started, settings={**started.settings, key: budget})
+        write_run_config(run, started)
+        add_note(run, f"lengthened from {before} to {budget} {key}")
+    return started
+
+
+def add_note(run: Path, line: str) -> None:
+    """Appends a line with the time to the run's `notes.log`."""
+    path = run / NOTES
+    content = path.read_bytes() if path.is_file() else b""
+    write_atomically(path, content + f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+
+
+def ensure_run_dir_exists(run: Path) -> None:
+    """Raises FileNotFoundError if a run's folder was moved away while the run is in progress."""
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(errno.ENOENT, "moved or removed; resume it where it is now", str(run / CONFIG))
+
+
+def resume_command(run: Path) -> str:
+    """Returns the command that resumes an interrupted run; the one that was given if it has not started yet."""
+    if (run / CONFIG).is_file():
+        return f"policykd resume {shlex.quote(str(run))}"
+    return shlex.join(sys.argv)
+
+
+def pin_teacher_revision(reference: str, started: RunRecord | None) -> str:
+    """Returns a `--teacher` reference with the commit that a run was started with, if it means a teacher on the Hub.
+
+    Args:
+        reference: value of the flag.
+        started: the run's config; None for a new run.
+    """
+    if started is None or started.teacher is None or started.settings.get("teacher") != reference:
+        return reference
+    teacher = started.teacher
+    if teacher.algorithm == "ENSEMBLE":  # its reference contains each member's commit
+        return teacher.ref
+    return f"{teacher.ref}@{teacher.revision}" if teacher.revision else reference
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in now.items() if before.get(key) != value]
 
 
-def _note(run: Path, line: str) -> None:
-    """Appends a line with the time to the run's notes."""
-    notes = run / NOTES
-    before = notes.read_bytes() if notes.is_file() else b""
-    write_atomically(notes, before + f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+def _describe(teacher: TeacherRecord) -> str:
+    return f"{teacher.algorithm} {teacher.ref} (sha256 {teacher.sha256[:12]})"
 
 
-def start_run(run: Path, settings: Mapping[str, Any], *, machine: Mapping[str, Any], **notes: Any) -> None:
-    """Makes a run's folder with its config.json: settings, command, versions, machine and notes."""
-    content = {"settings": settings, "command": shlex.join(sys.argv), "versions": versions(), "machine": machine}
-    write_atomically(run / CONFIG, (json.dumps(content | notes, indent=1) + "\n").encode())
-
-
-def started_with(run: Path) -> dict[str, Any]:
-    """Returns what `start_run` wrote: settings, command, versions, machine and notes.
-
-    Raises:
-        BadFile: damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads((run / CONFIG).read_text())
-        return {"teacher_check": content["teacher_check"], **content}
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadFile(f"{run / CONFIG}: damaged ({error!r}); give another --name") from error
-
-
-def check_there(run: Path) -> None:
-    """Raises OSError if a run's folder has been moved away from under the process."""
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(
-            errno.ENOENT, "moved or removed; go on with --resume where it is now", str(run / CONFIG)
-        )
-
-
-def again(args: Any, run: Path) -> str:
-    """Returns the command that goes on with an interrupted run of `args` (`name`, `resume`)."""
-    more = [*([] if args.name else ["--name", run.name]), *([] if args.resume else ["--resume"])]
-    return shlex.join([sys.executable, *sys.argv, *more])
-
-
-def check_at_least(args: Any, least: int, *flags: str) -> None:
-    """Raises ValueError for the first of the fields `flags` that is smaller than `least`."""
-    for flag in flags:
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that not every source of chance takes."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be at least 0 and at most {2**32 - 1}, not {seed}")
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for the name of a run that would lead out of its folder."""
-    if name != Path(name).name or name in {".", ".."}:
-        raise ValueError(f"--name must be the name of a folder, not {name!r}; --folder says where it lies")
-
-
-def pinned(argument: str, run: Path) -> str:
-    """Returns a `--teacher` argument as the commit that a run was started with, if it means one on the Hub."""
-    try:
-        config = json.loads((run / CONFIG).read_text())
-        teacher, before = config["settings"]["teacher"], config["teacher_argument"]
-        if before != argument:
-            return argument
-        if teacher.get("algorithm") == "ENSEMBLE":  # each member's commit is in it
-            return str(teacher["ref"])
-        return f"{teacher['ref']}@{teacher['revision']}" if teacher["revision"] else argument
-    except (OSError, ValueError, LookupError, TypeError):
-        return argument  # no such run yet, or one that `goes_on` will refuse
+# Former names, until nobody uses them.
+from policykd.io.locks import LOCK as LOCK  # noqa: E402
+from policykd.io.locks import lock_folder as lock  # noqa: E402, F401
+from policykd.runs.legacy import again as again  # noqa: E402
+from policykd.runs.legacy import check_at_least as check_at_least  # noqa: E402
+from policykd.runs.legacy import check_name as check_name  # noqa: E402
+from policykd.runs.legacy import check_seed as check_seed  # noqa: E402
+from policykd.runs.legacy import check_there as check_there  # noqa: E402
+from policykd.runs.legacy import goes_on as goes_on  # noqa: E402
+from policykd.runs.legacy import pinned as pinned  # noqa: E402
+from policykd.runs.legacy import start_run as start_run  # noqa: E402
+from policykd.runs.legacy import started_with as started_with  # noqa: E402

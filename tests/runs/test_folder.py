@@ -1,92 +1,151 @@
-"""A run's folder goes on with the same settings, with the same commit of a teacher, in one process alone."""
+"""A run is resumed with the same settings and the same teacher."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from policykd.agents.card import TeacherRecord
 from policykd.io.files import BadFile
-from policykd.runs.folder import CONFIG, NOTES, check_name, goes_on, pinned, start_run
+from policykd.io.typed import write_json
+from policykd.runs.folder import (
+    CONFIG,
+    NOTES,
+    Machine,
+    RunRecord,
+    check_resumable,
+    ensure_run_dir_exists,
+    lengthen_run,
+    load_run_config,
+    pin_teacher_revision,
+    resume_command,
+    should_resume,
+    write_run_config,
+)
+from policykd.runs.groups import check_name
 
-MACHINE = {"device": "cpu", "threads": 1}
+TEACHER = TeacherRecord(ref="hub:sb3/dqn-PongNoFrameskip-v4", sha256="1" * 64, revision="a" * 40, algorithm="DQN")
+RECORD = RunRecord(
+    subcommand="distill",
+    settings={"game": "Pong", "seed": 1, "rounds": 3, "loss": {"kind": "ForwardKL"}, "teacher": "hub:dqn"},
+    machine=Machine(device="cpu", threads=1),
+    teacher=TEACHER,
+    inputs={"dataset": "2" * 64},
+)
 
 
-def test_a_run_goes_on_with_its_settings_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def changed(**settings: object) -> RunRecord:
+    return replace(RECORD, settings={**RECORD.settings, **settings})  # type: ignore[arg-type]
+
+
+def check(run: Path, now: RunRecord) -> None:
+    check_resumable(run, load_run_config(run), now, may_change={"rounds"})
+
+
+def test_a_run_is_resumed_on_request(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert not goes_on(run, {"seed": 1}, resume=True, machine=MACHINE)
-    start_run(run, {"seed": 1}, machine=MACHINE, note="kept")
-    assert json.loads((run / CONFIG).read_text())["note"] == "kept"
-    assert goes_on(run, {"seed": 1}, resume=True, machine=MACHINE)
+    assert not should_resume(run, resume=True)
+    write_run_config(run, RECORD)
+    assert load_run_config(run) == RECORD
+    assert should_resume(run, resume=True)
+    with pytest.raises(ValueError, match="holds a run already; resume it with --resume"):
+        should_resume(run, resume=False)
+
+
+def test_every_changed_setting_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """C06."""
+    write_run_config(tmp_path, RECORD)
+    check(tmp_path, RECORD)
+    check(tmp_path, changed(rounds=9))
     assert not capsys.readouterr().err
-    with pytest.raises(ValueError, match="holds a run already"):
-        goes_on(run, {"seed": 1}, resume=False, machine=MACHINE)
-    with pytest.raises(ValueError, match="seed was 1, is 2"):
-        goes_on(run, {"seed": 2}, resume=True, machine=MACHINE)
+    with pytest.raises(ValueError, match=r"\(seed was 1, is 2; loss was {.*}, is {.*}\); give another --name"):
+        check(tmp_path, changed(seed=2, loss={"kind": "ActionNLL"}))
+    with pytest.raises(ValueError, match=r"teacher was DQN hub:.* \(sha256 111.*\), is PPO x.zip \(sha256 333"):
+        check(tmp_path, replace(RECORD, teacher=TeacherRecord(ref="x.zip", sha256="3" * 64, algorithm="PPO")))
+    with pytest.raises(ValueError, match="dataset was '222"):
+        check(tmp_path, replace(RECORD, inputs={"dataset": "4" * 64}))
 
 
-def test_a_run_that_goes_on_elsewhere_says_so_and_notes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_teacher_may_have_moved(tmp_path: Path) -> None:
+    write_run_config(tmp_path, RECORD)
+    check(tmp_path, replace(RECORD, teacher=replace(TEACHER, ref="copy.zip", revision="")))
+
+
+def test_another_machine_is_a_warning_and_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """C07, and C09: under another path."""
-    start_run(tmp_path / "run", {"seed": 1}, machine=MACHINE)
+    write_run_config(tmp_path / "run", RECORD)
     run = (tmp_path / "run").rename(tmp_path / "moved")
     for threads in (2, 3):
-        assert goes_on(run, {"seed": 1}, resume=True, machine={**MACHINE, "threads": threads})
-        said = capsys.readouterr().err
-        assert said.startswith(
-            f"warning: {run}: goes on elsewhere than it was started, so not bit for bit the same run"
-        )
-        assert f"(threads was 1, is {threads})" in said
+        check(run, replace(RECORD, machine=Machine(device="cpu", threads=threads)))
+        error = capsys.readouterr().err
+        assert error.startswith(f"warning: {run}: resumed on another machine or with other versions")
+        assert f"(threads was 1, is {threads})" in error
     notes = (run / NOTES).read_text().splitlines()
-    assert [line[20:] for line in notes] == [
-        f"goes on elsewhere than it was started, so not bit for bit the same run (threads was 1, is {threads})"
-        for threads in (2, 3)
+    assert [note.partition(" not bit for bit the same ")[2] for note in notes] == [
+        "(threads was 1, is 2)",
+        "(threads was 1, is 3)",
     ]
 
 
-def test_all_changed_settings_are_told(tmp_path: Path) -> None:
-    """C06."""
-    start_run(tmp_path, {"seed": 1, "rounds": 2, "loss": "kl"}, machine=MACHINE)
-    with pytest.raises(ValueError, match=r"\(seed was 1, is 2; loss was 'kl', is 'nll'\); give another --name"):
-        goes_on(tmp_path, {"seed": 2, "rounds": 2, "loss": "nll"}, resume=True, machine=MACHINE)
+def test_a_budget_may_grow(tmp_path: Path) -> None:
+    write_run_config(tmp_path, RECORD)
+    assert lengthen_run(tmp_path, RECORD, RECORD, "rounds") == RECORD
+    longer = lengthen_run(tmp_path, RECORD, changed(rounds=5, seed=7), "rounds")
+    assert longer == load_run_config(tmp_path) == changed(rounds=5)
+    assert "lengthened from 3 to 5 rounds" in (tmp_path / NOTES).read_text()
+    with pytest.raises(ValueError, match=r"fewer rounds \(rounds was 5, is 4\)"):
+        lengthen_run(tmp_path, longer, changed(rounds=4), "rounds")
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[1]", "null", '{"settings": 3}', '{"settings": {}, "versions": []}', "[" * 99_999]
-)
-def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
+OLD = '{"settings": {"game": "Pong", "loss": "ForwardKL()"}, "command": "x", "versions": {}, "machine": {}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"settings": 3}', "[" * 99_999, OLD])
+def test_a_damaged_or_old_config_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(content)
-    with pytest.raises(
-        BadFile, match=r"config\.json: damaged, or not what a run writes .*; give another --name"
-    ) as caught:
-        goes_on(tmp_path, {"seed": 1}, resume=True, machine=MACHINE)
+    with pytest.raises(BadFile, match=r"config\.json: invalid .*another version of policykd, or damaged") as caught:
+        load_run_config(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_checkpoints_without_a_config_are_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(BadFile, match="to tell whose; give another --name"):
-        goes_on(tmp_path, {}, resume=True, machine=MACHINE)
+    with pytest.raises(BadFile, match=r"checkpoints but no config\.json; give another --name"):
+        should_resume(tmp_path, resume=True)
 
 
-def test_every_teacher_of_an_ensemble_stays_at_its_commit(tmp_path: Path) -> None:
-    ref = f"hub:sb3/dqn-PongNoFrameskip-v4@{'a' * 40}+hub:sb3/ppo-PongNoFrameskip-v4@{'b' * 40}+bundled:ppo"
-    teacher = {"algorithm": "ENSEMBLE", "ref": ref, "revision": ""}
-    start_run(tmp_path, {"teacher": teacher}, machine=MACHINE, teacher_argument="hub:dqn+hub:ppo+bundled")
-    assert pinned("hub:dqn+hub:ppo+bundled", tmp_path) == ref
-    assert pinned("hub:dqn", tmp_path) == "hub:dqn"
+def test_a_run_that_was_moved_away_is_noticed(tmp_path: Path) -> None:
+    write_json(tmp_path / CONFIG, RECORD)
+    ensure_run_dir_exists(tmp_path)
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match="moved or removed; resume it"):
+        ensure_run_dir_exists(tmp_path)
 
 
-@pytest.mark.parametrize("argument", ["auto", "hub:dqn", "hub:dqn@main", "hub:sb3/dqn-PongNoFrameskip-v4"])
-def test_a_teacher_on_the_hub_stays_at_its_commit(argument: str, tmp_path: Path) -> None:
-    assert pinned(argument, tmp_path) == argument
-    teacher = {"ref": "hub:sb3/dqn-PongNoFrameskip-v4", "revision": "a" * 40}
-    start_run(tmp_path, {"teacher": teacher}, machine=MACHINE, teacher_argument=argument)
-    assert pinned(argument, tmp_path) == f"hub:sb3/dqn-PongNoFrameskip-v4@{'a' * 40}"
-    assert pinned("hub:ppo", tmp_path) == "hub:ppo"
+def test_the_command_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "a run"
+    monkeypatch.setattr("sys.argv", ["policykd", "distill"])
+    assert resume_command(run) == "policykd distill"
+    write_run_config(run, RECORD)
+    assert resume_command(run) == f"policykd resume '{run}'"
 
 
-def test_a_local_teacher_has_no_commit(tmp_path: Path) -> None:
-    start_run(tmp_path, {"teacher": {"ref": "a.zip", "revision": ""}}, machine=MACHINE, teacher_argument="a.zip")
-    assert pinned("a.zip", tmp_path) == "a.zip"
+@pytest.mark.parametrize("reference", ["auto", "hub:dqn", "hub:dqn@main"])
+def test_a_teacher_on_the_hub_stays_at_its_commit(reference: str) -> None:
+    assert pin_teacher_revision(reference, None) == reference
+    started = changed(teacher=reference)
+    assert pin_teacher_revision(reference, started) == f"{TEACHER.ref}@{TEACHER.revision}"
+    assert pin_teacher_revision("hub:ppo", started) == "hub:ppo"
+    local = replace(started, teacher=replace(TEACHER, revision=""))
+    assert pin_teacher_revision(reference, local) == reference
+
+
+def test_every_teacher_of_an_ensemble_stays_at_its_commit() -> None:
+    ref = f"hub:sb3/dqn-PongNoFrameskip-v4@{'a' * 40}+bundled:ppo"
+    ensemble = TeacherRecord(ref=ref, sha256="1" * 64, algorithm="ENSEMBLE")
+    started = replace(changed(teacher="hub:dqn+bundled"), teacher=ensemble)
+    assert pin_teacher_revision("hub:dqn+bundled", started) == ref
+    assert pin_teacher_revision("hub:dqn", started) == "hub:dqn"
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "."])

@@ -1,70 +1,82 @@
+"""The logs of a run: one line per round, SB3's tags and arrays, dropped after the last checkpoint."""
+
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from policykd.envs.vector import Episode
+from policykd.evaluation.evaluate import Evaluation
 from policykd.io.files import BadFile
-from policykd.legacy.trainer import Round
-from policykd.runs.records import Records
+from policykd.loop import Round
+from policykd.runs.records import RunLogger
+from policykd.train_state import Rollout, TrainState
 
 
 def a_round(index: int) -> Round:
-    numbers: dict[str, Any] = dict.fromkeys(
-        ("loss", "kl", "action_agreement", "new_kl", "new_action_agreement", "teacher_entropy"), 0.5
-    )
+    metrics = {"loss": 0.5, "kl": 0.25, "action_agreement": 0.75, "teacher_entropy": 1.0, "state_weight": 0.5}
     return Round(
         index=index,
         num_states=100 * (index + 1),
         num_updates=10 * (index + 1),
-        grad_norm=1.0,
-        num_nonfinite_states=0,
-        num_nonfinite_updates=2,
+        train=metrics | {"grad_norm": 1.0, "num_skipped": 2.0, "value_loss": 0.25},
+        new_states=metrics,
         learning_rate=1e-3,
-        student_fraction=0.0,
-        episodes=[Episode(0, -21.0, 800)] if index else [],
-        collect_seconds=2.0,
-        label_seconds=1.0,
-        fit_seconds=4.0,
-        seconds=5.0,
         student_return=-20.5 if index else None,
-        scheduled={"loss.hard": 0.5 - 0.1 * index},
-        terms={"value": 0.25},
-        teacher_disagreement=None,
-        teacher_weights=(0.75, 0.25),
-        state_weight=None,
-        **numbers,
+        schedules={"loss.hard": 0.5 - 0.1 * index},
+        collected=Rollout(
+            first=0,
+            student_fraction=0.0,
+            episodes=[Episode(0, -21.0, 800)] if index else [],
+            collect_seconds=2.0,
+            label_seconds=1.0,
+            metrics={"teacher_weight_1": 0.25},
+        ),
+        train_seconds=4.0,
+        seconds=5.0,
+        state=cast(TrainState, SimpleNamespace()),
     )
 
 
-def test_a_line_a_round_and_seconds_by_phase(tmp_path: Path) -> None:
-    records = Records(tmp_path, 0)
-    for k in range(3):
-        records.add_round(a_round(k), temperature=1.0)
-    records.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["index"] for r in rows] == [0, 1, 2]
-    assert [r["episodes"] for r in rows] == [[], [-21.0], [-21.0]]
-    assert {r["num_nonfinite_updates"] for r in rows} == {2}
-    assert [r["scheduled"]["loss.hard"] for r in rows] == pytest.approx([0.5, 0.4, 0.3])
-    assert not any("seconds" in key for row in rows for key in row)  # the next run's metrics are the same bytes
-    assert records.seconds() == {"collect": 6.0, "label": 3.0, "fit": 12.0, "rounds": 15.0}
+def evaluation(*returns: float) -> Evaluation:
+    return Evaluation(returns=returns, lengths=(5,) * len(returns))
 
 
-def test_what_came_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
-    records = Records(tmp_path, 0)
+@pytest.fixture
+def three_rounds(tmp_path: Path) -> RunLogger:
+    logger = RunLogger(tmp_path, 0)
     for k in range(3):
-        records.add_round(a_round(k), temperature=1.0)
-        records.add_evaluation([1.0, 2.0], [5, 6], {"teacher_mean_reward": None})
-    records.close()
-    resumed = Records(tmp_path, 2)
+        logger.add_round(a_round(k), temperature=1.0)
+        logger.add_evaluation(evaluation(1.0, 2.0), None)
+    logger.close()
+    return logger
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_per_round_and_seconds_per_phase(tmp_path: Path, three_rounds: RunLogger) -> None:
+    found = rows(tmp_path)
+    assert [row["index"] for row in found] == [0, 1, 2]
+    assert [row["episodes"] for row in found] == [[], [-21.0], [-21.0]]
+    assert [row["schedules"]["loss.hard"] for row in found] == pytest.approx([0.5, 0.4, 0.3])
+    expected = {"kl": 0.25, "new_kl": 0.25, "teacher_entropy": 1.0, "num_skipped": 2.0, "value_loss": 0.25}
+    assert expected.items() <= found[0].items()
+    assert not any("seconds" in key for key in found[0])  # the next run's metrics are the same bytes
+    assert three_rounds.seconds() == {"collect": 6.0, "label": 3.0, "train": 12.0, "rounds": 15.0}
+
+
+def test_rounds_after_the_last_checkpoint_are_dropped(tmp_path: Path, three_rounds: RunLogger) -> None:
+    resumed = RunLogger(tmp_path, 2)
     resumed.add_round(a_round(2), temperature=1.0)
-    resumed.add_evaluation([3.0, 4.0], [7, 8], {})
+    resumed.add_evaluation(evaluation(3.0, 4.0), -1.0)
     resumed.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(rows(tmp_path)) == 3
     with np.load(tmp_path / "evaluations.npz", allow_pickle=False) as arrays:
         assert arrays["timesteps"].tolist() == [100, 200, 300]
         assert arrays["results"].tolist() == [[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]
@@ -72,25 +84,35 @@ def test_what_came_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
     assert resumed.seconds()["collect"] == pytest.approx(6.0)
     assert resumed.has_evaluation(30)
     assert not resumed.has_evaluation(40)
+    assert resumed.evaluation_returns(30) == [3.0, 4.0]
 
 
-def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    records = Records(tmp_path, 0)
-    records.add_round(a_round(0), temperature=1.0)
-    records.close()
-    with pytest.raises(BadFile, match=r"metrics.jsonl: holds 1 rounds, the checkpoint 2"):
-        Records(tmp_path, 2)
+def test_damaged_logs_are_one_line(tmp_path: Path, three_rounds: RunLogger) -> None:
+    with pytest.raises(BadFile, match=r"metrics.jsonl: contains 3 rounds, the checkpoint 4"):
+        RunLogger(tmp_path, 4)
+    (tmp_path / "evaluations.npz").write_bytes(b"cut")
+    with pytest.raises(BadFile, match=r"evaluations.npz: damaged .*; remove it and resume"):
+        RunLogger(tmp_path, 3)
 
 
-def test_everything_that_changes_is_a_curve(tmp_path: Path) -> None:
-    records = Records(tmp_path, 0)
-    for k in range(3):
-        records.add_round(a_round(k), temperature=1.0)
-    records.close()
+def test_curves_have_sb3s_tags(tmp_path: Path, three_rounds: RunLogger) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [e.value for e in events.Scalars("schedule/loss.hard")] == pytest.approx([0.5, 0.4, 0.3])
-    assert [e.value for e in events.Scalars("train/value_loss")] == pytest.approx([0.25] * 3)
-    assert [e.step for e in events.Scalars("rollout/student_return")] == [20, 30]  # before, it had not played
-    assert [e.value for e in events.Scalars("data/teacher_weight_1")] == [0.25] * 3
-    assert "data/teacher_disagreement" not in events.Tags()["scalars"]
+    values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert values["schedule/loss.hard"] == pytest.approx([0.5, 0.4, 0.3])
+    assert values["train/value_loss"] == pytest.approx([0.25] * 3)
+    assert values["train/n_nonfinite_updates"] == [2.0] * 3
+    assert values["data/teacher_weight_1"] == [0.25] * 3
+    assert values["eval/mean_reward"] == [1.5] * 3
+    assert values["time/time_elapsed"] == [5.0, 10.0, 15.0]
+    assert [event.step for event in events.Scalars("rollout/student_return")] == [20, 30]  # it had not played before
+    usual = {
+        "train/loss",
+        "train/kl",
+        "train/learning_rate",
+        "data/new_kl",
+        "data/teacher_entropy",
+        "data/state_weight",
+    }
+    assert usual | {"rollout/ep_rew_mean", "time/total_timesteps", "eval/mean_ep_length"} <= values.keys()
+    assert "data/new_teacher_entropy" not in values
