@@ -1,105 +1,119 @@
-"""Saves and restores a learner at the end of a round, so that a run goes on as if nothing had happened.
+"""Checkpoints of a distillation run: it resumes from the last completed round with bit-identical results.
 
-A checkpoint is a generation of a store: one safetensors file with the student, the optimizer and the random streams, a
-shard of the replay for every round, and a manifest with the rest.
+A checkpoint is a generation (`policykd.storage.generations`): weights, optimizer and random generators in one
+safetensors file, counters and environments in one JSON file, and a shard for the states of every round.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
 
-from policykd.envs.vector import Episode
-from policykd.io.signals import check_interrupted
-from policykd.legacy.train_state import Learner, Visit
-from policykd.storage.generations import commit, last, packed, read_arrays, read_file, recover
-from policykd.storage.shards import compressed
-
-KEYS = ("round", "num_updates", "num_rows", "num_states", "envs", "starts", "visit")
+from policykd.io.typed import parse_json, to_json
+from policykd.storage.dataset import describe
+from policykd.storage.generations import Draft, commit, last, recover
+from policykd.storage.manifest import Count, Origin
+from policykd.train_state import Learner, Visit
 
 
-def save_checkpoint(learner: Learner, folder: Path) -> None:
-    """Writes the learner's last round into `folder`: its new states as a shard, the rest whole.
+@dataclass(frozen=True)
+class RunProgress:
+    """Content of `progress-NNNNNN.json`: everything in a checkpoint that is neither a tensor nor a stored state."""
+
+    round: Count
+    num_updates: Count
+    envs: dict[str, Any]
+    """state of the environments: JSON that only they understand"""
+    episode_starts: Annotated[tuple[bool, ...], Field(min_length=1)]
+    visit: Visit | None
+    student_returns: tuple[float, ...]
+    student_steps: Count
+
+
+def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) -> None:
+    """Writes the training state after a round; of the replay only the new states.
+
+    Args:
+        state: after a completed round.
+        folder: created if missing.
+        origin: game and teacher, so that others can read the folder as a dataset (`open_dataset`).
 
     Raises:
         ValueError: the folder holds the checkpoints of another run.
-        OSError: no room or no permission; the checkpoint before stays valid.
+        OSError: no space left or no permission; the previous checkpoint stays valid.
     """
-    before, replay = last(folder, KEYS), learner.replay
-    num_saved = before.about["num_rows"] if before else 0
-    if num_saved > len(replay):
-        raise ValueError(f"{folder}: holds the checkpoints of another run; give another folder")
-    tensors: dict[str, Tensor] = {f"student.{k}": v for k, v in learner.student.state_dict().items()}
-    tensors |= {f"beyond.{k}": v for k, v in learner.beyond.state_dict().items()} if learner.beyond else {}
-    tensors |= optimizer_tensors(learner.optimizer)
-    tensors["action_generator"] = learner.action_generator.get_state()
-    tensors["batch_generator"] = learner.batch_generator.get_state()
-    files = {"learner.safetensors": packed(tensors)}
-    first_new = max(num_saved, replay.num_given)
-    if first_new < len(replay):
-        files["replay.npz"] = compressed(replay.arrays(first_new))
-    commit(
-        folder,
-        before,
-        files,
-        kept=before.named("replay") if before else (),
-        at=f"round {learner.round}",
-        about={
-            "round": learner.round,
-            "num_updates": learner.num_updates,
-            "num_rows": len(replay),
-            "num_states": replay.num_states,
-            "envs": learner.envs.state(),
-            "starts": learner.starts_B.tolist(),
-            "visit": asdict(learner.visit) if learner.visit else None,
-            "student_returns": learner.student_returns,
-            "student_steps": learner.student_steps,
-        },
+    previous = last(folder, "round", max_position=state.round)
+    shards = previous.manifest.shards if previous else {}
+    num_saved = state.replay.num_given + sum(shard.num_rows for shard in shards.values())
+    tensors = {f"{prefix}{key}": tensor for prefix, m in _modules(state) for key, tensor in m.state_dict().items()}
+    tensors |= optimizer_tensors(state.optimizer)
+    tensors["action_generator"] = state.action_generator.get_state()
+    tensors["batch_generator"] = state.batch_generator.get_state()
+    progress = RunProgress(
+        round=state.round,
+        num_updates=state.num_updates,
+        envs=state.envs.state(),
+        episode_starts=tuple(state.starts_B.tolist()),
+        visit=state.visit,
+        student_returns=tuple(state.student_returns),
+        student_steps=state.student_steps,
     )
+    draft = Draft(
+        unit="round",
+        position=state.round,
+        files={"model.safetensors": pack_tensors(tensors), "progress.json": to_json(progress, indent=None)},
+        shards=shards,
+        new_rows=state.replay.arrays(num_saved) if num_saved < len(state.replay) else {},
+        first_row=num_saved,
+        states=describe(state.replay, origin or Origin(f"the run {folder.absolute().parent.name}")),
+    )
+    commit(folder, previous, draft)
 
 
-def restore_checkpoint(learner: Learner, folder: Path) -> None:
-    """Brings a fresh learner to where `save_checkpoint` saw one: weights, optimizer, replay, games, random streams.
+def restore_checkpoint(state: Learner, folder: Path) -> None:
+    """Brings a fresh training state to that of the newest intact checkpoint.
 
     Raises:
-        BadFile: no checkpoint, or none whose files are those that were saved.
+        BadFile: no checkpoint, or none that is intact.
     """
-    generation = recover(folder, KEYS)
-    about = generation.about
-    for name in generation.named("replay"):
-        check_interrupted()
-        learner.replay.extend(read_arrays(generation, name))
-    (name,) = generation.named("learner")
-    tensors = load_tensors(read_file(generation, name))
-    for prefix, module in (("student.", learner.student), ("beyond.", learner.beyond)):
-        if module:
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            module.load_state_dict(state)
-    restore_optimizer(learner.optimizer, tensors)
-    learner.obs = learner.envs.restore(about["envs"])
-    learner.starts_B = torch.tensor(about["starts"])
-    learner.round, learner.num_updates = about["round"], about["num_updates"]
-    learner.student_returns, learner.student_steps = about.get("student_returns", []), about.get("student_steps", 0)
-    learner.visit = None
-    if about["visit"]:
-        episodes = [Episode(**episode) for episode in about["visit"]["episodes"]]
-        lists = {key: tuple(about["visit"].get(key, ())) for key in ("teacher_weights", "student_returns")}
-        learner.visit = Visit(**{**about["visit"], **lists, "episodes": episodes})
-    learner.action_generator.set_state(tensors["action_generator"])
-    learner.batch_generator.set_state(tensors["batch_generator"])
+    generation = recover(folder, "round")
+    progress = parse_json(RunProgress, generation.read_kind("progress"), folder)
+    for _, arrays in generation.read_shards():
+        state.replay.extend(arrays)
+    tensors = load_tensors(generation.read_kind("model"))
+    for prefix, module in _modules(state):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    restore_optimizer(state.optimizer, tensors)
+    state.action_generator.set_state(tensors["action_generator"])
+    state.batch_generator.set_state(tensors["batch_generator"])
+    state.obs = state.envs.restore(progress.envs)
+    state.starts_B = torch.tensor(progress.episode_starts)
+    state.round = progress.round
+    state.num_updates = progress.num_updates
+    state.visit = progress.visit
+    state.student_returns = list(progress.student_returns)
+    state.student_steps = progress.student_steps
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns tensors as a safetensors file."""
+    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns an optimizer's state under names `optimizer.<parameter>.<slot>`."""
+    """Returns an optimizer's state under the names `optimizer.<parameter>.<slot>`."""
     slots = optimizer.state_dict()["state"].items()
     return {f"optimizer.{index}.{key}": torch.as_tensor(v) for index, slot in slots for key, v in slot.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` returned."""
+    """Restores what `optimizer_tensors` returned."""
     state = optimizer.state_dict()
     state["state"] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -107,7 +121,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             weights = parameters[int(index)]
-            if tensor.shape == weights.shape:  # in the weights' memory format: fused Adam pairs them as they lie
+            # Fused Adam pairs weights and moments by their memory order, so both need the same memory format.
+            if tensor.shape == weights.shape:
                 tensor = torch.empty_like(weights).copy_(tensor)
             state["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(state)
+
+
+def _modules(state: Learner) -> list[tuple[str, nn.Module]]:
+    """Returns the trained modules by the prefix of their tensors: the student, and a loss with weights of its own."""
+    return [("student.", state.student), *([("loss.", state.beyond)] if state.beyond else [])]

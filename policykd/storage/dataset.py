@@ -1,102 +1,165 @@
-"""Datasets of states on disk: every frame once, in `.npz` shards, and a manifest that says what they are.
+"""Datasets: states on disk to distil from, each frame stored once.
 
-The manifest holds the sha256 of every shard. It is written after each, so that an import that is cut goes on, and so
-that whoever reads beside it sees its first rows. A run's `checkpoints/` hold such shards too and can be read as a
-dataset. docs/states.md has the format.
+A dataset is a folder of generations (`policykd.storage.generations`) whose shards hold states. An import commits a
+generation after each shard, so it can be resumed, and others can read its first rows meanwhile. A run's `checkpoints/`
+are such generations as well, so any run can be read as a dataset. docs/states.md describes the format.
 """
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from policykd.agents.policy import Policy
+from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
-from policykd.io.files import BadFile, write_atomically
-from policykd.io.signals import check_interrupted
-from policykd.legacy.replay import Replay
+from policykd.io.files import BadFile
+from policykd.replay import Replay
 from policykd.runs.folder import lock
-from policykd.storage.manifest import FORMAT, MANIFEST, About, Dataset, open_dataset, read_manifest
-from policykd.storage.shards import Arrays, compressed, read_shard, row_bytes
+from policykd.storage.generations import Draft, Generation, commit, has_generations, last, newest
+from policykd.storage.manifest import Origin, ShardEntry, StatesInfo
+from policykd.storage.shards import MAX_RATIO, Arrays
 
 ROWS_PER_SHARD = 16_384
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of states whose manifest has been read."""
+
+    generation: Generation
+    info: StatesInfo
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the shards."""
+        return self.generation.folder
+
+    @property
+    def shards(self) -> dict[str, ShardEntry]:
+        """Shards by file name, in order."""
+        return self.generation.manifest.shards
+
+    @property
+    def is_complete(self) -> bool:
+        """False during an import, or after it was interrupted."""
+        return self.generation.manifest.is_complete
+
+    @property
+    def num_rows(self) -> int:
+        """States, and the few frames that only complete the stacks of later states."""
+        return sum(shard.num_rows for shard in self.shards.values())
+
+    @property
+    def num_states(self) -> int:
+        """Rows that are states."""
+        return sum(shard.num_states for shard in self.shards.values())
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all shards."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards.values()).encode()).hexdigest()
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Returns the dataset in a folder, or the states that a run has collected.
+
+    Args:
+        path: folder of a dataset, of a run (`runs/Pong/pong`), or a run's `checkpoints/`.
+
+    Raises:
+        BadFile: no dataset, a damaged one, or one of another format.
+        ValueError: folder not found.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder; use that of a dataset or of a run")
+    folder = next((folder for folder in (path, path / "checkpoints") if has_generations(folder)), None)
+    if not folder:
+        raise BadFile(f"{path}: not a dataset, and not a run with checkpoints; use another folder")
+    generation = newest(folder)
+    info = generation.manifest.states
+    if not info:
+        raise BadFile(f"{folder}: holds checkpoints of an SB3 training, whose states are not kept; use another dataset")
+    dataset = Dataset(generation, info)
+    if not dataset.shards:
+        raise BadFile(f"{folder}: an offline run, it has collected no states of its own; use the dataset it was given")
+    # No memory is allocated for more rows than the shards can hold.
+    num_bytes = sum(shard.num_bytes for shard in dataset.shards.values())
+    if dataset.num_rows * info.row_bytes > MAX_RATIO * num_bytes:
+        raise BadFile(
+            f"{folder}: {dataset.num_rows:,} rows do not fit into {num_bytes:,} bytes; copy the dataset again"
+        )
+    return dataset
+
+
 def load_dataset(
     path: str | Path,
+    teacher: Teacher,
     *,
-    num_actions: int,
-    obs_shape: tuple[int, ...],
     game: str | None = None,
-    teacher_sha256: str | None = None,
     num_held_out: int = 0,
     room: int = 0,
     device: torch.device | str = "cpu",
 ) -> Replay:
-    """Returns a replay full of a dataset's states, its scores kept if they are this teacher's, to be labelled else.
+    """Returns a replay with all states of a dataset; outputs of another teacher are left out, see `label`.
 
     Args:
         path: see `open_dataset`.
-        num_actions: that the teacher scores.
-        obs_shape: that the teacher sees.
-        game: that the student will play; states of another are refused.
-        teacher_sha256: of the teacher's archive.
-        num_held_out: the last rows, which are never sampled.
-        room: for so many more states, which are visited.
+        teacher: its outputs are kept if the dataset has them.
+        game: the game that the student will play.
+        num_held_out: rows at the end that are never sampled.
+        room: capacity for so many more states.
         device: where the replay lives.
 
     Raises:
-        BadFile: damaged, cut, or of another game, shape or number of actions, with expected and found.
-        ValueError: too large, no state is left to fit to, or none is held out.
+        BadFile: damaged, incomplete, or states of another game, shape or number of actions.
+        ValueError: too large, or no states to train on or to hold out.
     """
     dataset = open_dataset(path)
-    about = dataset.about
-    if game and about.game and about.game != canonical_name(game):
-        raise BadFile(f"{path}: expected states of {canonical_name(game)}, found {about.game}; give another dataset")
-    if about.obs_shape != obs_shape:
-        raise BadFile(f"{path}: expected observations {obs_shape}, found {about.obs_shape}; give another dataset")
-    if about.num_actions not in (None, num_actions):
-        raise BadFile(
-            f"{path}: expected states of an agent with {num_actions} actions, found {about.num_actions};"
-            " give another dataset"
-        )
+    info = dataset.info
+    expected = (canonical_name(game) if game else info.origin.game, teacher.obs_shape, teacher.num_actions)
+    found = (info.origin.game or expected[0], info.obs_shape, info.num_actions or teacher.num_actions)
+    for what, right, wrong in zip(("game", "observations", "number of actions"), expected, found, strict=True):
+        if wrong != right:
+            raise BadFile(f"{path}: expected {what} {right}, found {wrong}; use another dataset")
     if not 0 <= num_held_out < dataset.num_rows:
         raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} rows; hold out fewer")
-    keep_scores = about.teacher is not None and about.teacher["sha256"] == teacher_sha256
-    replay = fill(dataset, num_actions, keep_scores=keep_scores, room=room, device=device)
+
+    is_labelled = info.origin.teacher is not None and info.origin.teacher.sha256 == teacher.sha256
+    replay = fill(dataset, teacher.num_actions, keep_outputs=is_labelled, room=room, device=device)
     replay.num_held_out = num_held_out
-    num_fitted = len(replay) - num_held_out
-    num_fitted -= int((replay.history < num_fitted).sum())
-    if not num_fitted or (num_held_out and num_fitted == replay.num_states):
+    num_training = len(replay) - num_held_out
+    num_training -= int((replay.history < num_training).sum())
+    if not num_training or (num_held_out and num_training == replay.num_states):
         raise ValueError(
-            f"{path}: {num_fitted:,} states to fit to and {replay.num_states - num_fitted:,} held out, the other rows"
-            " only complete stacks; import more states, or hold out another share"
+            f"{path}: {num_training:,} states to train on and {replay.num_states - num_training:,} held out, the other"
+            " rows only complete stacks; import more states, or hold out another share"
         )
     return replay
 
 
 def fill(
-    dataset: Dataset, num_actions: int, *, keep_scores: bool, room: int = 0, device: torch.device | str = "cpu"
+    dataset: Dataset, num_actions: int, *, keep_outputs: bool, room: int = 0, device: torch.device | str = "cpu"
 ) -> Replay:
-    """Returns a replay of all rows of a dataset, with room for more.
+    """Returns a replay of all rows of a dataset, with capacity for `room` more.
 
     Raises:
-        BadFile: damaged, or an import that was cut.
+        BadFile: damaged, or an incomplete import.
         ValueError: larger than the machine's memory.
     """
-    about = dataset.about
+    info = dataset.info
     if not dataset.is_complete:
         raise BadFile(
-            f"{dataset.folder}: an import of {dataset.num_states:,} states so far that was cut, or still goes on; run"
-            " the same import again, it goes on"
+            f"{dataset.folder}: an import that is still running or was interrupted after {dataset.num_states:,} states;"
+            " run the same import again to continue it"
         )
-    num_bytes = (dataset.num_rows + room) * (row_bytes(about.layout) + 1 + 4 * num_actions)
+    num_bytes = (dataset.num_rows + room) * (info.row_bytes + 1 + 4 * num_actions)
     if torch.device(device).type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if num_bytes > memory:
@@ -106,22 +169,22 @@ def fill(
             )
     replay = Replay(
         dataset.num_rows + room,
-        about.num_envs,
+        info.num_envs,
         num_actions,
-        about.obs_shape,
-        stack=about.stack,
-        dtype=getattr(torch, about.dtype),
+        info.obs_shape,
+        stack=info.stack,
+        dtype=getattr(torch, info.dtype),
         device=device,
     )
-    before_first = torch.full((about.num_envs,), -1, dtype=torch.int16)
-    for name, arrays in dataset.read():
-        check_interrupted()
+    before_first = torch.full((info.num_envs,), -1, dtype=torch.int16)
+    for name, arrays in dataset.generation.read_shards():
         first = len(replay)
-        if not keep_scores:
+        if not keep_outputs:
             arrays.pop("scores", None)
         replay.extend(arrays)
-        before_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
-        if (arrays["pasts"] > (before_N + 1).clamp(max=about.stack - 1).numpy()).any():
+        # A stack grows by at most one frame per step of its environment, so it never reaches another's frames.
+        previous_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
+        if (arrays["pasts"] > (previous_N + 1).clamp(max=info.stack - 1).numpy()).any():
             raise BadFile(f"{dataset.folder / name}: a stack reaches back before its stream; import it again")
         if not _is_finite(arrays):
             raise BadFile(f"{dataset.folder / name}: holds NaN or infinite numbers; import it again")
@@ -129,165 +192,147 @@ def fill(
 
 
 def _is_finite(arrays: Arrays) -> bool:
-    frames, scores = arrays["frames"], arrays.get("scores", np.zeros(0))
+    outputs = arrays.get("scores", np.zeros(0))
     if "scores" in arrays and "history" in arrays:
-        scores = scores[~arrays["history"]]  # what is no state is never labelled
-    return bool(np.isfinite(frames).all() and np.isfinite(scores).all())
+        outputs = outputs[~arrays["history"]]  # rows that are not states are never labelled
+    return bool(np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all())
 
 
 @torch.inference_mode()
 def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
-    """Scores the states of a replay that have no scores yet, and returns how many they were.
+    """Labels the states of a replay that have no teacher outputs yet, and returns how many those were.
 
     Args:
-        replay: on any device; the teacher must be on the same.
-        teacher: its raw scores are stored.
-        batch_size: states a forward pass.
+        replay: on the teacher's device.
+        teacher: its raw outputs are stored.
+        batch_size: states per forward pass.
 
     Raises:
-        FloatingPointError: a score is not finite.
+        FloatingPointError: an output is not finite.
     """
-    waits_N = replay.scores_NA[: len(replay)].isnan().any(dim=1)
-    waits_N[replay.history] = False
-    rows = waits_N.nonzero().squeeze(1)
+    is_missing_N = replay.scores_NA[: len(replay)].isnan().any(dim=1)
+    is_missing_N[replay.history] = False
+    rows = is_missing_N.nonzero().squeeze(1)
     for rows_B in rows.split(batch_size):
-        check_interrupted()
-        scores_BA = teacher(replay.gather(rows_B)).to(replay.scores_NA.device)
-        if not scores_BA.isfinite().all():
-            raise FloatingPointError("the teacher's scores of replayed states are not finite; give another teacher")
-        replay.scores_NA[rows_B] = scores_BA
+        teacher_BA = teacher(replay.gather(rows_B)).to(replay.scores_NA.device)
+        if not teacher_BA.isfinite().all():
+            raise FloatingPointError("the teacher's outputs on stored states are not finite; use another teacher")
+        replay.scores_NA[rows_B] = teacher_BA
     return len(rows)
 
 
 def write_dataset(
-    folder: Path, about: About, parts: Iterable[Arrays], *, rows_per_shard: int = ROWS_PER_SHARD
+    folder: Path, info: StatesInfo, parts: Iterable[Arrays], *, rows_per_shard: int = ROWS_PER_SHARD
 ) -> Dataset:
-    """Writes rows as they come into shards, and the manifest after each; goes on where the same import was cut.
+    """Writes rows as shards, and commits after each; continues an import of the same rows that was interrupted.
 
     Args:
-        folder: made if it is missing.
-        about: what the states are.
-        parts: of any length, all with the same arrays: those of `Replay.arrays`, `actions`, `rewards`, `starts`; from
-            the first row on, even if it goes on: what is there already is compared.
+        folder: created if missing.
+        info: description of the states.
+        parts: any number of rows each, all with the same arrays (`StatesInfo.layout`). Always from the first row on:
+            the rows that are saved already are compared.
         rows_per_shard: bounds the memory that is needed.
 
     Raises:
         ValueError: the folder holds a dataset, or part of another import.
-        BadFile: there are no states, or others than when the import was cut.
-        OSError: no room, no permission, or another process writes there; the shards so far stay.
-        KeyboardInterrupt: a signal came, see `check_interrupted`; the shards so far stay.
+        BadFile: no states, or other rows than when the import was interrupted.
+        OSError: no space left, no permission, or another process writes there; the shards so far stay.
+        KeyboardInterrupt: a signal has arrived; the shards so far stay.
     """
-    check_free(folder)
     with lock(folder):
+        previous = _interrupted_import(folder, info)
+        saved = list(previous.manifest.shards.items()) if previous else []
+        shards: dict[str, ShardEntry] = {}
+        num_rows = 0
         try:
-            dataset = Dataset(folder, about, 0, 0, {}, is_complete=False)
-            saved = _saved_shards(folder, about)
             for arrays in _regrouped(parts, rows_per_shard):
-                name = f"states-{len(dataset.shards):04d}.npz"
-                if name in saved and _is_saved(folder / name, saved[name], about, arrays):
-                    dataset = _with_shard(dataset, name, saved[name], arrays)
-                    continue
-                saved, content = {}, compressed(arrays)
-                write_atomically(folder / name, content)
-                dataset = _with_shard(dataset, name, hashlib.sha256(content).hexdigest(), arrays)
-                _write_manifest(dataset)
+                if previous and len(shards) < len(saved):
+                    name, entry = saved[len(shards)]
+                    if _is_saved(previous, name, arrays):
+                        shards[name] = entry
+                        num_rows += entry.num_rows
+                        continue
+                    previous = None  # damaged: written again from here on
+                draft = Draft("row", num_rows, {}, shards, arrays, num_rows, info, is_complete=False)
+                previous = commit(folder, previous, draft)
+                shards = dict(previous.manifest.shards)
+                saved = []
+                num_rows += len(arrays["pasts"])
         except KeyboardInterrupt:
-            if not (folder / MANIFEST).is_file():
+            if not has_generations(folder):
                 raise
-            num_states = read_manifest(folder).num_states
+            num_states = open_dataset(folder).num_states
             raise KeyboardInterrupt(
-                f"{num_states:,} states are imported; run the same import again, it goes on"
+                f"{num_states:,} states are imported; run the same import again to continue"
             ) from None
-        if not dataset.num_states:
-            raise BadFile(f"{about.source}: holds no states; give another source")
-        dataset = replace(dataset, is_complete=True)
-        _write_manifest(dataset)
-        for stale in set(folder.glob("states-*.npz")) - {folder / name for name in dataset.shards}:
-            stale.unlink()
-    return dataset
+        if not shards:
+            raise BadFile(f"{info.origin.source}: holds no states; use another source")
+        if len(shards) < len(saved):
+            previous = None  # more was imported before than is wanted now
+        return Dataset(commit(folder, previous, Draft("row", num_rows, shards=shards, states=info)), info)
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError if a folder holds a whole dataset already."""
-    if (folder / MANIFEST).exists() and read_manifest(folder).is_complete:
-        raise ValueError(f"{folder}: holds a dataset already; give another folder, or remove it first")
+    """Raises ValueError if a folder holds a complete dataset already."""
+    generation = last(folder, "row") if has_generations(folder) else None
+    if generation and generation.manifest.is_complete:
+        raise ValueError(f"{folder}: holds a dataset already; use another folder, or remove it first")
 
 
-def _saved_shards(folder: Path, about: About) -> Mapping[str, str]:
-    """Returns the shards of an import that was cut."""
-    if not (folder / MANIFEST).exists():
-        return {}
-    cut = read_manifest(folder)
-    if cut.about != about:
-        raise ValueError(
-            f"{folder}: holds part of another import ({cut.about.source}); give another folder, or remove it first"
-        )
-    return cut.shards
+def _interrupted_import(folder: Path, info: StatesInfo) -> Generation | None:
+    check_free(folder)
+    if not has_generations(folder):
+        return None
+    generation = last(folder, "row")
+    if not generation or generation.manifest.states != info:
+        source = generation.manifest.states.origin.source if generation and generation.manifest.states else "damaged"
+        raise ValueError(f"{folder}: holds part of another import ({source}); use another folder, or remove it first")
+    return generation
 
 
-def _is_saved(path: Path, sha256: str, about: About, arrays: Arrays) -> bool:
-    """Returns whether a shard of an import that was cut is whole.
+def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
+    """Returns whether a shard of an interrupted import is intact.
 
     Raises:
         BadFile: it is, but the source gives other rows now.
     """
     try:
-        saved = read_shard(path, sha256, about.layout, len(arrays["pasts"]))
+        saved = generation.read_shard(name)
     except BadFile as error:
-        print(f"warning: {error}: it and those after it are imported again", file=sys.stderr)
+        print(f"warning: {error}: this shard and the following ones are imported again", file=sys.stderr)
         return False
+    if len(saved["pasts"]) > len(arrays["pasts"]):
+        return False  # fewer states are wanted now
     if saved.keys() != arrays.keys() or any(saved[key].tobytes() != arrays[key].tobytes() for key in saved):
-        raise BadFile(f"{path}: not what {about.source} gives now; give another folder, or remove this one first")
+        raise BadFile(f"{generation.folder / name}: the source has changed since; use another folder, or remove it")
     return True
 
 
-def _with_shard(dataset: Dataset, name: str, sha256: str, arrays: Arrays) -> Dataset:
-    num_rows = len(arrays["pasts"])
-    num_states = num_rows - int(arrays.get("history", np.zeros(1)).sum())
-    return replace(
-        dataset,
-        num_rows=dataset.num_rows + num_rows,
-        num_states=dataset.num_states + num_states,
-        shards={**dataset.shards, name: sha256},
-    )
-
-
-def _write_manifest(dataset: Dataset) -> None:
-    counts = {"num_states": dataset.num_states, "num_rows": dataset.num_rows, "complete": dataset.is_complete}
-    manifest = {"format": FORMAT, **asdict(dataset.about), **counts, "shards": dataset.shards}
-    write_atomically(dataset.folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def save_dataset(
-    replay: Replay,
-    folder: Path,
-    *,
-    source: str,
-    preprocessing: str,
-    game: str | None = None,
-    teacher: Mapping[str, str] | None = None,
-) -> Dataset:
-    """Writes a replay as a dataset; its scores too if `teacher` says whose they are (`algorithm`, `sha256`)."""
-    about = About(
-        obs_shape=tuple(replay.obs_shape),
-        stack=replay.stack,
-        dtype=str(replay.frames.dtype).removeprefix("torch."),
-        source=source,
-        preprocessing=preprocessing,
-        game=canonical_name(game) if game else None,
-        num_actions=replay.scores_NA.shape[1],
-        num_envs=replay.num_envs,
-        teacher=teacher,
-    )
+def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:
+    """Writes a replay as a dataset; its teacher outputs too if `origin.teacher` is given."""
     firsts = range(0, len(replay), ROWS_PER_SHARD)
     parts = (replay.arrays(first, min(first + ROWS_PER_SHARD, len(replay))) for first in firsts)
-    return write_dataset(folder, about, ({k: v for k, v in p.items() if teacher or k != "scores"} for p in parts))
+    if origin.teacher is None:
+        parts = ({key: array for key, array in part.items() if key != "scores"} for part in parts)
+    return write_dataset(folder, describe(replay, origin), parts)
+
+
+def describe(replay: Replay, origin: Origin) -> StatesInfo:
+    """Returns a description of the states in a replay."""
+    return StatesInfo(
+        obs_shape=tuple(replay.obs_shape),
+        dtype=str(replay.frames.dtype).removeprefix("torch."),
+        origin=origin,
+        stack=replay.stack,
+        num_actions=replay.scores_NA.shape[1],
+        num_envs=replay.num_envs,
+    )
 
 
 def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
+    """Yields the same rows, `num_rows` at a time."""
     held: list[Arrays] = []
     for part in parts:
-        check_interrupted()
         held.append(part)
         if sum(len(p["pasts"]) for p in held) < num_rows:
             continue

@@ -1,253 +1,277 @@
-"""A folder of generations: files, and a manifest, written last, that says by their sha256 which belong together.
+"""A folder of generations: files that belong together, and a manifest that lists them by their sha256.
 
-`checkpoint-000012.json` is the manifest of the twelfth. A commit keeps the generation that it goes on from, so that
-there is one to go back to where the newest is damaged, and removes those before. No file of a whole generation is ever
-written over. Nothing in it is a pickle.
+`manifest-000012.json` is the manifest of generation 12. It is written last, so a generation is complete or absent
+whenever the process is killed or the disk fills up. No file of a complete generation is overwritten, and the previous
+generation is kept in case the newest is damaged. Nothing in the folder is a pickle.
 """
 
 import hashlib
-import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from policykd.io.files import BadFile, remove_stale_temp_files, replace_file, sync_folder
+from policykd.io.signals import deferred_signals
+from policykd.io.typed import MAX_JSON_BYTES, parse_json, read_bounded, to_json
+from policykd.storage.manifest import FORMAT, FileEntry, Manifest, ShardEntry, Unit
+from policykd.storage.shards import Arrays, pack_arrays, unpack_arrays
 
-from policykd.io.files import BadFile, read_verified, remove_stale_temp_files, replace_file, sync_folder
-from policykd.storage.shards import Arrays, unpacked
+MANIFEST = "manifest"
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+NO_ROWS: Arrays = {}
 
-FORMAT = 2
-OLD_MANIFEST = "checkpoint.json"
-"""of format 1"""
-MANIFEST, DAMAGED = "checkpoint", "damaged"
-"""kinds of files: manifests, and those that were set aside"""
-
-_NAME = re.compile(r"([a-z]+)-(\d{6,})\.(json|npz|safetensors)")
+_NAME = re.compile(r"([a-z]+)-(\d{6,9})\.(json|npz|safetensors)")
+_OLD_MANIFESTS = ("checkpoint.json", "checkpoint-*.json", "manifest.json")
+"""of checkpoints of format 1 and 2, and of datasets of format 1"""
 
 
 class Damaged(BadFile):
-    """One generation is not what was saved; the one before may be."""
+    """One generation is damaged; the previous one may be intact."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a manifest says."""
+    """A generation whose manifest has been read; its files are verified whenever they are read."""
 
     folder: Path
-    number: int
-    at: str
-    """where the caller was, such as `round 3`"""
-    about: Mapping[str, Any]
-    files: Mapping[str, str]
-    """name -> sha256"""
+    manifest: Manifest
 
-    def named(self, kind: str) -> dict[str, str]:
-        """Returns the files of one kind, oldest first."""
-        found = {name: sha256 for name, sha256 in self.files.items() if _kind(name) == kind}
-        return dict(sorted(found.items(), key=lambda item: _number(item[0])))
+    def __str__(self) -> str:
+        return f"{self.manifest.unit} {self.manifest.position:,}"
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """All files, the shards included."""
+        return {**self.manifest.files, **self.manifest.shards}
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of one of the files.
+
+        Raises:
+            Damaged: missing, or not the content that was committed.
+        """
+        path = self.folder / name
+        entry = self.files[name]
+        content = _read(path, entry.num_bytes)
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise Damaged(f"{path}: damaged (its sha256 is not the one in the manifest)")
+        return content
+
+    def read_kind(self, kind: str) -> bytes:
+        """Returns the content of the file of one kind, such as `model`."""
+        return self.read(next(name for name in self.manifest.files if _kind(name) == kind))
+
+    def read_shard(self, name: str) -> Arrays:
+        """Returns the arrays of a shard; those of states are checked against their description first.
+
+        Raises:
+            BadFile: missing, damaged, or other arrays than the manifest declares.
+        """
+        layout = self.manifest.states.layout if self.manifest.states else None
+        return unpack_arrays(self.read(name), self.folder / name, layout, self.manifest.shards[name].num_rows)
+
+    def read_shards(self) -> Iterator[tuple[str, Arrays]]:
+        """Yields name and arrays of every shard, in order."""
+        for name in self.manifest.shards:
+            yield name, self.read_shard(name)
 
 
 def has_generations(folder: Path) -> bool:
-    """Returns whether a folder holds a generation, whole or damaged.
+    """Returns whether a folder holds a generation, intact or damaged.
 
     Raises:
-        BadFile: it holds what is left of generations, or those of an older policykd.
+        BadFile: it holds files of generations without their manifests, or those of an older format.
     """
-    if _numbers(folder, MANIFEST):
+    if _numbers(folder):
         return True
-    if (folder / OLD_MANIFEST).exists():
-        raise BadFile(
-            f"{folder}: holds a checkpoint of format 1, this policykd reads {FORMAT}; end that run with the policykd"
-            " that began it, or give another --name"
-        )
+    for pattern in _OLD_MANIFESTS:
+        for old in sorted(folder.glob(pattern)):
+            raise BadFile(
+                f"{old}: written in an older format than this policykd reads ({FORMAT}); import the states again, or"
+                " finish the run with the policykd that started it"
+            )
+    # A first commit that was killed leaves files of number 1 behind; the next commit replaces them.
     if any(_number(path.name) > 1 for path in _files(folder)):
         raise BadFile(
-            f"{folder}: holds files of checkpoints but none of their manifests {MANIFEST}-*.json; copy those back, or"
-            " give another --name"
+            f"{folder}: holds files of checkpoints or datasets but no manifest; copy {MANIFEST}-*.json back, or use"
+            " another folder or --name"
         )
     return False
 
 
-def newest(folder: Path, keys: Collection[str], *, only: str = "") -> Generation:
-    """Returns the newest generation whose files are what was saved, with a line on stderr where a newer one is damaged.
+def newest(folder: Path, unit: Unit | None = None) -> Generation:
+    """Returns the newest intact generation, and prints a warning if a newer one is damaged; nothing is changed.
 
     Args:
-        folder: it is only read.
-        keys: what its `about` must have.
-        only: the kind of files that matter; all by default.
+        folder: may be written to at the same time.
+        unit: what the generations must count. None: any, and of their files only the shards are verified, because
+            only the states are wanted.
 
     Raises:
-        BadFile: there is none, none is whole, or the newest is none of this kind or of a newer format.
+        BadFile: no generation, none that is intact, or one of another kind.
     """
     if not has_generations(folder):
-        raise BadFile(f"{folder}: no checkpoint to resume from; start the run without --resume")
-    damaged, numbers = list[str](), _numbers(folder, MANIFEST)
-    if not only and (lost := max((p for p in _files(folder) if _number(p.name) > max(numbers)), default=None)):
-        damaged.append(f"{lost}: of a checkpoint that was not ended, or has lost its manifest")
+        raise BadFile(f"{folder}: no checkpoint to resume from; start without --resume")
+    numbers = _numbers(folder)
+    problems = list[str]()
+    lost = max((path for path in _files(folder) if _number(path.name) > numbers[0]), default=None)
+    if unit and lost:
+        problems.append(f"{lost}: belongs to a generation without a manifest")
     for number in numbers:
         try:
-            generation = _read(folder, number)
-            for name in generation.named(only) if only else generation.files:
-                read_file(generation, name)
+            generation = _read_generation(folder, number, unit)
+            for name in generation.files if unit else generation.manifest.shards:
+                generation.read(name)
         except Damaged as error:
-            damaged.append(str(error))
+            problems.append(str(error))
             continue
-        _check_kind(generation, keys)
-        if damaged:
-            print(f"warning: {'; '.join(damaged)}: going on from {generation.at}, the one before", file=sys.stderr)
+        if problems:
+            print(f"warning: {'; '.join(problems)}; continuing from {generation}, the previous one", file=sys.stderr)
         return generation
-    raise BadFile(f"{folder}: no checkpoint is whole: {'; '.join(damaged)}; copy them back, or give another --name")
+    if _numbers(folder) != numbers:  # two commits were made meanwhile and removed what was being read
+        return newest(folder, unit)
+    raise BadFile(
+        f"{folder}: no intact generation: {'; '.join(problems)}; copy the files back, or use another folder or --name"
+    )
 
 
-def recover(folder: Path, keys: Collection[str]) -> Generation:
-    """Returns the newest whole generation, from which the next commit goes on.
+def recover(folder: Path, unit: Unit) -> Generation:
+    """Returns the newest intact generation, and removes the manifests of newer ones, which are damaged.
 
-    Damaged manifests are set aside as `damaged-*.json`, and stay until that commit.
+    The next commit then continues from it.
 
     Raises:
-        BadFile: as `newest`.
+        BadFile: see `newest`.
         OSError: no permission.
     """
-    generation = newest(folder, keys)
-    for number in _numbers(folder, MANIFEST):
-        if number > generation.number:
-            (folder / _name(MANIFEST, number)).replace(folder / _name(DAMAGED, number))
+    generation = newest(folder, unit)
+    for number in _numbers(folder):
+        if number > generation.manifest.number:
+            (folder / _name(number=number)).unlink()
     return generation
 
 
-def last(folder: Path, keys: Collection[str]) -> Generation | None:
-    """Returns the last generation that was committed and not set aside; only its manifest is verified.
+def last(folder: Path, unit: Unit, *, max_position: int | None = None) -> Generation | None:
+    """Returns the last generation that was committed; only its manifest is verified.
 
     Raises:
-        BadFile: it is none of this kind or of a newer format.
+        BadFile: it is of another kind.
+        ValueError: it is at a later position than the run that asks, so it belongs to another run.
     """
-    for number in _numbers(folder, MANIFEST):
+    for number in _numbers(folder):
         try:
-            generation = _read(folder, number)
+            generation = _read_generation(folder, number, unit)
         except Damaged:
             continue
-        _check_kind(generation, keys)
+        if max_position is not None and generation.manifest.position > max_position:
+            raise ValueError(f"{folder}: holds the checkpoints of another run; use another folder")
         return generation
     return None
 
 
 def commit(
     folder: Path,
-    before: Generation | None,
-    files: Mapping[str, bytes],
-    *,
-    kept: Iterable[str],
-    at: str,
-    about: Mapping[str, Any],
-) -> None:
-    """Writes files, then the manifest that makes them a generation, then removes all but it and the one before.
+    previous: Generation | None,
+    manifest: Manifest,
+    files: Mapping[str, bytes] = NO_FILES,
+    new_rows: Arrays = NO_ROWS,
+    first_row: int = 0,
+) -> Generation:
+    """Writes a generation, then removes all others except the previous one.
 
     Args:
-        folder: made if it is missing.
-        before: the one that this one goes on from: the `last`.
-        files: what is new: kind and ending (`replay.npz`) -> content.
-        kept: names of files of the one before that belong to this one too.
-        at: where the caller is, such as `round 3`.
-        about: what else the manifest says, JSON.
+        folder: created if missing.
+        previous: the generation that this one continues from: the `last`.
+        manifest: with those shards of the previous generation that belong to this one too; number, new files and new
+            shard are filled in.
+        files: kind and ending, such as `model.safetensors` -> content.
+        new_rows: rows for one more shard, if any.
+        first_row: number of the first new row.
 
     Raises:
-        OSError: no room or no permission; the generation before stays whole.
+        OSError: no space left or no permission; the previous generation stays intact.
     """
-    number = 1 + max([*_numbers(folder, MANIFEST), *_numbers(folder, DAMAGED)], default=0)
-    hashes = {name: before.files[name] for name in kept} if before else {}
-    for name, content in files.items():
-        kind, _, ending = name.partition(".")
-        replace_file(folder / _name(kind, number, ending), content)
-        hashes[_name(kind, number, ending)] = hashlib.sha256(content).hexdigest()
-    manifest = {"format": FORMAT, "number": number, "at": at, "about": about, "files": hashes}
-    replace_file(folder / _name(MANIFEST, number), _sealed(manifest))
-    # Once for all: should a power cut keep the manifest's name without the others', its hashes tell.
-    sync_folder(folder)
-    stay = {*hashes, _name(MANIFEST, number)}
-    if before:
-        stay |= {*before.files, _name(MANIFEST, before.number)}
-    for path in _files(folder):
-        if path.name not in stay:
-            path.unlink()
-    remove_stale_temp_files(folder)
+    number = 1 + max(_numbers(folder), default=0)
+    contents = {_name(*name.split("."), number=number): content for name, content in files.items()}
+    entries = {name: FileEntry(_sha256(content), len(content)) for name, content in contents.items()}
+    shards = dict(manifest.shards)
+    if new_rows:
+        content = pack_arrays(new_rows)
+        num_rows = len(next(iter(new_rows.values())))
+        num_states = num_rows - int(new_rows["history"].sum()) if "history" in new_rows else num_rows
+        name = _name("states", "npz", number=number)
+        shards[name] = ShardEntry(_sha256(content), len(content), first_row, num_rows, num_states)
+        contents[name] = content
+    generation = Generation(folder, replace(manifest, number=number, files=entries, shards=shards))
 
-
-def read_file(generation: Generation, name: str) -> bytes:
-    """Returns one of a generation's files.
-
-    Raises:
-        BadFile: missing, or not what was saved.
-    """
-    try:
-        return read_verified(generation.folder / name, generation.files[name], "")
-    except BadFile as error:
-        raise Damaged(str(error)) from error
-
-
-def read_arrays(generation: Generation, name: str) -> Arrays:
-    """Returns the arrays of one of a generation's `.npz` files.
-
-    Raises:
-        BadFile: missing, or not what was saved.
-    """
-    return unpacked(read_file(generation, name), generation.folder / name)
-
-
-def packed(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns tensors as the content of a safetensors file."""
-    return save_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """Returns JSON whose first line is the sha256 of the others."""
-    lines = json.dumps(manifest)[1:].encode()
-    return f'{{"sha256": "{hashlib.sha256(lines).hexdigest()}",\n'.encode() + lines
-
-
-def _read(folder: Path, number: int) -> Generation:
-    path = folder / _name(MANIFEST, number)
-    try:
-        content = path.read_bytes()
-        seal, _, lines = content.partition(b"\n")
-        if seal.decode() != f'{{"sha256": "{hashlib.sha256(lines).hexdigest()}",':
-            raise ValueError("its sha256 differs")
-        manifest = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise BadFile(f"{path}: of format {manifest['format']}, this policykd reads {FORMAT}; update policykd")
-        generation = Generation(folder, manifest["number"], manifest["at"], manifest["about"], manifest["files"])
-        fields = (generation.number, generation.at, generation.about, generation.files)
-        if [type(field) for field in fields] != [int, str, dict, dict] or generation.number != number:
-            raise ValueError("it is none, or that of another number")
-        if not all(_NAME.fullmatch(name) for name in generation.files):
-            raise ValueError("it names other files than a generation has")
-    except (BadFile, PermissionError):
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{path}: damaged ({getattr(error, 'strerror', None) or error})") from error
+    # The manifest is written last: without it the other files do not count.
+    contents[_name(number=number)] = _seal(generation.manifest)
+    with deferred_signals():
+        for name, content in contents.items():
+            replace_file(folder / name, content)
+        # One sync for all names: should a power cut keep the manifest's name only, its hashes tell.
+        sync_folder(folder)
+        for path in _files(folder):
+            if path.name not in _all_names(generation) | _all_names(previous):
+                path.unlink()
+        remove_stale_temp_files(folder)
     return generation
 
 
-def _check_kind(generation: Generation, keys: Collection[str]) -> None:
-    if missing := sorted(set(keys) - generation.about.keys()):
-        raise BadFile(
-            f"{generation.folder}: holds checkpoints of another kind (no {', '.join(missing)}); give another folder"
-        )
+def _all_names(generation: Generation | None) -> set[str]:
+    return {*generation.files, _name(number=generation.manifest.number)} if generation else set()
+
+
+def _seal(manifest: Manifest) -> bytes:
+    """Returns JSON whose first line is the sha256 of the other lines, so that every flipped bit is noticed."""
+    lines = to_json(manifest)[1:]
+    return b'{"sha256": "%s",' % _sha256(lines).encode() + lines
+
+
+def _read_generation(folder: Path, number: int, unit: Unit | None) -> Generation:
+    path = folder / _name(number=number)
+    content = _read(path, MAX_JSON_BYTES)
+    seal, _, lines = content.partition(b"\n")
+    lines = b"\n" + lines
+    if seal != b'{"sha256": "%s",' % _sha256(lines).encode():
+        raise Damaged(f"{path}: damaged (its sha256 is not the one in its first line)")
+    try:
+        manifest = parse_json(Manifest, b"{" + lines, path)
+    except BadFile as error:
+        raise Damaged(str(error)) from error
+    if manifest.number != number:
+        raise Damaged(f"{path}: the manifest of generation {manifest.number}")
+    if unit and manifest.unit != unit:
+        raise BadFile(f"{path}: expected a count of {unit}s, found one of {manifest.unit}s; use another folder")
+    return Generation(folder, manifest)
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        return read_bounded(path, max_bytes)
+    except PermissionError:
+        raise
+    except (BadFile, OSError) as error:  # an unreadable sector counts as damage too
+        raise Damaged(str(error) if isinstance(error, BadFile) else f"{path}: {error.strerror}") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def _numbers(folder: Path, kind: str) -> list[int]:
-    """Returns the numbers of all files of a kind, newest first."""
-    return sorted((_number(path.name) for path in _files(folder) if _kind(path.name) == kind), reverse=True)
+def _numbers(folder: Path) -> list[int]:
+    """Returns the numbers of all manifests, newest first."""
+    return sorted((_number(path.name) for path in _files(folder) if _kind(path.name) == MANIFEST), reverse=True)
 
 
-def _name(kind: str, number: int, ending: str = "json") -> str:
+def _name(kind: str = MANIFEST, ending: str = "json", *, number: int) -> str:
     return f"{kind}-{number:06d}.{ending}"
 
 

@@ -1,11 +1,7 @@
-"""One shard of states: an `.npz` of numbers, read only if it is the file that the manifest means.
-
-Suffixes name dimensions: N rows, A actions.
-"""
+"""Shards: compressed `.npz` files of plain numbers, whose declared sizes are checked before anything is unpacked."""
 
 import gzip
 import io
-import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -14,38 +10,29 @@ from typing import IO
 
 import numpy as np
 
-from policykd.io.files import BadFile, read_verified
+from policykd.io.files import BadFile
 
 Arrays = dict[str, np.ndarray]
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-"""of each array that a shard may hold: its dtype, and its shape after the rows"""
+"""dtype and shape of every array, by name"""
 
 MAX_RATIO = 1032
-"""how many zeros a byte of deflate can stand for at most"""
+"""maximum compression ratio of deflate: no file of n bytes holds more than n times as many zeros"""
 
 LEVEL = 3
-"""of compression: 2.7 times as fast as zlib's own choice, for 1.75 times the bytes (2,000 states of Pong)"""
+"""zlib level: 2.7 times as fast as zlib's default, for 1.75 times the bytes (2,000 states of Pong)"""
 
 UNREADABLE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-"""what reading an `.npz` raises that is none, or is damaged"""
+"""exceptions that reading a damaged `.npz` raises"""
+
+REQUIRED = ("frames", "pasts")
+"""arrays that every shard of states has"""
 
 
-def layout(dtype: str, frame_shape: tuple[int, ...], num_actions: int | None) -> Layout:
-    """Returns what a shard may hold; `frames` and `pasts` it must."""
-    arrays: dict[str, tuple[str, tuple[int, ...]]] = {
-        "frames": (dtype, frame_shape),
-        "pasts": ("uint8", ()),
-        "history": ("bool", ()),
-        "actions": ("int32", ()),
-        "rewards": ("float32", ()),
-        "starts": ("bool", ()),
-    }
-    return arrays if num_actions is None else {**arrays, "scores": ("float32", (num_actions,))}
-
-
-def compressed(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Returns arrays as the content of a compressed `.npz` file, always the same bytes for the same numbers."""
+def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns arrays as a compressed `.npz` file: always the same bytes for the same numbers."""
     content = io.BytesIO()
+    # Not np.savez_compressed, which stores the current time and knows no compression level.
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -53,44 +40,38 @@ def compressed(arrays: Mapping[str, np.ndarray]) -> bytes:
     return content.getvalue()
 
 
-def unpacked(content: bytes, path: Path) -> Arrays:
-    """Returns the arrays of the `.npz` file `path`.
+def unpack_arrays(content: bytes, path: Path, layout: Layout | None = None, num_rows: int = 0) -> Arrays:
+    """Returns the arrays of an `.npz` file.
+
+    Args:
+        content: of the file.
+        path: its name in error messages.
+        layout: dtypes and shapes (without rows) that the arrays may have; checked before memory is allocated for them.
+        num_rows: rows that every array must have, given a layout.
 
     Raises:
-        BadFile: it is none.
+        BadFile: not an `.npz` of plain numbers, or arrays of another layout.
     """
     try:
+        if layout is not None:
+            _check_layout(declared_arrays(content), layout, num_rows)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except UNREADABLE as error:
-        raise BadFile(f"{path}: not a shard of numbers ({error}); import or copy it again") from error
-
-
-def read_shard(path: Path, sha256: str, expected: Layout, max_rows: int) -> Arrays:
-    """Returns the arrays of a shard; nothing is unpacked before its hash and every declared size are right.
-
-    Raises:
-        BadFile: missing, other content than the manifest's, or arrays of another layout.
-    """
-    content = read_verified(path, sha256, "; import or copy the dataset again")
-    try:
-        if wrong := _differences(declared_arrays(content), expected, max_rows):
-            raise ValueError("; ".join(wrong))
-    except UNREADABLE as error:
         raise BadFile(f"{path}: not a shard of this dataset ({error}); import or copy the dataset again") from error
-    return unpacked(content, path)
 
 
 def declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns name, dtype and shape of every array in an `.npz`, from its headers alone.
+    """Returns name, dtype and shape of every array in an `.npz`, from the headers alone.
 
     Raises:
-        ValueError, zipfile.BadZipFile, zlib.error, EOFError: not an `.npz`, or one that holds objects.
+        ValueError, zipfile.BadZipFile, zlib.error, EOFError: not an `.npz` of plain numbers.
     """
     declared = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if len(members := archive.namelist()) != len(set(members)):
-            raise ValueError("two members of one name")
+        members = archive.namelist()
+        if len(members) != len(set(members)):
+            raise ValueError("two members have the same name")
         for member in members:
             with archive.open(member) as stream:
                 declared[member.removesuffix(".npy")] = npy_header(stream)
@@ -98,10 +79,10 @@ def declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def npy_header(stream: IO[bytes] | gzip.GzipFile) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape that a `.npy` declares, leaving the stream where its numbers begin.
+    """Returns dtype and shape of a `.npy`, and leaves the stream at its first number.
 
     Raises:
-        ValueError: not a `.npy`, or not one of plain numbers.
+        ValueError: not a `.npy` of plain numbers.
     """
     read_header = np.lib.format.read_array_header_1_0
     if np.lib.format.read_magic(stream) != (1, 0):
@@ -112,22 +93,13 @@ def npy_header(stream: IO[bytes] | gzip.GzipFile) -> tuple[str, tuple[int, ...]]
     return str(dtype), tuple(shape)
 
 
-def _differences(declared: Layout, expected: Layout, max_rows: int) -> list[str]:
-    if missing := sorted({"frames", "pasts"} - declared.keys()):
-        return [f"no {' and no '.join(missing)}"]
-    num_rows = declared["pasts"][1][0] if declared["pasts"][1] else 0
-    if not 1 <= num_rows <= max_rows:
-        return [f"declares {num_rows:,} rows, the manifest leaves {max_rows:,} for it"]
-    wrong = []
-    for name, found in declared.items():
-        if name not in expected:
-            wrong.append(f"unknown array {name!r}")
-        elif found != (wanted := (expected[name][0], (num_rows, *expected[name][1]))):
-            wrong.append(f"{name}: expected {wanted[0]} {wanted[1]}, found {found[0]} {found[1]}")
-    return wrong
-
-
-def row_bytes(expected: Layout) -> int:
-    """Returns the bytes of a row's frame in memory."""
-    dtype, shape = expected["frames"]
-    return np.dtype(dtype).itemsize * math.prod(shape)
+def _check_layout(declared: Layout, layout: Layout, num_rows: int) -> None:
+    for name in REQUIRED:
+        if name not in declared:
+            raise ValueError(f"array {name!r} not found")
+    for name, (dtype, shape) in declared.items():
+        if name not in layout:
+            raise ValueError(f"unknown array {name!r}")
+        expected_dtype, row_shape = layout[name]
+        if (dtype, shape) != (expected_dtype, (num_rows, *row_shape)):
+            raise ValueError(f"{name}: expected {expected_dtype} {(num_rows, *row_shape)}, found {dtype} {shape}")
