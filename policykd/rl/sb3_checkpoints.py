@@ -8,6 +8,7 @@ collected.
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from policykd.envs.vector import VectorEnv
-from policykd.io.signals import deferred_signals
+from policykd.io.typed import parse_json, to_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
-from policykd.storage.checkpoints import optimizer_tensors, restore_optimizer
-from policykd.storage.generations import commit, last, packed, read_arrays, read_file, recover
-from policykd.storage.shards import compressed
+from policykd.storage.checkpoints import optimizer_tensors, pack_tensors, restore_optimizer
+from policykd.storage.generations import commit, last, recover
+from policykd.storage.manifest import Manifest, ShardEntry
+from policykd.storage.shards import Arrays
 
-KEYS = ("counters", "episodes", "envs", "starts", "random", "num_added", "shard_ends")
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining", "evaluated_at"),
@@ -33,6 +34,23 @@ COUNTERS = (
 """attributes of SB3's algorithms, and of `TrainingCallback`"""
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """bounds the work that an interrupted training repeats, however slow the machine is"""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Content of `progress-NNNNNN.json`: everything in a checkpoint that is neither a tensor nor a stored step."""
+
+    counters: dict[str, int | float]
+    episodes: tuple[dict[str, int | float], ...]
+    """SB3's `ep_info_buffer`"""
+    envs: dict[str, Any]
+    """state of the environments: JSON that only they understand"""
+    episode_starts: tuple[bool, ...]
+    numpy_random: tuple[str, int, int, float]
+    """name of the generator, position, whether a Gaussian is cached, and that Gaussian"""
+    action_random: dict[str, Any]
+    """state of NumPy's bit generator"""
+    wall_seconds: float
 
 
 def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_seconds: float = 0.0) -> None:
@@ -48,20 +66,16 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
         ValueError: the folder holds the checkpoints of another run.
         OSError: no space left or no permission; the previous checkpoint stays valid.
     """
-    before, buffer = last(folder, KEYS), _buffer(model)
-    steps_before = before.about["counters"]["num_timesteps"] if before else 0
-    if steps_before > model.num_timesteps:
-        raise ValueError(f"{folder}: holds the checkpoints of another run; give another folder")
-    files, shards, num_added = dict[str, bytes](), dict[str, int](), 0
+    previous = last(folder, "step", max_position=model.num_timesteps)
+    shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
+    buffer = _buffer(model)
+    num_saved = max((shard.first_row + shard.num_rows for shard in shards.values()), default=0)
+    new_rows: Arrays = {}
     if buffer:
-        num_added, gone = buffer.num_added, buffer.num_added - buffer.buffer_size
-        num_saved = 0
-        if before:
-            num_saved = before.about["num_added"]
-            ends = zip(before.named("replay"), before.about["shard_ends"], strict=True)
-            shards = {name: end for name, end in ends if end > gone}
-        if num_added > num_saved:
-            files["replay.npz"] = compressed(buffer.arrays(num_saved))
+        oldest = buffer.num_added - buffer.buffer_size
+        shards = {name: s for name, s in shards.items() if s.first_row + s.num_rows > oldest}
+        new_rows = buffer.arrays(num_saved) if buffer.num_added > num_saved else {}
+
     tensors: dict[str, Tensor] = {f"policy.{name}": p for name, p in model.policy.named_parameters()}
     tensors |= optimizer_tensors(model.policy.optimizer)
     tensors["torch_random"] = torch.get_rng_state()
@@ -69,19 +83,19 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
         tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
     kind, words, *rest = np.random.get_state(legacy=True)
     tensors["numpy_random"] = torch.from_numpy(np.asarray(words, np.int64))
-    files["model.safetensors"] = packed(tensors)
-    about = {
-        "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
-        "episodes": list(model.ep_info_buffer or []),
-        "envs": envs.state(),
-        "starts": np.asarray(model._last_episode_starts).tolist(),
-        "random": {"numpy": [kind, *rest], "actions": model.action_space.np_random.bit_generator.state},
-        "num_added": num_added,
-        "shard_ends": [*shards.values(), *([num_added] if "replay.npz" in files else [])],
-        "wall_seconds": wall_seconds,
-    }
-    with deferred_signals():
-        commit(folder, before, files, kept=shards, at=f"step {model.num_timesteps:,}", about=about)
+    progress = TrainingProgress(
+        counters={name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
+        episodes=tuple(model.ep_info_buffer or ()),
+        envs=envs.state(),
+        episode_starts=tuple(np.asarray(model._last_episode_starts).tolist()),
+        numpy_random=(kind, *rest),
+        action_random=dict(model.action_space.np_random.bit_generator.state),
+        wall_seconds=wall_seconds,
+    )
+    files = {"model.safetensors": pack_tensors(tensors), "progress.json": to_json(progress, indent=None)}
+    manifest = Manifest(unit="step", position=model.num_timesteps, shards=shards)
+    first_row = buffer.num_added - len(new_rows["dones"]) if buffer and new_rows else 0
+    commit(folder, previous, manifest, files, new_rows, first_row=first_row)
 
 
 def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> float:
@@ -92,31 +106,31 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     Raises:
         BadFile: no checkpoint, or none that is intact.
     """
-    generation = recover(folder, KEYS)
-    manifest, buffer = generation.about, _buffer(model)
-    for name, end in zip(generation.named("replay"), manifest["shard_ends"], strict=True):
+    generation = recover(folder, "step")
+    progress = parse_json(TrainingProgress, generation.read_kind("progress"), folder)
+    buffer = _buffer(model)
+    for name, arrays in generation.read_shards():
         assert buffer is not None
-        buffer.extend(read_arrays(generation, name), end)
-    (name,) = generation.named("model")
-    tensors = load_tensors(read_file(generation, name))
+        shard = generation.manifest.shards[name]
+        buffer.extend(arrays, shard.first_row + shard.num_rows)
+    tensors = load_tensors(generation.read_kind("model"))
     with torch.no_grad():
         for parameter, weight in model.policy.named_parameters():
             weight.copy_(tensors[f"policy.{parameter}"])
     restore_optimizer(model.policy.optimizer, tensors)
-    for counter, number in manifest["counters"].items():
+    for counter, number in progress.counters.items():
         setattr(model, counter, number)
-    model.ep_info_buffer = deque(manifest["episodes"], maxlen=model._stats_window_size)
+    model.ep_info_buffer = deque(progress.episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
-    model._last_obs = envs.restore(manifest["envs"]).numpy()
-    model._last_episode_starts = np.array(manifest["starts"])
-    stored: dict[str, Any] = manifest["random"]
-    kind, *rest = stored["numpy"]
-    np.random.set_state((kind, tensors["numpy_random"].numpy().astype(np.uint32), *rest))
-    model.action_space.np_random.bit_generator.state = stored["actions"]
+    model._last_obs = envs.restore(progress.envs).numpy()
+    model._last_episode_starts = np.array(progress.episode_starts)
+    kind, position, has_gauss, gauss = progress.numpy_random
+    np.random.set_state((kind, tensors["numpy_random"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    model.action_space.np_random.bit_generator.state = progress.action_random
     torch.set_rng_state(tensors["torch_random"])
     if model.device.type == "cuda" and "cuda_random" in tensors:
         torch.cuda.set_rng_state(tensors["cuda_random"], model.device)
-    return float(manifest.get("wall_seconds", 0.0))
+    return progress.wall_seconds
 
 
 class TrainingCallback(BaseCallback):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from policykd.io.typed import parse_json, to_json
 from policykd.storage.dataset import describe
-from policykd.storage.generations import Draft, commit, last, recover
-from policykd.storage.manifest import Count, Origin
+from policykd.storage.generations import commit, last, recover
+from policykd.storage.manifest import Count, Manifest, Origin, ShardEntry
 from policykd.train_state import Learner, Visit
 
 
@@ -49,7 +49,7 @@ def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) 
         OSError: no space left or no permission; the previous checkpoint stays valid.
     """
     previous = last(folder, "round", max_position=state.round)
-    shards = previous.manifest.shards if previous else {}
+    shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
     num_saved = state.replay.num_given + sum(shard.num_rows for shard in shards.values())
     tensors = {f"{prefix}{key}": tensor for prefix, m in _modules(state) for key, tensor in m.state_dict().items()}
     tensors |= optimizer_tensors(state.optimizer)
@@ -64,16 +64,15 @@ def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) 
         student_returns=tuple(state.student_returns),
         student_steps=state.student_steps,
     )
-    draft = Draft(
+    manifest = Manifest(
         unit="round",
         position=state.round,
-        files={"model.safetensors": pack_tensors(tensors), "progress.json": to_json(progress, indent=None)},
         shards=shards,
-        new_rows=state.replay.arrays(num_saved) if num_saved < len(state.replay) else {},
-        first_row=num_saved,
         states=describe(state.replay, origin or Origin(f"the run {folder.absolute().parent.name}")),
     )
-    commit(folder, previous, draft)
+    files = {"model.safetensors": pack_tensors(tensors), "progress.json": to_json(progress, indent=None)}
+    new_rows = state.replay.arrays(num_saved) if num_saved < len(state.replay) else {}
+    commit(folder, previous, manifest, files, new_rows, first_row=num_saved)
 
 
 def restore_checkpoint(state: Learner, folder: Path) -> None:

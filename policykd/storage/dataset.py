@@ -21,11 +21,12 @@ from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile
 from policykd.replay import Replay
 from policykd.runs.folder import lock
-from policykd.storage.generations import Draft, Generation, commit, has_generations, last, newest
-from policykd.storage.manifest import Origin, ShardEntry, StatesInfo
+from policykd.storage.generations import Generation, commit, has_generations, last, newest
+from policykd.storage.manifest import DType, Manifest, Origin, ShardEntry, StatesInfo
 from policykd.storage.shards import MAX_RATIO, Arrays
 
 ROWS_PER_SHARD = 16_384
+_DTYPES: dict[torch.dtype, DType] = {torch.uint8: "uint8", torch.float32: "float32", torch.float64: "float64"}
 
 
 @dataclass(frozen=True)
@@ -34,36 +35,16 @@ class Dataset:
 
     generation: Generation
     info: StatesInfo
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the shards."""
-        return self.generation.folder
+    num_rows: int
+    """states, and the few frames that only complete the stacks of later states"""
+    num_states: int
+    sha256: str
+    """one hash of all shards"""
 
     @property
     def shards(self) -> dict[str, ShardEntry]:
-        """Shards by file name, in order."""
+        """The shards by file name, in order."""
         return self.generation.manifest.shards
-
-    @property
-    def is_complete(self) -> bool:
-        """False during an import, or after it was interrupted."""
-        return self.generation.manifest.is_complete
-
-    @property
-    def num_rows(self) -> int:
-        """States, and the few frames that only complete the stacks of later states."""
-        return sum(shard.num_rows for shard in self.shards.values())
-
-    @property
-    def num_states(self) -> int:
-        """Rows that are states."""
-        return sum(shard.num_states for shard in self.shards.values())
-
-    @property
-    def sha256(self) -> str:
-        """One hash of all shards."""
-        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards.values()).encode()).hexdigest()
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -82,20 +63,27 @@ def open_dataset(path: str | Path) -> Dataset:
     folder = next((folder for folder in (path, path / "checkpoints") if has_generations(folder)), None)
     if not folder:
         raise BadFile(f"{path}: not a dataset, and not a run with checkpoints; use another folder")
-    generation = newest(folder)
-    info = generation.manifest.states
-    if not info:
-        raise BadFile(f"{folder}: holds checkpoints of an SB3 training, whose states are not kept; use another dataset")
-    dataset = Dataset(generation, info)
-    if not dataset.shards:
-        raise BadFile(f"{folder}: an offline run, it has collected no states of its own; use the dataset it was given")
+    dataset = _as_dataset(newest(folder))
     # No memory is allocated for more rows than the shards can hold.
     num_bytes = sum(shard.num_bytes for shard in dataset.shards.values())
-    if dataset.num_rows * info.row_bytes > MAX_RATIO * num_bytes:
+    if dataset.num_rows * dataset.info.row_bytes > MAX_RATIO * num_bytes:
         raise BadFile(
             f"{folder}: {dataset.num_rows:,} rows do not fit into {num_bytes:,} bytes; copy the dataset again"
         )
     return dataset
+
+
+def _as_dataset(generation: Generation) -> Dataset:
+    info = generation.manifest.states
+    shards = generation.manifest.shards.values()
+    if not info or not shards:
+        raise BadFile(
+            f"{generation.folder}: holds no states of its own, as the checkpoints of an offline run or of SB3; use"
+            " another dataset"
+        )
+    sha256 = hashlib.sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
+    num_rows = sum(shard.num_rows for shard in shards)
+    return Dataset(generation, info, num_rows, sum(shard.num_states for shard in shards), sha256)
 
 
 def load_dataset(
@@ -154,9 +142,10 @@ def fill(
         ValueError: larger than the machine's memory.
     """
     info = dataset.info
-    if not dataset.is_complete:
+    folder = dataset.generation.folder
+    if not dataset.generation.manifest.is_complete:
         raise BadFile(
-            f"{dataset.folder}: an import that is still running or was interrupted after {dataset.num_states:,} states;"
+            f"{folder}: an import that is still running or was interrupted after {dataset.num_states:,} states;"
             " run the same import again to continue it"
         )
     num_bytes = (dataset.num_rows + room) * (info.row_bytes + 1 + 4 * num_actions)
@@ -164,7 +153,7 @@ def fill(
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if num_bytes > memory:
             raise ValueError(
-                f"{dataset.folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine"
+                f"{folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine"
                 f" has {memory / 1e9:,.1f}; import fewer with --num-states"
             )
     replay = Replay(
@@ -185,17 +174,13 @@ def fill(
         # A stack grows by at most one frame per step of its environment, so it never reaches another's frames.
         previous_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
         if (arrays["pasts"] > (previous_N + 1).clamp(max=info.stack - 1).numpy()).any():
-            raise BadFile(f"{dataset.folder / name}: a stack reaches back before its stream; import it again")
-        if not _is_finite(arrays):
-            raise BadFile(f"{dataset.folder / name}: holds NaN or infinite numbers; import it again")
+            raise BadFile(f"{folder / name}: a stack reaches back before its stream; import it again")
+        outputs = arrays.get("scores", np.zeros(0))
+        if "scores" in arrays and "history" in arrays:
+            outputs = outputs[~arrays["history"]]  # rows that are not states are never labelled
+        if not (np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all()):
+            raise BadFile(f"{folder / name}: holds NaN or infinite numbers; import it again")
     return replay
-
-
-def _is_finite(arrays: Arrays) -> bool:
-    outputs = arrays.get("scores", np.zeros(0))
-    if "scores" in arrays and "history" in arrays:
-        outputs = outputs[~arrays["history"]]  # rows that are not states are never labelled
-    return bool(np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all())
 
 
 @torch.inference_mode()
@@ -252,24 +237,23 @@ def write_dataset(
                         shards[name] = entry
                         num_rows += entry.num_rows
                         continue
-                    previous = None  # damaged: written again from here on
-                draft = Draft("row", num_rows, {}, shards, arrays, num_rows, info, is_complete=False)
-                previous = commit(folder, previous, draft)
-                shards = dict(previous.manifest.shards)
+                    previous = None  # damaged: this shard and the following ones are written again
                 saved = []
+                manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
+                previous = commit(folder, previous, manifest, new_rows=arrays, first_row=num_rows)
+                shards = previous.manifest.shards
                 num_rows += len(arrays["pasts"])
         except KeyboardInterrupt:
-            if not has_generations(folder):
-                raise
-            num_states = open_dataset(folder).num_states
-            raise KeyboardInterrupt(
-                f"{num_states:,} states are imported; run the same import again to continue"
-            ) from None
+            num_states = sum(shard.num_states for shard in shards.values())
+            reason = f"{num_states:,} states are imported; run the same import again to continue it"
+            raise KeyboardInterrupt(reason) from None
         if not shards:
             raise BadFile(f"{info.origin.source}: holds no states; use another source")
         if len(shards) < len(saved):
-            previous = None  # more was imported before than is wanted now
-        return Dataset(commit(folder, previous, Draft("row", num_rows, shards=shards, states=info)), info)
+            previous = None  # fewer states are wanted than were imported before
+        return _as_dataset(
+            commit(folder, previous, Manifest(unit="row", position=num_rows, shards=shards, states=info))
+        )
 
 
 def check_free(folder: Path) -> None:
@@ -281,12 +265,11 @@ def check_free(folder: Path) -> None:
 
 def _interrupted_import(folder: Path, info: StatesInfo) -> Generation | None:
     check_free(folder)
-    if not has_generations(folder):
-        return None
     generation = last(folder, "row")
-    if not generation or generation.manifest.states != info:
-        source = generation.manifest.states.origin.source if generation and generation.manifest.states else "damaged"
-        raise ValueError(f"{folder}: holds part of another import ({source}); use another folder, or remove it first")
+    if generation and generation.manifest.states != info:
+        raise ValueError(f"{folder}: holds part of another import; use another folder, or remove it first")
+    if not generation and has_generations(folder):
+        raise BadFile(f"{folder}: its manifests are damaged; remove the folder and import again")
     return generation
 
 
@@ -321,7 +304,7 @@ def describe(replay: Replay, origin: Origin) -> StatesInfo:
     """Returns a description of the states in a replay."""
     return StatesInfo(
         obs_shape=tuple(replay.obs_shape),
-        dtype=str(replay.frames.dtype).removeprefix("torch."),
+        dtype=_DTYPES[replay.frames.dtype],
         origin=origin,
         stack=replay.stack,
         num_actions=replay.scores_NA.shape[1],

@@ -29,6 +29,7 @@ Text = Annotated[str, Field(max_length=2000)]
 GameName = Annotated[str, AfterValidator(_canonical)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{6,9}\.(json|npz|safetensors)$")]
 """a name without folders, so that a manifest cannot refer to a file elsewhere"""
+DType = Literal["uint8", "float32", "float64"]
 Unit = Literal["round", "step", "row"]
 """what a generation counts: rounds of a distillation, steps of an SB3 training, or rows of an import"""
 
@@ -60,7 +61,7 @@ class StatesInfo:
     """Description of the states in a dataset or in a run's checkpoints."""
 
     obs_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=4)]
-    dtype: Literal["uint8", "float32", "float64"]
+    dtype: DType
     """of a frame"""
     origin: Origin
     stack: Annotated[int, Field(ge=1, le=64)] = 1
