@@ -48,7 +48,7 @@ from policykd.runs.folder import (
 from policykd.runs.legacy_records import Records
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import has_generations
-from policykd.storage.manifest import open_dataset
+from policykd.storage.dataset import open_dataset
 from policykd.storage.offline import label_given, open_replay
 from policykd.viewer.animation import play_to_gif
 

@@ -72,7 +72,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 def num_saved(run: Path) -> int:
     """Returns the number of the newest checkpoint, 0 if there is none."""
-    return max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/checkpoint-*.json")), default=0)
+    return max((int(path.stem.split("-")[1]) for path in run.glob("checkpoints/manifest-*.json")), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_states_of_a_run_serve_another_without_playing(is_cut: bool, finished: P
     rounds = [json.loads(line) for line in (tmp_path / "whole/Pong/r/metrics.jsonl").read_text().splitlines()]
     assert [r["num_states"] for r in rounds] == [4608] * 3
     assert rounds[-1]["new_kl"] < 0.95 * rounds[0]["new_kl"]
-    assert not list((tmp_path / "whole/Pong/r/checkpoints").glob("replay-*"))  # the dataset has them
+    assert not list((tmp_path / "whole/Pong/r/checkpoints").glob("states-*"))  # the dataset has them
     if not is_cut:
         return
     cut = subprocess.Popen(
@@ -495,7 +495,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
     assert done.returncode == 4, done.stderr
     assert "No space left on device" in done.stderr.splitlines()[-1]
     names = {p.name for p in (keep / "Pong" / "r" / "checkpoints").iterdir()}
-    assert not any(name.startswith("checkpoint-") for name in names)
+    assert not any(name.startswith("manifest-") for name in names)
     assert not any(name.endswith(".tmp") for name in names)
 
 

@@ -20,7 +20,7 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile
 from policykd.replay import Replay
-from policykd.runs.folder import lock
+from policykd.io.locks import lock_folder
 from policykd.storage.generations import Generation, commit, has_generations, last, newest
 from policykd.storage.manifest import DType, Manifest, Origin, ShardEntry, StatesInfo
 from policykd.storage.shards import MAX_RATIO, Arrays
@@ -224,7 +224,7 @@ def write_dataset(
         OSError: no space left, no permission, or another process writes there; the shards so far stay.
         KeyboardInterrupt: a signal has arrived; the shards so far stay.
     """
-    with lock(folder):
+    with lock_folder(folder):
         previous = _interrupted_import(folder, info)
         saved = list(previous.manifest.shards.items()) if previous else []
         shards: dict[str, ShardEntry] = {}

@@ -30,10 +30,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from policykd.cli.command import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
-from policykd.storage.checkpoints import KEYS
-from policykd.storage.dataset import load_dataset
-from policykd.storage.generations import has_generations, newest
-from policykd.storage.manifest import open_dataset
+from policykd.storage.dataset import load_dataset, open_dataset
+from policykd.storage.generations import Generation, has_generations, newest
 
 ROOT = Path(__file__).parents[2]
 BEGIN = "--game Pong --threads 1 --student 1% --updates-per-round 2 --batch-size 32 --eval-episodes 2 --name r"
@@ -128,16 +126,22 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def checkpointed(generation: Generation) -> dict[str, str]:
+    """Returns the hashes of weights and states; the other file holds durations."""
+    names = [name for name in generation.files if not name.startswith("progress")]
+    return {name: generation.files[name].sha256 for name in names}
+
+
 def learned(run: Path) -> dict[str, Any]:
     """Returns what must not depend on what happened to a finished run."""
-    generation = newest(run / "checkpoints", KEYS)
-    files = {name: [sha256(run / "checkpoints" / f) for f in generation.named(name)] for name in ("learner", "replay")}
+    generation = newest(run / "checkpoints", "round")
+    files = {"checkpoints": checkpointed(generation)}
     games = json.loads((run / "judged.json").read_text())
     for row in games.values():
         del row["seconds"]
     for path in (run, run / "checkpoints"):
         assert not [p.name for p in path.iterdir() if p.name.startswith(".")]
-    assert json.loads((run / "results.json").read_text())["num_states_labelled"] == generation.about["num_states"]
+    assert json.loads((run / "results.json").read_text())["num_states_labelled"] == open_dataset(run).num_states
     return {name: sha256(run / name) for name in LEARNED} | files | {"games": games}
 
 
@@ -156,7 +160,7 @@ def num_rounds_kept(run: Path) -> int:
     metrics = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     rows = [json.loads(line)["index"] for line in metrics]
     assert rows == list(range(len(rows)))
-    kept = int(newest(run / "checkpoints", KEYS).about["round"]) if has_generations(run / "checkpoints") else 0
+    kept = newest(run / "checkpoints", "round").manifest.position if has_generations(run / "checkpoints") else 0
     assert kept <= len(rows) <= kept + 1  # at most the round that was being saved is lost
     return kept
 
@@ -370,7 +374,7 @@ def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
     """C04 in the fit; C08 meanwhile."""
     args, run = "--rounds 500 --states-per-round 64 --num-envs 2 --eval-every 0", tmp_path / "Pong/r"
     first = real(tmp_path, args)
-    wait_for(run / "checkpoints/checkpoint-000002.json", first)
+    wait_for(run / "checkpoints/manifest-000002.json", first)
     first.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, said = first.communicate(timeout=60)
@@ -380,7 +384,7 @@ def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
     assert kept >= 2
 
     second = real(tmp_path, args)
-    wait_for(run / f"checkpoints/checkpoint-{kept + 1:06d}.json", second)
+    wait_for(run / f"checkpoints/manifest-{kept + 1:06d}.json", second)
     second.send_signal(signal.SIGTERM)
     second.send_signal(signal.SIGINT)
     _, said = second.communicate(timeout=60)
@@ -398,7 +402,7 @@ def test_the_real_command_is_killed_ten_times(tmp_path: Path) -> None:
             process = real(runs, args, stderr=subprocess.DEVNULL)
             before = num_rounds_kept(run) if run.exists() else 0
             if before < 11:
-                wait_for(run / f"checkpoints/checkpoint-{before + 1:06d}.json", process)
+                wait_for(run / f"checkpoints/manifest-{before + 1:06d}.json", process)
             time.sleep(chance.uniform(0.0, 1.0))
             process.kill()
             process.wait()
@@ -410,8 +414,8 @@ def test_the_real_command_is_killed_ten_times(tmp_path: Path) -> None:
     a, b = (tmp_path / name / "Pong/r" for name in ("whole", "killed"))
     for name in ("metrics.jsonl", "student.safetensors"):
         assert sha256(a / name) == sha256(b / name)
-    one, other = (newest(run / "checkpoints", KEYS) for run in (a, b))
-    assert [sha256(one.folder / n) for n in one.files] == [sha256(other.folder / n) for n in other.files]
+    one, other = (newest(run / "checkpoints", "round") for run in (a, b))
+    assert checkpointed(one) == checkpointed(other)
 
 
 def truncated(path: Path) -> None:
@@ -425,10 +429,10 @@ def flipped(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "truncated weights": ("learner-000003.safetensors", truncated),
-    "flipped weights": ("learner-000003.safetensors", flipped),
-    "flipped manifest": ("checkpoint-000003.json", flipped),
-    "missing manifest": ("checkpoint-000003.json", Path.unlink),
+    "truncated weights": ("model-000003.safetensors", truncated),
+    "flipped weights": ("model-000003.safetensors", flipped),
+    "flipped manifest": ("manifest-000003.json", flipped),
+    "missing manifest": ("manifest-000003.json", Path.unlink),
 }
 SHORT_DAMAGES = ("flipped weights", "missing manifest")
 
@@ -458,12 +462,12 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(warm: Warm, stopped:
     assert code == USAGE, said
     assert "rounds was 3, is 5; learning_rate was 0.002, is 0.1" in said.splitlines()[-1]
     assert tree(runs) == before
-    for path in (runs / "Pong/r/checkpoints").glob("learner-*"):
+    for path in (runs / "Pong/r/checkpoints").glob("model-*"):
         flipped(path)
     before = tree(runs)
     code, said = warm(runs)
     assert (code, said.count("\n")) == (BAD_FILE, 1), said
-    assert "no checkpoint is whole" in said
+    assert "no intact generation" in said
     assert tree(runs) == before
 
 
@@ -500,7 +504,7 @@ def test_the_clock_and_the_place_do_not_matter(warm: Warm, whole: Whole, stopped
     runs = shutil.copytree(stopped, tmp_path / "elsewhere")
     for path in runs.rglob("*"):
         os.utime(path, (2e9, 2e9))
-    truncated(runs / "Pong/r/checkpoints/learner-000003.safetensors")  # so that a round is left to do
+    truncated(runs / "Pong/r/checkpoints/model-000003.safetensors")  # so that a round is left to do
     code, said = warm(runs, turn_back_clock={"seconds": 3600.0})
     assert code == 0, said
     assert learned(runs / "Pong/r") == whole.learned
@@ -624,14 +628,13 @@ def test_no_room_for_the_export_is_one_line(
 
 def test_a_reader_beside_the_writer_sees_a_prefix(warm: Warm, whole: Whole, tmp_path: Path) -> None:
     """D03."""
-    teacher = json.loads((whole.run / "config.json").read_text())["settings"]["teacher"]["sha256"]
-    load = partial(load_dataset, num_actions=6, obs_shape=(4, 84, 84), teacher_sha256=teacher)
+    load = partial(load_dataset, teacher=load_teacher(game="Pong"))
     expected = load(whole.run)
     assert expected.scores_NA.isfinite().all()
     pid, run, seen = warm.start(tmp_path), tmp_path / "Pong/r", set()
     while not (run / "results.json").exists():
         os.kill(pid, 0)
-        if not list(run.glob("checkpoints/checkpoint-*.json")):
+        if not list(run.glob("checkpoints/manifest-*.json")):
             time.sleep(0.01)
             continue
         assert open_dataset(run).num_rows % 32 == 0
