@@ -40,6 +40,7 @@ from policykd.legacy.states import MixedStates
 from policykd.legacy.train_state import Learner, make_learner
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import commit, last
+from policykd.storage.manifest import Manifest
 
 REPETITIONS = 5
 MATRIX = 768  # rows and columns; their product is the limit of all networks
@@ -203,7 +204,7 @@ def storage(game: str, replay: Replay) -> list[Row]:
         folder, store = Path(name), Path(name, "store")
 
         def commit_one() -> None:
-            commit(store, last(store, ()), {"learner.safetensors": content}, kept=(), at="", about={})
+            commit(store, last(store, "round"), Manifest(unit="round", position=0), {"model.safetensors": content})
 
         def write() -> None:
             with (folder / "plain").open("wb") as file:

@@ -155,31 +155,31 @@ class Replay:
         end = self.size if end is None else end
         arrays = {
             "frames": self.frames[1 + first : 1 + end].cpu().numpy(),
-            "pasts": self.num_past_frames_N[first:end].cpu().numpy(),
-            "scores": self.teacher_NA[first:end].cpu().numpy(),
+            "num_past_frames": self.num_past_frames_N[first:end].cpu().numpy(),
+            "teacher": self.teacher_NA[first:end].cpu().numpy(),
         }
         if len(self.context_only_rows):
-            arrays["history"] = torch.isin(torch.arange(first, end), self.context_only_rows).numpy()
+            arrays["context_only"] = torch.isin(torch.arange(first, end), self.context_only_rows).numpy()
         return arrays
 
     def extend(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appends the rows of a shard from `arrays`; without `scores` they are marked as not labelled.
+        """Appends the rows of a shard from `arrays`; without `teacher` they are marked as not labelled.
 
         Raises:
             ValueError: the buffer is too small.
         """
         first = self.size
-        end = first + len(arrays["pasts"])
+        end = first + len(arrays["num_past_frames"])
         if end > self.capacity:
             raise ValueError(f"the shard ends at state {end}, the replay holds {self.capacity}")
         self.frames[1 + first : 1 + end] = torch.from_numpy(arrays["frames"])
-        self.num_past_frames_N[first:end] = torch.from_numpy(arrays["pasts"])
-        if "scores" in arrays:
-            self.teacher_NA[first:end] = torch.from_numpy(arrays["scores"])
+        self.num_past_frames_N[first:end] = torch.from_numpy(arrays["num_past_frames"])
+        if "teacher" in arrays:
+            self.teacher_NA[first:end] = torch.from_numpy(arrays["teacher"])
         else:
             self.teacher_NA[first:end] = torch.nan
-        if "history" in arrays:
-            context_only = first + torch.from_numpy(np.flatnonzero(arrays["history"]))
+        if "context_only" in arrays:
+            context_only = first + torch.from_numpy(np.flatnonzero(arrays["context_only"]))
             self.context_only_rows = torch.cat([self.context_only_rows, context_only])
         self.size = end
 

@@ -47,9 +47,9 @@ from policykd.runs.folder import (
 )
 from policykd.runs.legacy_records import Records
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.storage.generations import has_generations
 from policykd.storage.dataset import open_dataset
-from policykd.storage.offline import label_given, open_replay
+from policykd.storage.generations import has_generations
+from policykd.storage.offline import label_preloaded, open_replay
 from policykd.viewer.animation import play_to_gif
 
 FREE = {"device", "threads", "overlap", "name", "folder", "resume", "debug", "eval_episodes"}
@@ -203,7 +203,7 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     if not is_old:
         print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
         start_run(run, settings, machine=machine, teacher_argument=args.teacher, teacher_check=asdict(checked))
-    label_given(learner.replay, teacher)
+    label_preloaded(learner.replay, teacher)
     if has_generations(run / "checkpoints"):
         restore_checkpoint(learner, run / "checkpoints")
     elif is_old:

@@ -55,7 +55,7 @@ def main(args: Import | Export) -> None:
         args.source, args.folder, game=args.game, trust_pickle=args.trust_pickle, num_states=args.num_states
     )
     megabytes = sum((args.folder / name).stat().st_size for name in dataset.shards) / 1e6
-    game = dataset.about.game or "an unnamed game"
+    game = dataset.info.origin.game or "an unnamed game"
     print(f"{args.folder}: {dataset.num_states:,} states of {game}, {megabytes:.1f} MB")
 
 

@@ -19,7 +19,7 @@ from policykd.evaluation.policies import game_of, teacher_of
 from policykd.io.files import write_atomically
 from policykd.runs.folder import check_at_least, check_name, check_seed
 from policykd.states import DatasetStates
-from policykd.storage.offline import label_given, open_replay
+from policykd.storage.offline import label_preloaded, open_replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def run(args: CompressArgs) -> None:
     states = DatasetStates(args.states or args.run, held_out=args.held_out)
     replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)
     assert replay is not None
-    label_given(replay, teacher)
+    label_preloaded(replay, teacher)
     settings = Settings(game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed)
     tuning = FineTuning(settings, teacher, make_atari(game, 1, args.seed), replay, args.threads)
 

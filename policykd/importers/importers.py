@@ -19,8 +19,9 @@ from policykd.envs.games import canonical_name
 from policykd.importers.minari import read_minari
 from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, rows, stacked_shape
 from policykd.io.files import BadFile
-from policykd.storage.dataset import check_free, write_dataset
-from policykd.storage.manifest import MANIFEST, About, Dataset
+from policykd.storage.dataset import Dataset, check_free, write_dataset
+from policykd.storage.generations import has_generations
+from policykd.storage.manifest import Origin, StatesInfo
 from policykd.storage.shards import UNREADABLE, Arrays, npy_header
 
 _DQN_REPLAY = re.compile(r"\$store\$_observation_ckpt\.(\d+)\.gz")
@@ -53,11 +54,11 @@ def import_states(
     return write_dataset(folder, about, parts if num_states is None else _first(parts, num_states))
 
 
-def open_source(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[About, Iterator[Arrays]]:
+def open_source(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
     """Returns what a source holds, and its rows; see `import_states`."""
     if path.suffix == ".pkl" and path.exists():
         return read_sb3_buffer(path, game=game, trust_pickle=trust_pickle)
-    if (path / MANIFEST).is_file():
+    if path.is_dir() and has_generations(path):
         raise BadFile(f"{path}: a dataset already; use it as it is")
     if any(_DQN_REPLAY.fullmatch(p.name) for p in (path.iterdir() if path.is_dir() else ())):
         return read_dqn_replay(path, game=game)
@@ -72,7 +73,7 @@ def open_source(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[Ab
     )
 
 
-def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[About, Iterator[Arrays]]:
+def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
     """Returns the states that a `ReplayBuffer` saved by SB3's `save_replay_buffer` holds, each stream in time order.
 
     Raises:
@@ -101,13 +102,11 @@ def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tupl
     order = np.arange(position)
     if full:  # with one array for both, the place to write next holds the newest next observation, not a state
         order = np.arange(position + shares_next, position + size) % size
-    about = About(
+    about = StatesInfo(
         obs_shape=obs_shape,
         stack=stack,
-        dtype=str(obs.dtype),
-        source=f"SB3 replay buffer {path.name}, {obs.shape[1]} streams",
-        preprocessing="as the SB3 agent saw it",
-        game=game,
+        dtype=obs.dtype.name,
+        origin=Origin(f"SB3 replay buffer {path.name}, {obs.shape[1]} streams", "as the SB3 agent saw it", game),
         num_actions=num_actions,
     )
 
@@ -128,7 +127,7 @@ def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tupl
     return about, rows(recordings(), path)
 
 
-def read_dqn_replay(folder: Path, *, game: str | None) -> tuple[About, Iterator[Arrays]]:
+def read_dqn_replay(folder: Path, *, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
     """Returns the states of a `replay_logs` folder of the DQN Replay Dataset (Agarwal et al., 2020), in time order.
 
     Where a checkpoint number is missing, no stack reaches over the gap. Dopamine writes three black frames before an
@@ -138,13 +137,15 @@ def read_dqn_replay(folder: Path, *, game: str | None) -> tuple[About, Iterator[
         BadFile: a file of another layout, truncated or damaged.
     """
     numbers = sorted(int(match[1]) for p in folder.iterdir() if (match := _DQN_REPLAY.fullmatch(p.name)))
-    about = About(
+    about = StatesInfo(
         obs_shape=(STACK, 84, 84),
         stack=STACK,
         dtype="uint8",
-        source=f"DQN Replay Dataset {folder.name}, checkpoints {', '.join(map(str, numbers))}",
-        preprocessing="Dopamine's: grey, maximum of 2 frames, 84x84 by area, frame skip 4, sticky 0.25, no FIRE",
-        game=game,
+        origin=Origin(
+            f"DQN Replay Dataset {folder.name}, checkpoints {', '.join(map(str, numbers))}",
+            "Dopamine's: grey, maximum of 2 frames, 84x84 by area, frame skip 4, sticky 0.25, no FIRE",
+            game,
+        ),
         num_actions=make_atari(game, 1, seed=0).num_actions if game else None,
     )
 
@@ -212,7 +213,7 @@ def _npy_chunks(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
 def _first(parts: Iterator[Arrays], num_states: int) -> Iterator[Arrays]:
     left = num_states
     for part in parts:
-        states = np.flatnonzero(~part.get("history", np.zeros(len(part["pasts"]), np.bool_)))
+        states = np.flatnonzero(~part.get("context_only", np.zeros(len(part["num_past_frames"]), np.bool_)))
         if len(states) >= left:
             yield {key: array[: states[left - 1] + 1] for key, array in part.items()}
             return

@@ -18,15 +18,15 @@ from policykd.envs.games import canonical_name
 from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_first, rows, stacked_shape
 from policykd.io.files import BadFile, sync_folder
 from policykd.io.signals import check_interrupted
-from policykd.legacy.replay import Replay
-from policykd.storage.dataset import fill
-from policykd.storage.manifest import About, Dataset, open_dataset
+from policykd.replay import Replay
+from policykd.storage.dataset import Dataset, fill, open_dataset
+from policykd.storage.manifest import Origin, StatesInfo
 from policykd.storage.shards import MAX_RATIO, Arrays
 
 MAIN_FILE = "main_data.hdf5"
 
 
-def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays]]:
+def read_minari(data: Path, *, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
     """Returns the states of a Minari dataset, episode by episode, and an iterator over their rows.
 
     Args:
@@ -55,13 +55,15 @@ def read_minari(data: Path, *, game: str | None) -> tuple[About, Iterator[Arrays
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise BadFile(f"{data}: cannot be imported: {reason}; give another Minari dataset") from error
-    about = About(
+    about = StatesInfo(
         obs_shape=obs_shape,
         stack=stack,
-        dtype=str(dtype),
-        source=f"Minari dataset {metadata.get('dataset_id', data.parent.name)}",
-        preprocessing=f"of the environment {env_id or 'unknown'}",
-        game=_agreed(data, env_id, game),
+        dtype=dtype.name,
+        origin=Origin(
+            f"Minari dataset {metadata.get('dataset_id', data.parent.name)}",
+            f"of the environment {env_id or 'unknown'}",
+            _agreed(data, env_id, game),
+        ),
         num_actions=num_actions,
     )
     return about, rows(_recordings(path, num_episodes, shape, dtype, first_action), data)
@@ -91,10 +93,10 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
     if folder.exists():
         raise ValueError(f"{folder}: exists already; give another folder")
     source = open_dataset(dataset)
-    about = source.about
+    about = source.info
     if about.num_actions is None:
         raise ValueError(f"{dataset}: does not say how many actions there are; import it again with --game")
-    replay = fill(source, about.num_actions, keep_scores=True)
+    replay = fill(source, about.num_actions, keep_outputs=True)
     steps = _steps(source, replay)
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -118,7 +120,7 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
                 "dataset_id": folder.name,
                 "total_episodes": len(episodes),
                 "total_steps": num_steps,
-                "description": f"{about.game or 'states'} from {about.source}; {about.preprocessing}",
+                "description": f"{about.origin.game or 'states'} from {about.origin.source}; {about.origin.preprocessing}",  # noqa: E501
                 "minari_version": _minari_version(),
             }
         )
@@ -197,14 +199,18 @@ def _agreed(data: Path, env_id: str | None, game: str | None) -> str | None:
 def _steps(dataset: Dataset, replay: Replay) -> Arrays:
     """Returns actions, rewards and starts of all rows, as far as they are known."""
     keys = ("actions", "rewards", "starts")
-    shards = [{key: arrays[key] for key in keys if key in arrays} for _, arrays in dataset.read()]
+    shards = [{key: arrays[key] for key in keys if key in arrays} for _, arrays in dataset.generation.read_shards()]
     known: Arrays = {key: np.concatenate([arrays[key] for arrays in shards]) for key in shards[0]}
-    if "actions" not in known and dataset.about.teacher is None:
-        raise BadFile(f"{dataset.folder}: holds neither actions nor a teacher's scores, Minari needs actions")
+    if "actions" not in known and dataset.info.origin.teacher is None:
+        raise BadFile(
+            f"{dataset.generation.folder}: holds neither actions nor a teacher's scores, Minari needs actions"
+        )
     if "actions" not in known:
-        known["actions"] = replay.scores_NA.argmax(dim=1).numpy()
+        known["actions"] = replay.teacher_NA.argmax(dim=1).numpy()
     known.setdefault("rewards", np.full(len(replay), np.nan, np.float32))
-    known.setdefault("starts", replay.pasts_N.numpy() == 0 if replay.stack > 1 else np.zeros(len(replay), np.bool_))
+    known.setdefault(
+        "starts", replay.num_past_frames_N.numpy() == 0 if replay.stack > 1 else np.zeros(len(replay), np.bool_)
+    )
     return known
 
 
@@ -212,7 +218,7 @@ def _episodes(replay: Replay, starts_N: np.ndarray) -> list[torch.Tensor]:
     """Returns the rows of every episode, stream by stream."""
     episodes = []
     is_state_N = np.ones(len(replay), np.bool_)
-    is_state_N[replay.history.numpy()] = False
+    is_state_N[replay.context_only_rows.numpy()] = False
     for env in range(replay.num_envs):
         rows_T = np.arange(env, len(replay), replay.num_envs)
         rows_T = rows_T[is_state_N[rows_T]]
@@ -235,7 +241,7 @@ def _write_episode(file: Any, number: int, replay: Replay, rows_T: torch.Tensor,
     group["rewards"] = steps["rewards"][rows_T[:-1]]
     group["terminations"] = np.zeros(num_steps, np.bool_)
     group["truncations"] = np.arange(1, num_steps + 1) == num_steps
-    if not (scores_TA := replay.scores_NA[rows_T]).isnan().any():
+    if not (scores_TA := replay.teacher_NA[rows_T]).isnan().any():
         group["infos/scores"] = scores_TA.numpy()
 
 

@@ -78,7 +78,7 @@ def rows(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
 class _Vectors:
     def __call__(self, r: Recording) -> Arrays:
         pasts_T = np.zeros(len(r.obs), np.uint8)
-        return {"frames": r.obs, "pasts": pasts_T, **_steps(r, r.starts_T, np.arange(len(r.obs)))}
+        return {"frames": r.obs, "num_past_frames": pasts_T, **_steps(r, r.starts_T, np.arange(len(r.obs)))}
 
 
 class _Images:
@@ -99,7 +99,12 @@ class _Images:
             starts_T[t] = self._start and not history_T[t]
             self._start &= bool(history_T[t])
             self._num_unseen -= 1
-        return {"frames": r.obs, "pasts": pasts_T, "history": history_T, **_steps(r, starts_T, np.arange(len(r.obs)))}
+        return {
+            "frames": r.obs,
+            "num_past_frames": pasts_T,
+            "context_only": history_T,
+            **_steps(r, starts_T, np.arange(len(r.obs))),
+        }
 
 
 class _Stacks:
@@ -140,7 +145,7 @@ class _Stacks:
             else:
                 self._past = min(self._past + 1, num_before)
             pasts[row] = self._past
-        return {"frames": frames, "pasts": pasts, "history": history, **_steps(r, r.starts_T, rows_T)}
+        return {"frames": frames, "num_past_frames": pasts, "context_only": history, **_steps(r, r.starts_T, rows_T)}
 
 
 def _steps(r: Recording, starts_T: np.ndarray, rows_T: np.ndarray) -> Arrays:

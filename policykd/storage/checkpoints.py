@@ -19,7 +19,7 @@ from policykd.io.typed import parse_json, to_json
 from policykd.storage.dataset import describe
 from policykd.storage.generations import commit, last, recover
 from policykd.storage.manifest import Count, Manifest, Origin, ShardEntry
-from policykd.train_state import Learner, Visit
+from policykd.train_state import Rollout, TrainState
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class RunProgress:
     envs: dict[str, Any]
     """state of the environments: JSON that only they understand"""
     episode_starts: Annotated[tuple[bool, ...], Field(min_length=1)]
-    visit: Visit | None
+    rollout: Rollout | None
     student_returns: tuple[float, ...]
-    student_steps: Count
+    num_student_steps: Count
 
 
-def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) -> None:
+def save_checkpoint(state: TrainState, folder: Path, origin: Origin | None = None) -> None:
     """Writes the training state after a round; of the replay only the new states.
 
     Args:
@@ -50,7 +50,7 @@ def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) 
     """
     previous = last(folder, "round", max_position=state.round)
     shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
-    num_saved = state.replay.num_given + sum(shard.num_rows for shard in shards.values())
+    num_saved = state.replay.num_preloaded + sum(shard.num_rows for shard in shards.values())
     tensors = {f"{prefix}{key}": tensor for prefix, m in _modules(state) for key, tensor in m.state_dict().items()}
     tensors |= optimizer_tensors(state.optimizer)
     tensors["action_generator"] = state.action_generator.get_state()
@@ -59,10 +59,10 @@ def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) 
         round=state.round,
         num_updates=state.num_updates,
         envs=state.envs.state(),
-        episode_starts=tuple(state.starts_B.tolist()),
-        visit=state.visit,
+        episode_starts=tuple(state.episode_starts_B.tolist()),
+        rollout=state.rollout,
         student_returns=tuple(state.student_returns),
-        student_steps=state.student_steps,
+        num_student_steps=state.num_student_steps,
     )
     manifest = Manifest(
         unit="round",
@@ -75,7 +75,7 @@ def save_checkpoint(state: Learner, folder: Path, origin: Origin | None = None) 
     commit(folder, previous, manifest, files, new_rows, first_row=num_saved)
 
 
-def restore_checkpoint(state: Learner, folder: Path) -> None:
+def restore_checkpoint(state: TrainState, folder: Path) -> None:
     """Brings a fresh training state to that of the newest intact checkpoint.
 
     Raises:
@@ -92,12 +92,12 @@ def restore_checkpoint(state: Learner, folder: Path) -> None:
     state.action_generator.set_state(tensors["action_generator"])
     state.batch_generator.set_state(tensors["batch_generator"])
     state.obs = state.envs.restore(progress.envs)
-    state.starts_B = torch.tensor(progress.episode_starts)
+    state.episode_starts_B = torch.tensor(progress.episode_starts)
     state.round = progress.round
     state.num_updates = progress.num_updates
-    state.visit = progress.visit
+    state.rollout = progress.rollout
     state.student_returns = list(progress.student_returns)
-    state.student_steps = progress.student_steps
+    state.num_student_steps = progress.num_student_steps
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -127,6 +127,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict(state)
 
 
-def _modules(state: Learner) -> list[tuple[str, nn.Module]]:
+def _modules(state: TrainState) -> list[tuple[str, nn.Module]]:
     """Returns the trained modules by the prefix of their tensors: the student, and a loss with weights of its own."""
-    return [("student.", state.student), *([("loss.", state.beyond)] if state.beyond else [])]
+    return [("student.", state.student), *([("loss.", state.loss_module)] if state.loss_module else [])]

@@ -19,8 +19,8 @@ from policykd.agents.policy import Policy
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile
-from policykd.replay import Replay
 from policykd.io.locks import lock_folder
+from policykd.replay import Replay
 from policykd.storage.generations import Generation, commit, has_generations, last, newest
 from policykd.storage.manifest import DType, Manifest, Origin, ShardEntry, StatesInfo
 from policykd.storage.shards import MAX_RATIO, Arrays
@@ -93,7 +93,6 @@ def load_dataset(
     game: str | None = None,
     num_held_out: int = 0,
     room: int = 0,
-    device: torch.device | str = "cpu",
 ) -> Replay:
     """Returns a replay with all states of a dataset; outputs of another teacher are left out, see `label`.
 
@@ -103,7 +102,6 @@ def load_dataset(
         game: the game that the student will play.
         num_held_out: rows at the end that are never sampled.
         room: capacity for so many more states.
-        device: where the replay lives.
 
     Raises:
         BadFile: damaged, incomplete, or states of another game, shape or number of actions.
@@ -120,10 +118,10 @@ def load_dataset(
         raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} rows; hold out fewer")
 
     is_labelled = info.origin.teacher is not None and info.origin.teacher.sha256 == teacher.sha256
-    replay = fill(dataset, teacher.num_actions, keep_outputs=is_labelled, room=room, device=device)
+    replay = fill(dataset, teacher.num_actions, keep_outputs=is_labelled, room=room)
     replay.num_held_out = num_held_out
     num_training = len(replay) - num_held_out
-    num_training -= int((replay.history < num_training).sum())
+    num_training -= int((replay.context_only_rows < num_training).sum())
     if not num_training or (num_held_out and num_training == replay.num_states):
         raise ValueError(
             f"{path}: {num_training:,} states to train on and {replay.num_states - num_training:,} held out, the other"
@@ -132,9 +130,7 @@ def load_dataset(
     return replay
 
 
-def fill(
-    dataset: Dataset, num_actions: int, *, keep_outputs: bool, room: int = 0, device: torch.device | str = "cpu"
-) -> Replay:
+def fill(dataset: Dataset, num_actions: int, *, keep_outputs: bool, room: int = 0) -> Replay:
     """Returns a replay of all rows of a dataset, with capacity for `room` more.
 
     Raises:
@@ -145,39 +141,31 @@ def fill(
     folder = dataset.generation.folder
     if not dataset.generation.manifest.is_complete:
         raise BadFile(
-            f"{folder}: an import that is still running or was interrupted after {dataset.num_states:,} states;"
-            " run the same import again to continue it"
+            f"{folder}: an import that is still running or was interrupted after {dataset.num_states:,} states; run the"
+            " same import again to continue it"
         )
     num_bytes = (dataset.num_rows + room) * (info.row_bytes + 1 + 4 * num_actions)
-    if torch.device(device).type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if num_bytes > memory:
-            raise ValueError(
-                f"{folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine"
-                f" has {memory / 1e9:,.1f}; import fewer with --num-states"
-            )
-    replay = Replay(
-        dataset.num_rows + room,
-        info.num_envs,
-        num_actions,
-        info.obs_shape,
-        stack=info.stack,
-        dtype=getattr(torch, info.dtype),
-        device=device,
-    )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise ValueError(
+            f"{folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine has"
+            f" {memory / 1e9:,.1f}; import fewer with --num-states"
+        )
+    shape = (dataset.num_rows + room, info.num_envs, num_actions, info.obs_shape)
+    replay = Replay(*shape, stack=info.stack, dtype=getattr(torch, info.dtype))
     before_first = torch.full((info.num_envs,), -1, dtype=torch.int16)
     for name, arrays in dataset.generation.read_shards():
         first = len(replay)
         if not keep_outputs:
-            arrays.pop("scores", None)
+            arrays.pop("teacher", None)
         replay.extend(arrays)
         # A stack grows by at most one frame per step of its environment, so it never reaches another's frames.
-        previous_N = torch.cat([before_first, replay.pasts_N.cpu().short()])[first : len(replay)]
-        if (arrays["pasts"] > (previous_N + 1).clamp(max=info.stack - 1).numpy()).any():
+        previous_N = torch.cat([before_first, replay.num_past_frames_N.short()])[first : len(replay)]
+        if (arrays["num_past_frames"] > (previous_N + 1).clamp(max=info.stack - 1).numpy()).any():
             raise BadFile(f"{folder / name}: a stack reaches back before its stream; import it again")
-        outputs = arrays.get("scores", np.zeros(0))
-        if "scores" in arrays and "history" in arrays:
-            outputs = outputs[~arrays["history"]]  # rows that are not states are never labelled
+        outputs = arrays.get("teacher", np.zeros(0))
+        if "teacher" in arrays and "context_only" in arrays:
+            outputs = outputs[~arrays["context_only"]]  # rows that are not states are never labelled
         if not (np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all()):
             raise BadFile(f"{folder / name}: holds NaN or infinite numbers; import it again")
     return replay
@@ -195,14 +183,14 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
     Raises:
         FloatingPointError: an output is not finite.
     """
-    is_missing_N = replay.scores_NA[: len(replay)].isnan().any(dim=1)
-    is_missing_N[replay.history] = False
+    is_missing_N = replay.teacher_NA[: len(replay)].isnan().any(dim=1)
+    is_missing_N[replay.context_only_rows] = False
     rows = is_missing_N.nonzero().squeeze(1)
     for rows_B in rows.split(batch_size):
-        teacher_BA = teacher(replay.gather(rows_B)).to(replay.scores_NA.device)
+        teacher_BA = teacher(replay.gather(rows_B)).to(replay.teacher_NA.device)
         if not teacher_BA.isfinite().all():
             raise FloatingPointError("the teacher's outputs on stored states are not finite; use another teacher")
-        replay.scores_NA[rows_B] = teacher_BA
+        replay.teacher_NA[rows_B] = teacher_BA
     return len(rows)
 
 
@@ -242,7 +230,7 @@ def write_dataset(
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
                 previous = commit(folder, previous, manifest, new_rows=arrays, first_row=num_rows)
                 shards = previous.manifest.shards
-                num_rows += len(arrays["pasts"])
+                num_rows += len(arrays["num_past_frames"])
         except KeyboardInterrupt:
             num_states = sum(shard.num_states for shard in shards.values())
             reason = f"{num_states:,} states are imported; run the same import again to continue it"
@@ -284,7 +272,7 @@ def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
     except BadFile as error:
         print(f"warning: {error}: this shard and the following ones are imported again", file=sys.stderr)
         return False
-    if len(saved["pasts"]) > len(arrays["pasts"]):
+    if len(saved["num_past_frames"]) > len(arrays["num_past_frames"]):
         return False  # fewer states are wanted now
     if saved.keys() != arrays.keys() or any(saved[key].tobytes() != arrays[key].tobytes() for key in saved):
         raise BadFile(f"{generation.folder / name}: the source has changed since; use another folder, or remove it")
@@ -296,7 +284,7 @@ def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:
     firsts = range(0, len(replay), ROWS_PER_SHARD)
     parts = (replay.arrays(first, min(first + ROWS_PER_SHARD, len(replay))) for first in firsts)
     if origin.teacher is None:
-        parts = ({key: array for key, array in part.items() if key != "scores"} for part in parts)
+        parts = ({key: array for key, array in part.items() if key != "teacher"} for part in parts)
     return write_dataset(folder, describe(replay, origin), parts)
 
 
@@ -307,7 +295,7 @@ def describe(replay: Replay, origin: Origin) -> StatesInfo:
         dtype=_DTYPES[replay.frames.dtype],
         origin=origin,
         stack=replay.stack,
-        num_actions=replay.scores_NA.shape[1],
+        num_actions=replay.teacher_NA.shape[1],
         num_envs=replay.num_envs,
     )
 
@@ -317,12 +305,12 @@ def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
     held: list[Arrays] = []
     for part in parts:
         held.append(part)
-        if sum(len(p["pasts"]) for p in held) < num_rows:
+        if sum(len(p["num_past_frames"]) for p in held) < num_rows:
             continue
         joined = {key: np.concatenate([p[key] for p in held]) for key in part}
-        end = len(joined["pasts"]) // num_rows * num_rows
+        end = len(joined["num_past_frames"]) // num_rows * num_rows
         for first in range(0, end, num_rows):
             yield {key: array[first : first + num_rows] for key, array in joined.items()}
         held = [{key: array[end:] for key, array in joined.items()}]
-    if held and sum(len(p["pasts"]) for p in held):
+    if held and sum(len(p["num_past_frames"]) for p in held):
         yield {key: np.concatenate([p[key] for p in held]) for key in held[0]}

@@ -201,7 +201,7 @@ def commit(
     if new_rows:
         content = pack_arrays(new_rows)
         num_rows = len(next(iter(new_rows.values())))
-        num_states = num_rows - int(new_rows["history"].sum()) if "history" in new_rows else num_rows
+        num_states = num_rows - int(new_rows["context_only"].sum()) if "context_only" in new_rows else num_rows
         name = _name("states", "npz", number=number)
         shards[name] = ShardEntry(_sha256(content), len(content), first_row, num_rows, num_states)
         contents[name] = content

@@ -90,13 +90,13 @@ class StatesInfo:
         """Arrays that a shard of these states may hold: dtype and shape without rows, by name."""
         arrays: dict[str, tuple[str, tuple[int, ...]]] = {
             "frames": (self.dtype, self.frame_shape),
-            "pasts": ("uint8", ()),
-            "history": ("bool", ()),
+            "num_past_frames": ("uint8", ()),
+            "context_only": ("bool", ()),
             "actions": ("int32", ()),
             "rewards": ("float32", ()),
             "starts": ("bool", ()),
         }
-        return arrays if self.num_actions is None else {**arrays, "scores": ("float32", (self.num_actions,))}
+        return arrays if self.num_actions is None else {**arrays, "teacher": ("float32", (self.num_actions,))}
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ def open_replay(
         )
     held_out = states.held_out if isinstance(states, DatasetStates) else 0.0
     num_held_out = max(1, round(held_out * dataset.num_rows)) if held_out else 0
-    replay = load_dataset(states.path, teacher, game=game, num_held_out=num_held_out, room=room, device=device)
-    replay.num_given = len(replay)
-    return replay
+    replay = load_dataset(states.path, teacher, game=game, num_held_out=num_held_out, room=room)
+    replay.num_preloaded = len(replay)
+    return replay.to(device)
 
 
-def label_given(replay: Replay, teacher: Teacher) -> None:
+def label_preloaded(replay: Replay, teacher: Teacher) -> None:
     """Labels the states of a dataset that this teacher has not labelled yet, and prints how many those were."""
-    if replay.num_given:
+    if replay.num_preloaded:
         began = time.perf_counter()
         num_labelled = label(replay, teacher)
         seconds = time.perf_counter() - began

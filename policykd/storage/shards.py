@@ -25,7 +25,7 @@ LEVEL = 3
 UNREADABLE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 """exceptions that reading a damaged `.npz` raises"""
 
-REQUIRED = ("frames", "pasts")
+REQUIRED = ("frames", "num_past_frames")
 """arrays that every shard of states has"""
 
 

@@ -29,6 +29,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from policykd.agents.teacher import load_teacher
 from policykd.cli.command import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
 from policykd.storage.dataset import load_dataset, open_dataset
 from policykd.storage.generations import Generation, has_generations, newest
