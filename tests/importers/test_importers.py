@@ -29,10 +29,9 @@ from policykd.envs.atari import make_atari
 from policykd.importers.importers import import_states, read_dqn_replay
 from policykd.importers.minari import MAIN_FILE, export_to_minari
 from policykd.io.files import BadFile
-from policykd.io.signals import noting_signals
+from policykd.io.signals import handle_signals
 from policykd.legacy.replay import Replay
-from policykd.storage.dataset import load_dataset, save_dataset, write_dataset
-from policykd.storage.manifest import MANIFEST, open_dataset
+from policykd.storage.dataset import load_dataset, open_dataset, save_dataset, write_dataset
 
 ROOT = Path(__file__).parents[2]
 gym.register_envs(ale_py)
@@ -177,7 +176,7 @@ def test_colours_are_no_stack(tmp_path: Path) -> None:
     save_to_pkl(tmp_path / "b.pkl", buffer)
     with pytest.raises(ValueError, match=r"b\.pkl: its observations are not stacks"):
         import_states(tmp_path / "b.pkl", tmp_path / "d", trust_pickle=True)
-    assert not (tmp_path / "d" / MANIFEST).exists()
+    assert not (tmp_path / "d" / "manifest-000001.json").exists()
 
 
 # Minari
@@ -255,7 +254,7 @@ def test_a_wrong_game_and_a_damaged_minari_file(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ValueError, match=rf"{MAIN_FILE}: cannot be imported") as caught:
             import_states(source, tmp_path / "d")
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "d" / MANIFEST).exists()
+        assert not (tmp_path / "d" / "manifest-000001.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -417,7 +416,7 @@ def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("policykd.importers.importers.read_dqn_replay", read_then_stop)
-        with noting_signals(), pytest.raises(KeyboardInterrupt, match=r"^\d+ states are imported; run the same import"):
+        with handle_signals(), pytest.raises(KeyboardInterrupt, match=r"^\d+ states are imported; run the same import"):
             import_states(logged[0], tmp_path / "d", game="Breakout")
     cut = open_dataset(tmp_path / "d")
     assert not cut.is_complete
@@ -465,7 +464,7 @@ def test_a_damaged_store_is_named(kind: str, tmp_path: Path) -> None:
         import_states(tmp_path, tmp_path / "d")
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "d" / MANIFEST).exists()
+    assert not (tmp_path / "d" / "manifest-000001.json").exists()
     assert not (tmp_path / "executed").exists()
 
 

@@ -143,9 +143,7 @@ def test_where_every_round_is_damaged_the_run_does_not_start_over(tmp_path: Path
     """C05."""
     saved(tmp_path, 3)
     damage(tmp_path / "states-000001.npz", "flipped")
-    with pytest.raises(
-        BadFile, match=r"no intact generation: .*states-000001.npz: damaged.*; copy the files"
-    ) as caught:
+    with pytest.raises(BadFile, match=r"no intact generation: .*states-000001.npz: damaged.*; copy the") as caught:
         restore_checkpoint(make("identity"), tmp_path)
     assert "\n" not in str(caught.value)
     for manifest in tmp_path.glob("manifest-*"):
