@@ -17,6 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from policykd.agents.archive import read_archive
+from policykd.agents.card import Card
 from policykd.agents.ensemble import (
     ConfidenceWeights,
     Disagreement,
@@ -37,25 +38,27 @@ OBS = torch.zeros(2, 4)
 
 
 @dataclass
-class Told:
-    """A net that gives the scores that it was told, row by row."""
+class FixedNet:
+    """A net that returns given outputs."""
 
-    scores_BA: Tensor
+    outputs_BA: Tensor
     obs_shape: tuple[int, ...] = (4,)
 
     @property
     def num_actions(self) -> int:
-        return self.scores_BA.shape[1]
+        return self.outputs_BA.shape[1]
 
     def __call__(self, obs: Tensor, /) -> Tensor:
-        return self.scores_BA[: len(obs)]
+        return self.outputs_BA[: len(obs)]
 
-    def to(self, device: Any, /) -> "Told":
+    def to(self, device: Any, /) -> "FixedNet":
         return self
 
 
-def told(scores_BA: list[list[float]], algorithm: Algorithm = "PPO", sha256: str = "aa", **card: Any) -> Teacher:
-    return Teacher(Told(torch.tensor(scores_BA)), algorithm, Path("a.zip"), sha256, card, ref=f"{algorithm}.zip")
+def fixed(outputs_BA: list[list[float]], algorithm: Algorithm = "PPO", sha256: str = "aa", **card: Any) -> Teacher:
+    return Teacher(
+        FixedNet(torch.tensor(outputs_BA)), algorithm, Path("a.zip"), sha256, Card(**card), ref=f"{algorithm}.zip"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,8 @@ def pong_frames() -> Tensor:
 
 
 def test_q_values_and_logits_mix_after_their_own_softmax() -> None:
-    ppo = told([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
-    dqn = told([[0.51, 0.50, 0.48], [1.00, 1.02, 0.98]], "DQN")
+    ppo = fixed([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
+    dqn = fixed([[0.51, 0.50, 0.48], [1.00, 1.02, 0.98]], "DQN")
     teacher = make_ensemble([ppo, dqn], FixedWeights((3.0, 1.0)))
     found = teacher(OBS).numpy()
 
@@ -87,7 +90,7 @@ def test_q_values_and_logits_mix_after_their_own_softmax() -> None:
 
 
 def test_far_scores_stay_finite() -> None:
-    far = make_ensemble([told([[1e30, -1e30]] * 2, "DQN"), told([[1e30, -1e30]] * 2)], FixedWeights((1.0, 0.0)))
+    far = make_ensemble([fixed([[1e30, -1e30]] * 2, "DQN"), fixed([[1e30, -1e30]] * 2)], FixedWeights((1.0, 0.0)))
     assert far(OBS).isfinite().all()
     assert far(OBS)[0, 0] == 0.0
 
@@ -115,8 +118,8 @@ def test_returns_weigh_by_what_is_above_chance() -> None:
 
 
 def test_disagreement_is_none_between_twins_and_log_2_between_sure_opposites() -> None:
-    twins = make_ensemble([told([[1.0, 2.0], [0.0, 5.0]])] * 2, FixedWeights((1.0, 1.0)))
-    opposites = make_ensemble([told([[99.0, 0.0]] * 2), told([[0.0, 99.0]] * 2)], FixedWeights((1.0, 1.0)))
+    twins = make_ensemble([fixed([[1.0, 2.0], [0.0, 5.0]])] * 2, FixedWeights((1.0, 1.0)))
+    opposites = make_ensemble([fixed([[99.0, 0.0]] * 2), fixed([[0.0, 99.0]] * 2)], FixedWeights((1.0, 1.0)))
     for teacher, expected in ((twins, 0.0), (opposites, math.log(2.0))):
         net = teacher.net
         assert isinstance(net, Ensemble)
@@ -140,7 +143,7 @@ def test_disagreement_is_the_mean_kl_to_the_mixture() -> None:
 
 def test_disagreement_leaves_broken_states_out() -> None:
     nan = float("nan")
-    net = Ensemble([told([[99.0, 0.0], [nan, 0.0]]), told([[0.0, 99.0], [0.0, 0.0]])], FixedWeights((1.0, 1.0)))
+    net = Ensemble([fixed([[99.0, 0.0], [nan, 0.0]]), fixed([[0.0, 99.0], [0.0, 0.0]])], FixedWeights((1.0, 1.0)))
     assert net(OBS)[1].isnan().all()  # the loop sees that this state has no label
     shares = net.take_disagreement()
     assert shares
@@ -163,8 +166,8 @@ def test_disagreement_counts_every_thread() -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    two, three = told([[0.0, 0.0]]), told([[0.0, 0.0, 0.0]], "A2C")
-    with pytest.raises(ValueError, match=r"PPO.zip scores 2 actions on \(4,\), A2C.zip scores 3 on \(4,\)"):
+    two, three = fixed([[0.0, 0.0]]), fixed([[0.0, 0.0, 0.0]], "A2C")
+    with pytest.raises(ValueError, match=r"PPO.zip has 2 actions on observations \(4,\), A2C.zip has 3 on \(4,\)"):
         make_ensemble([two, three], FixedWeights((1.0, 1.0)))
     with pytest.raises(ValueError, match="3 teacher weights for 2 teachers"):
         make_ensemble([two, two], FixedWeights((1.0, 1.0, 1.0)))
@@ -174,7 +177,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 
 def test_it_is_known_by_its_members_and_weights() -> None:
-    one, other = told([[0.0, 1.0]], sha256="aa", reported_return=10), told([[1.0, 0.0]], "DQN", sha256="bb")
+    one, other = fixed([[0.0, 1.0]], sha256="aa", reported_return=10), fixed([[1.0, 0.0]], "DQN", sha256="bb")
     mixtures = [
         make_ensemble(members, weights)
         for members, weights in (
@@ -189,7 +192,9 @@ def test_it_is_known_by_its_members_and_weights() -> None:
     assert make_ensemble([one, other], FixedWeights((1.0, 1.0))).sha256 == mixtures[0].sha256
     assert mixtures[0].ref == "PPO.zip+DQN.zip"
     assert mixtures[0].reported_return is None
-    both = make_ensemble([one, replace(other, card={"reported_return": 20})], FixedWeights((1.0, 1.0)))
+    assert [member.sha256 for member in mixtures[3].card.members] == ["aa", "cc"]
+    assert (mixtures[0].temperature, mixtures[0].net.temperature) == (1.0, 1.0)  # type: ignore[attr-defined]
+    both = make_ensemble([one, replace(other, card=Card(reported_return=20))], FixedWeights((1.0, 1.0)))
     assert both.reported_return is None  # nobody has played the mixture
 
 
@@ -200,7 +205,7 @@ def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
         teacher = load_teachers("bundled:ppo+bundled:dqn", weights, game="Pong")
         assert isinstance(teacher.net, Ensemble)
         assert isinstance(teacher.net.weights, kind)
-        assert teacher.card["game"] == "Pong"
+        assert teacher.card.game == "Pong"
         assert teacher.to("cpu").num_actions == 6
     mixture = load_teachers("bundled:ppo+bundled:dqn", "0.7,0.3", game="Pong")
     expected = 0.7 * ppo(pong_frames).softmax(dim=-1) + 0.3 * (dqn(pong_frames) / 0.01).softmax(dim=-1)
@@ -232,7 +237,7 @@ def test_references_with_a_plus(tmp_path: Path) -> None:
     assert load_teachers("bundled:ppo", game="Pong").algorithm == "PPO"
     with pytest.raises(ValueError, match="is for several teachers"):
         load_teachers("bundled:ppo", "0.5,0.5", game="Pong")
-    with pytest.raises(ValueError, match=r"a teacher is missing beside a \+"):
+    with pytest.raises(ValueError, match=r"no teacher before or after a \+"):
         load_teachers("bundled:ppo+", game="Pong")
     with pytest.raises(ValueError, match=r"give equal, return, confidence, or numbers"):
         load_teachers("bundled:ppo+bundled:dqn", "most", game="Pong")
@@ -307,8 +312,8 @@ def test_the_value_of_q_values_is_the_best_one(pong_frames: Tensor) -> None:
 
 
 def test_a_teacher_without_a_critic_says_so(tmp_path: Path) -> None:
-    mixture = make_ensemble([told([[0.0, 1.0]])] * 2, FixedWeights((1.0, 1.0)))
-    for teacher in (told([[0.0, 1.0]]), told([[0.0, 1.0]], "ONNX"), mixture):
+    mixture = make_ensemble([fixed([[0.0, 1.0]])] * 2, FixedWeights((1.0, 1.0)))
+    for teacher in (fixed([[0.0, 1.0]]), fixed([[0.0, 1.0]], "ONNX"), mixture):
         with pytest.raises(ValueError, match=r"no critic, .*give another teacher"):
             teacher.values(OBS)
     path = tmp_path / "agent.zip"

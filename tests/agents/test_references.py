@@ -83,7 +83,7 @@ def test_auto_without_a_bundled_teacher_is_the_hubs_ppo(tmp_path: Path, monkeypa
         ("hub:dqm", "Pong", r"hub:dqm: unknown algorithm; give one of ppo, a2c, dqn, qrdqn, or a repository"),
         ("hub:sac", "Pong", r"hub:sac: unknown algorithm; give one of ppo, a2c, dqn, qrdqn, or a repository"),
         ("hub:", "Pong", r"hub:: unknown algorithm; give one of ppo, a2c, dqn, qrdqn, or"),
-        ("hub:dqn@", "Pong", r"invalid revision ''; give a branch, tag or commit"),
+        ("hub:dqn@", "Pong", r"invalid revision ''; give a branch, a tag or a commit"),
         ("hub:dqn@a b", "Pong", r"invalid revision 'a b'"),
         ("hub:dqn@../../x", "Pong", r"invalid revision '../../x'"),
         ("hub:dqn@main@x", "Pong", r"invalid revision 'main@x'"),
@@ -324,7 +324,7 @@ def test_an_onnx_file_scores_as_its_card_says(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(card))
     assert (load_teacher(path).algorithm, load_teacher(path).temperature) == ("DQN", 0.01)
     path.with_suffix(".json").write_text(json.dumps({"algorithm": "SAC"}))
-    with pytest.raises(ValueError, match="its card's algorithm SAC is none of PPO, A2C, DQN, QRDQN, ONNX"):
+    with pytest.raises(ValueError, match="unknown algorithm 'SAC' in its card; give one of PPO, A2C, DQN, QRDQN, ONNX"):
         load_teacher(path)
     path.with_suffix(".json").write_text(json.dumps({**card, "sha256": "0" * 64}))
     with pytest.raises(ValueError, match="is not its card's 000000000000"):
