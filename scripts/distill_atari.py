@@ -22,7 +22,7 @@ from policykd.cli.command import DeviceName, exit_with_one_line, prepare_device,
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation.results import about, evaluate_on_the_way, judge, table
-from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.legacy.auxiliary import Beyond, BeyondLogits
@@ -184,7 +184,11 @@ def make(run: Path, args: Args, device: torch.device, threads: int, opened: Exit
     room = 0 if offline else args.rounds * args.states_per_round
     replay = open_replay(args.states, teacher, game, room=room, num_envs=args.num_envs, device=device)
     kept = started_with(run)["teacher_check"] if is_old else None
-    checked = check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher, device=device, kept=kept)
+    checked = (
+        TeacherCheck(**kept)
+        if kept
+        else check_teacher(teacher, game, seed=args.seed, allow_weak=args.allow_weak_teacher)
+    )
     learner = make_learner(student, envs, capacity=room, seed=args.seed, device=device, replay=replay, beyond=beyond)
     teacher_return, random_return = checked.goal(game)
     told: dict[str, Any] = {

@@ -27,7 +27,7 @@ from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation.evaluate import evaluate_on_atari
 from policykd.evaluation.results import about, judge, table
-from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.io.signals import check_interrupted, interruptible
@@ -183,8 +183,11 @@ def distil(run: Path, args: Args, device: torch.device, opened: ExitStack) -> No
         print((run / "results.md").read_text())
         return
     kept = started_with(run)["teacher_check"] if is_old else None
-    how: dict[str, Any] = {"seed": args.seed, "allow_weak": args.allow_weak_teacher, "device": device, "kept": kept}
-    checked = check_teacher(teacher, args.game, **how)
+    checked = (
+        TeacherCheck(**kept)
+        if kept
+        else check_teacher(teacher, args.game, seed=args.seed, allow_weak=args.allow_weak_teacher)
+    )
     print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
     teacher_return, random_return = checked.goal(args.game)
     assert args.weight is not None

@@ -16,7 +16,8 @@ from policykd.cli.arguments import parse_args
 from policykd.cli.command import exit_with_one_line, needs_extra, prepare_device, versions
 from policykd.envs.actions import action_names
 from policykd.envs.games import canonical_name
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.evaluate import TemperedPolicy
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export import FORMATS, Format, Subject, check_format, export
 from policykd.export.c99 import check_prefix
 from policykd.io.files import BadFile
@@ -73,7 +74,7 @@ def main(args: Args) -> None:
         )
     print(f"visiting {args.states:,} states of {subject.game} to try the files on ...", flush=True)
     states, calibration = (
-        visited_states(subject.net, subject.game, num, seed=seed, temperature=temperature)
+        on_policy_states(TemperedPolicy(subject.net, temperature), subject.game, num, seed=seed)
         for num, seed in ((args.states, 2 * args.seed), (args.calibration, 2 * args.seed + 1))
     )
     written = {"command": shlex.join(sys.argv), "versions": versions()}

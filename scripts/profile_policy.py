@@ -15,7 +15,7 @@ import tyro
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.arguments import parse_args
 from policykd.cli.command import exit_with_one_line
-from policykd.evaluation.policies import game_of, load_contender, run_of
+from policykd.evaluation.policies import LoadOptions, infer_game, load_named_policy, run_folder
 from policykd.evaluation.profile import profile, table
 from policykd.evaluation.runtimes import RUNTIMES, RuntimeName
 from policykd.io.files import write_atomically
@@ -68,8 +68,8 @@ def main(args: Args) -> None:
         raise ValueError(f"--json {where}: its folder is missing; make it first")
     if not os.access(where.parent, os.W_OK):
         raise ValueError(f"--json {where}: its folder cannot be written; give a file in another")
-    game = game_of(args.policies, args.game)
-    contenders = [load_contender(ref, game, trust_pickle=args.trust_pickle) for ref in args.policies]
+    game = infer_game(args.policies, args.game)
+    contenders = [load_named_policy(ref, game, LoadOptions(trust_pickle=args.trust_pickle)) for ref in args.policies]
     found = profile(
         contenders,
         game,
@@ -95,7 +95,7 @@ def check_names_runtimes(names: tuple[RuntimeName, ...]) -> None:
 
 def default_json(refs: tuple[str, ...]) -> Path:
     """Returns where a profile goes: into the first run's folder, or here, named after the teacher."""
-    runs = [run for run in map(run_of, refs) if run]
+    runs = [run for run in map(run_folder, refs) if run]
     return runs[0] / "profile.json" if runs else Path(f"profile-{re.sub(r'[^A-Za-z0-9.-]+', '-', refs[0])}.json")
 
 

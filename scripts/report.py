@@ -11,7 +11,7 @@ from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
 from policykd.cli.arguments import parse_args
 from policykd.cli.command import exit_with_one_line, prepare_device
-from policykd.evaluation.policies import teacher_of
+from policykd.evaluation.policies import load_run_teacher
 from policykd.report import write_comparison_report, write_report
 from policykd.report.data import COMPRESSION, read_run
 from policykd.runs.folder import check_seed
@@ -52,7 +52,9 @@ def main(args: Args) -> None:
     else:
         report = read_run(args.run)
         instead = "say where it is: --teacher REF"
-        teacher = teacher_of(args.run, ref=args.teacher, instead=instead, trust_pickle=args.trust_pickle).policy
+        teacher = load_run_teacher(
+            args.run, ref=args.teacher, alternative=instead, trust_pickle=args.trust_pickle
+        ).policy
         assert isinstance(teacher, Teacher)
         path = write_report(
             args.run,

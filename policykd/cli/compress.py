@@ -15,7 +15,7 @@ from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.pareto import draw_pareto
 from policykd.compression.recipes import STANDARD, parse_recipe
 from policykd.envs.atari import make_atari
-from policykd.evaluation.policies import game_of, teacher_of
+from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
 from policykd.runs.folder import check_at_least, check_name, check_seed
 from policykd.states import DatasetStates
@@ -88,9 +88,11 @@ def run(args: CompressArgs) -> None:
         parse_recipe(text)
 
     device = prepare_device("cpu", args.threads)
-    game = game_of([str(args.run)])
+    game = infer_game([str(args.run)])
     student = load_student(args.run)
-    teacher = teacher_of(args.run, ref=args.teacher, instead="give --teacher", trust_pickle=args.trust_pickle).policy
+    teacher = load_run_teacher(
+        args.run, ref=args.teacher, alternative="give --teacher", trust_pickle=args.trust_pickle
+    ).policy
     assert isinstance(teacher, Teacher)
     states = DatasetStates(args.states or args.run, held_out=args.held_out)
     replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)

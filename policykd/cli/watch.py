@@ -12,7 +12,14 @@ from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.command import needs_extra
 from policykd.cli.groups import SeedArgs
-from policykd.evaluation.policies import Contender, game_of, load_contender, run_of, teacher_of
+from policykd.evaluation.policies import (
+    LoadOptions,
+    NamedPolicy,
+    infer_game,
+    load_named_policy,
+    load_run_teacher,
+    run_folder,
+)
 from policykd.io.files import write_atomically
 from policykd.runs.folder import check_at_least, check_seed
 from policykd.viewer import colours
@@ -69,7 +76,7 @@ def run(args: WatchArgs) -> None:
     """Loads the policies and shows them."""
     _check(args)
     torch.set_num_threads(1)
-    game = game_of([args.policy], args.game)
+    game = infer_game([args.policy], args.game)
     players = [_as_player(policy) for policy in _load_policies(args, game)]
     names = " and ".join(player.name for player in players)
     settings = VideoSettings(
@@ -98,7 +105,7 @@ def run(args: WatchArgs) -> None:
     _check_animation(players, settings)
     if reason:
         print(f"{reason}, so {num_steps / STEPS_PER_SECOND:.0f} seconds of play are written to a file")
-    out = args.out or (run_of(args.policy) or Path()) / "watch.gif"
+    out = args.out or (run_folder(args.policy) or Path()) / "watch.gif"
     content = encode_animation(
         render_video(players, settings), settings.steps_per_picture, ANIMATION_FORMATS[out.suffix.lower()]
     )
@@ -106,22 +113,23 @@ def run(args: WatchArgs) -> None:
     print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
 
 
-def _load_policies(args: WatchArgs, game: str) -> list[Contender]:
+def _load_policies(args: WatchArgs, game: str) -> list[NamedPolicy]:
     """Returns the policies to show, a teacher before a student."""
-    policy = load_contender(args.policy, game, trust_pickle=args.trust_pickle)
-    own_run = run_of(args.policy)
+    options = LoadOptions(trust_pickle=args.trust_pickle)
+    policy = load_named_policy(args.policy, game, options)
+    own_run = run_folder(args.policy)
     if args.against == "none" or (args.against == "teacher" and own_run is None):
         return [policy]
     if args.against == "teacher":
         assert own_run is not None
-        return [teacher_of(own_run, trust_pickle=args.trust_pickle), policy]
-    other = load_contender(args.against, game, trust_pickle=args.trust_pickle)
+        return [load_run_teacher(own_run, trust_pickle=args.trust_pickle), policy]
+    other = load_named_policy(args.against, game, options)
     return [policy, other] if isinstance(other.policy, Student) else [other, policy]
 
 
-def _as_player(contender: Contender) -> Player:
-    colour = colours.STUDENT if isinstance(contender.policy, Student) else colours.TEACHER
-    return Player(contender.name, contender.policy, contender.temperature, colour)
+def _as_player(named: NamedPolicy) -> Player:
+    colour = colours.STUDENT if isinstance(named.policy, Student) else colours.TEACHER
+    return Player(named.name, named.policy, named.temperature, colour)
 
 
 def _check(args: WatchArgs) -> None:

@@ -90,11 +90,8 @@ class TemperedPolicy:
 def sampling_temperature(policy: Policy) -> float:
     """Returns the temperature T at which actions are sampled from softmax(outputs / T).
 
-    It is the policy's own `temperature` (0.01 for the Q-values of a DQN teacher), else 1. A student's outputs are
-    logits, in which its temperature is included already.
+    It is the policy's own `temperature` (0.01 for the Q-values of a DQN teacher, 1 for a student's logits), else 1.
     """
-    if isinstance(policy, Student):
-        return 1.0
     return float(getattr(policy, "temperature", 1.0))
 
 

@@ -1,159 +1,185 @@
-"""Policies as a user names them on a command line: the folder of a run, or a teacher, in the game that they play."""
+"""Policies by the names that users give them: the folder of a run, a teacher's reference, or `random`."""
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED, find_teacher
-from policykd.agents.student import Student, load_student
+from policykd.agents.student import Student, load_student, read_student_card
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
+from policykd.evaluation.evaluate import RandomPolicy, sampling_temperature
 from policykd.evaluation.teacher_check import check_fits, measured_return
 from policykd.io.files import BadFile
+from policykd.io.typed import read_json
+
+RANDOM = "random"
+"""reference of the policy that takes every action with the same probability"""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A policy that is set beside others."""
+class NamedPolicy:
+    """A policy with the names under which users and tables refer to it."""
 
     ref: str
-    """what the user called it"""
+    """reference that the user gave"""
     name: str
-    """what tables and films call it"""
+    """name in tables and films"""
     policy: Student | Teacher
-    temperature: float
-    """what its scores are divided by to get its policy"""
+
+    @property
+    def temperature(self) -> float:
+        """Temperature at which actions are sampled from the policy's outputs."""
+        return sampling_temperature(self.policy)
 
     @property
     def run(self) -> Path | None:
-        """The folder of the run whose student it is; None for a teacher."""
-        return run_of(self.ref)
+        """Folder of the run that made a student; None for a teacher."""
+        return run_folder(self.ref)
 
 
-def run_of(ref: str) -> Path | None:
-    """Returns the folder of the run that a reference names, or None where it names a teacher."""
+def run_folder(ref: str) -> Path | None:
+    """Returns the folder of the run that a reference names, or None if it names a teacher."""
     path = Path(ref)
     folder = path.parent if path.name == "student.json" else path
     return folder if (folder / "student.json").is_file() else None
 
 
-def load_contender(
-    ref: str, game: str, *, weights: str = "equal", seed: int = 0, trust_pickle: bool = False
-) -> Contender:
-    """Returns what a reference names, once it fits the game.
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Settings of `load_named_policy` for teachers."""
+
+    weights: str = "equal"
+    """weights of several teachers"""
+    seed: int = 0
+    """seed of the games that are played if those weights are by return and none is reported"""
+    trust_pickle: bool = False
+    """let SB3 itself load an archive, which executes code in it"""
+
+
+def load_named_policy(ref: str, game: str, options: LoadOptions = LoadOptions()) -> NamedPolicy:
+    """Returns the policy of a reference, once it fits the game.
 
     Args:
-        ref: a run's folder, or a teacher.
-        game: what it plays.
-        weights: of several teachers.
-        seed: of games that are played where these weights are by return, and none is reported.
-        trust_pickle: as for `load_teacher`.
+        ref: a run's folder or its student.json, or a teacher (docs/teachers.md).
+        game: the Atari game to play.
+        options: settings of teachers.
 
     Raises:
-        ValueError: nothing is there, or nothing that plays this game.
+        ValueError: not found.
+        BadFile: damaged, or made for another game.
     """
-    run = run_of(ref)
+    policy: Student | Teacher
+    run = run_folder(ref)
     if run is None:
-        policy: Student | Teacher = load_teachers(
+        policy = load_teachers(
             ref,
-            weights,
+            options.weights,
             game=game,
-            trust_pickle=trust_pickle,
-            measure=lambda member: measured_return(member, game, seed=seed),
+            trust_pickle=options.trust_pickle,
+            measure=lambda member: measured_return(member, game, seed=options.seed),
         )
-        name, temperature = ref, policy.temperature
+        name = ref
     else:
-        if (own := str(_said(run).get("game", game))) and canonical_name(own) != canonical_name(game):
-            raise BadFile(f"{ref}: it was made for another game, {own}; leave out --game, or take a run of {game}")
-        policy, name, temperature = load_student(run), run.resolve().name, 1.0
+        own_game = read_student_card(run / "student.json").game
+        if own_game and canonical_name(own_game) != canonical_name(game):
+            raise BadFile(f"{ref}: it was made for another game, {own_game}; leave out --game, or give a run of {game}")
+        policy = load_student(run)
+        name = run.resolve().name
     with closing(make_atari(game, 1, 0)) as envs:
         check_fits(policy, envs, ref, game)
-    return Contender(ref, name, policy, temperature)
+    return NamedPolicy(ref, name, policy)
 
 
-def teacher_of(
-    run: Path, *, ref: str = "", instead: str = "give --against REF or none", trust_pickle: bool = False
-) -> Contender:
-    """Returns the teacher that a run learned from: the very archive, or the very archives with their weights.
+def load_any_policy(
+    ref: str, game: str, device: torch.device, options: LoadOptions
+) -> Student | Teacher | RandomPolicy:
+    """Returns the policy of a reference on a device; `random` is one too."""
+    if ref == RANDOM:
+        with closing(make_atari(game, 1, 0)) as envs:
+            return RandomPolicy(envs.num_actions)
+    return load_named_policy(ref, game, options).policy.to(device)
+
+
+def load_run_teacher(
+    run: Path, *, ref: str = "", alternative: str = "give --against REF or none", trust_pickle: bool = False
+) -> NamedPolicy:
+    """Returns the teacher of a run: the same archive, or the same archives with the same weights.
 
     Args:
-        run: its folder.
-        ref: where the teacher lies now; by default where it lay then, at the commit that was taken.
-        instead: what else a user may do, for the message of an error.
-        trust_pickle: as for `load_teacher`.
+        run: folder of the run.
+        ref: where the teacher is now; by default where the run found it, at the same revision.
+        alternative: what else the user may do, for error messages.
+        trust_pickle: as in `load_teacher`.
 
     Raises:
-        BadFile: the run does not say which; another archive lies there now.
-        ValueError: nothing lies there any more.
+        BadFile: the run does not record its teacher, or another archive is there now.
+        ValueError: not found.
     """
-    said = _said(run)
+    card = read_student_card(run / "student.json")
+    recorded = card.teacher
+    if recorded is None or not card.game:
+        raise BadFile(f"{run}/student.json: does not record its teacher; {alternative}")
+    pinned = ref or recorded.ref
+    if not ref and recorded.revision and "@" not in pinned:
+        pinned = f"{pinned}@{recorded.revision}"
+    weights, seed = _teacher_weights(run) if "+" in pinned else ("equal", 0)
+    options = LoadOptions(weights=weights, seed=seed, trust_pickle=trust_pickle)
     try:
-        teacher, game = said["teacher"], str(said["game"])
-        then, revision, sha256 = (_text(teacher[key]) for key in ("ref", "revision", "sha256"))
-    except (LookupError, TypeError) as error:
-        raise BadFile(f"{run}/student.json: does not say who its teacher was; {instead}") from error
-    pinned = ref or (f"{then}@{revision}" if revision and "@" not in then else then)
-    try:
-        found = load_contender(pinned, game, **_mixed_by(run, pinned), trust_pickle=trust_pickle)
+        found = load_named_policy(pinned, card.game, options)
     except BadFile:
         raise
     except ValueError as error:
-        raise ValueError(f"{run}: its teacher is not found ({error}); or {instead}") from error
-    if not isinstance(found.policy, Teacher) or found.policy.sha256 != sha256:
-        raise BadFile(f"{pinned}: not the archive that {run} learned from any more; {instead}")
+        raise ValueError(f"{run}: teacher not found ({error}); or {alternative}") from error
+    if not isinstance(found.policy, Teacher) or found.policy.sha256 != recorded.sha256:
+        raise BadFile(f"{pinned}: not the archive that {run} was distilled from; {alternative}")
     return found
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    teacher_weights: str = "equal"
+    seed: int = 0
 
 
-def _mixed_by(run: Path, ref: str) -> dict[str, Any]:
-    """Returns how a run weighed several teachers, and the seed of games that were played for it."""
-    try:
-        settings = json.loads((run / "config.json").read_text())["settings"]
-        how = {"weights": str(settings["teacher_weights"]), "seed": int(settings["seed"])}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}  # no run of a command, but a student that was saved
-    return how if "+" in ref else {}
+@dataclass(frozen=True, kw_only=True)
+class _RunConfig:
+    settings: _Settings = field(default_factory=_Settings)
 
 
-def game_of(refs: Sequence[str], given: str = "") -> str:
-    """Returns the canonical name of the game that policies play: the one `given`, or what the first of them says.
+def _teacher_weights(run: Path) -> tuple[str, int]:
+    """Returns how a run weighted several teachers, and its seed; equal weights without a config.json."""
+    path = run / "config.json"
+    settings = read_json(_RunConfig, path).settings if path.is_file() else _Settings()
+    return settings.teacher_weights, settings.seed
+
+
+def infer_game(refs: Sequence[str], given: str = "") -> str:
+    """Returns the canonical name of the game that policies play: the one given, or that of the first which records it.
 
     Raises:
-        ValueError: none says it.
+        ValueError: none records it.
     """
     if given:
         return canonical_name(given)
     for ref in refs:
-        run = run_of(ref)
-        if game := _said(run).get("game") if run else _played_by(ref):
-            return canonical_name(str(game))
-    raise ValueError(f"{refs[0]}: it does not say which game it plays; give --game")
+        run = run_folder(ref)
+        game = read_student_card(run / "student.json").game if run else _game_of_teacher(ref)
+        if game:
+            return canonical_name(game)
+    raise ValueError(f"{refs[0]}: its game is not recorded; give --game")
 
 
-def _said(run: Path) -> dict[str, Any]:
-    try:
-        said = json.loads((run / "student.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{run}/student.json: cannot be read ({error}); give the folder of a finished run") from error
-    if not isinstance(said, dict):
-        raise BadFile(f"{run}/student.json: not what a run writes; give the folder of a finished run")
-    return said
-
-
-def _played_by(ref: str) -> str | None:
+def _game_of_teacher(ref: str) -> str:
+    """Returns the game of a teacher's card, or an empty string."""
     if ref.partition(":")[0] in ("auto", "bundled"):
         games = {path.stem.partition("-")[2] for path in PRETRAINED.glob("*.zip")}
-        return games.pop() if len(games) == 1 else None
-    if ref.startswith("hub:") and "/" not in ref:
-        return None
-    return find_teacher(ref.partition("+")[0]).card.game or None
+        return games.pop() if len(games) == 1 else ""
+    if ref == RANDOM or (ref.startswith("hub:") and "/" not in ref):
+        return ""
+    return find_teacher(ref.partition("+")[0]).card.game

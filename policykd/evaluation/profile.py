@@ -20,8 +20,8 @@ from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.policy import Policy, greedy
 from policykd.agents.teacher import Teacher
 from policykd.evaluation.deployments import Deployment, RealStates, deploy
-from policykd.evaluation.policies import Contender
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.policies import NamedPolicy
+from policykd.evaluation.real_states import on_policy_states
 from policykd.evaluation.runtimes import MANY, RUNTIMES, RuntimeName
 from policykd.io.signals import check_interrupted
 
@@ -36,7 +36,7 @@ PRACTICAL: RuntimeName = "sb3"
 
 
 def profile(
-    contenders: Sequence[Contender],
+    contenders: Sequence[NamedPolicy],
     game: str,
     *,
     runtimes: Sequence[RuntimeName] = tuple(RUNTIMES),
@@ -69,7 +69,7 @@ def profile(
     for c in contenders:
         if isinstance(c.policy, Teacher) and c.policy.algorithm == "ENSEMBLE":
             raise ValueError(f"{c.ref}: several teachers; profile each by its own name")
-    obs = visited_states(first.policy, game, MANY, seed=2 * seed, temperature=first.temperature)
+    obs = on_policy_states(first.policy, game, MANY, seed=2 * seed)
     expected = {c.name: _acts(c.policy, obs) for c in contenders}
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,10 +109,10 @@ def _acts(policy: Policy, obs: Tensor) -> list[int]:
         return greedy(policy(obs)).tolist()
 
 
-def _states_for_int8(contender: Contender, game: str, seed: int) -> RealStates:
+def _states_for_int8(contender: NamedPolicy, game: str, seed: int) -> RealStates:
     """Returns what scripts/export.py would calibrate on, and states to try the file on, if fewer."""
     calibration, tried = (
-        visited_states(contender.policy, game, num, seed=s, temperature=contender.temperature)
+        on_policy_states(contender.policy, game, num, seed=s)
         for num, s in ((NUM_CALIBRATION_STATES, 2 * seed + 1), (NUM_TRIED_STATES, 2 * seed))
     )
     return RealStates(calibration, tried)
@@ -179,7 +179,7 @@ def _compare_actions(rows: Mapping[RuntimeName, dict[str, Any]], expected: Seque
             row["same_actions"] = float(np.mean(np.equal(row.pop("actions"), expected)))
 
 
-def _size_of(contender: Contender) -> dict[str, int | None]:
+def _size_of(contender: NamedPolicy) -> dict[str, int | None]:
     net: Any = getattr(contender.policy, "net", None)
     if not hasattr(net, "state_dict"):
         return {"num_parameters": getattr(net, "num_parameters", None), "num_macs": None}

@@ -16,7 +16,7 @@ from policykd.agents.teacher import Teacher
 from policykd.compression.comparison import Row
 from policykd.compression.pareto import draw_pareto
 from policykd.envs.actions import action_names
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.evaluation.results import ProtocolResult
 from policykd.evaluation.statistics import summarise
 from policykd.io.files import BadFile, write_atomically
@@ -152,7 +152,7 @@ def with_this_run(comparison: Comparison, student: Mapping[str, Any], run: Path)
 @torch.inference_mode()
 def compared_actions(student: Policy, teacher: Teacher, game: str, num_states: int, *, seed: int) -> Actions:
     """Returns what both do in states that the student visits; both are on the CPU."""
-    obs = visited_states(student, game, num_states, seed=seed)
+    obs = on_policy_states(student, game, num_states, seed=seed)
     scores = [torch.cat([policy(part) for part in obs.split(256)]) for policy in (teacher, student)]
     log_teacher, log_student = log_policy(scores[0], teacher.temperature), log_policy(scores[1])
     num_actions = log_teacher.shape[1]

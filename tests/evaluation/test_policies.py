@@ -1,6 +1,7 @@
 """Policies by the names that users give them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,15 @@ from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.evaluation.policies import game_of, load_contender, run_of, teacher_of
-from policykd.evaluation.results import about
+from policykd.evaluation.policies import (
+    RANDOM,
+    LoadOptions,
+    infer_game,
+    load_any_policy,
+    load_named_policy,
+    load_run_teacher,
+    run_folder,
+)
 from policykd.io.files import BadFile
 
 
@@ -24,94 +32,104 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copied(run: Path, folder: Path, **said: object) -> Path:
+def copied(run: Path, folder: Path, **fields: object) -> Path:
     """A run whose card says something else."""
-    card = json.loads((run / "student.json").read_text()) | said
+    card = json.loads((run / "student.json").read_text()) | fields
     (folder / "student.safetensors").write_bytes((run / "student.safetensors").read_bytes())
     (folder / "student.json").write_text(json.dumps(card))
     return folder
 
 
 def test_a_run_is_its_folder_or_its_card(run: Path) -> None:
-    assert run_of(str(run)) == run_of(str(run / "student.json")) == run
-    assert run_of("bundled:ppo") is None
-    student = load_contender(str(run), "Pong")
+    assert run_folder(str(run)) == run_folder(str(run / "student.json")) == run
+    assert run_folder("bundled:ppo") is None
+    student = load_named_policy(str(run), "Pong")
     assert isinstance(student.policy, Student)
     assert (student.name, student.run, student.temperature) == (run.name, run, 1.0)
 
 
 def test_a_teacher_is_its_reference() -> None:
-    teacher = load_contender("bundled:dqn", "Pong")
+    teacher = load_named_policy("bundled:dqn", "Pong")
     assert isinstance(teacher.policy, Teacher)
     assert (teacher.name, teacher.run, teacher.temperature) == ("bundled:dqn", None, 0.01)
 
 
+def test_random_is_a_policy_too() -> None:
+    policy = load_any_policy(RANDOM, "Breakout", torch.device("cpu"), LoadOptions())
+    assert policy(torch.zeros(3, 4, 84, 84)).shape == (3, 4)
+
+
 def test_the_teacher_of_a_run_is_the_very_archive(run: Path) -> None:
-    teacher = teacher_of(run)
+    teacher = load_run_teacher(run)
     assert isinstance(teacher.policy, Teacher)
     assert teacher.policy.path == PRETRAINED / "ppo-Pong.zip"
 
 
 def test_a_revision_is_not_forgotten(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"ref": "hub:sb3/ppo-PongNoFrameskip-v4", "revision": "5e1f", "sha256": "0"}
-    loader = "policykd.evaluation.policies.load_contender"
-    monkeypatch.setattr(loader, lambda ref, game, **_: pytest.fail(f"{ref} on {game}"))
+    teacher = {"ref": "hub:sb3/ppo-PongNoFrameskip-v4", "revision": "5e1f", "sha256": "0"}
+    loader = "policykd.evaluation.policies.load_named_policy"
+    monkeypatch.setattr(loader, lambda ref, game, _: pytest.fail(f"{ref} on {game}"))
     with pytest.raises(pytest.fail.Exception, match="hub:sb3/ppo-PongNoFrameskip-v4@5e1f on Pong"):
-        teacher_of(copied(run, tmp_path, teacher=said))
+        load_run_teacher(copied(run, tmp_path, teacher=teacher))
 
 
 def test_several_teachers_are_mixed_as_the_run_mixed_them(run: Path, tmp_path: Path) -> None:
     mixed = load_teachers("bundled:ppo+bundled:dqn", "0.9,0.1", game="Pong")
-    folder = copied(run, tmp_path, teacher=about(mixed))
+    folder = copied(run, tmp_path, teacher=asdict(mixed.record))
     config = {"settings": {"teacher_weights": "0.9,0.1", "seed": 0}}
     (folder / "config.json").write_text(json.dumps(config))
-    found = teacher_of(folder)
+    found = load_run_teacher(folder)
     obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found.policy(obs), mixed(obs))
     (folder / "config.json").unlink()  # equal weights are another teacher
     with pytest.raises(BadFile, match="not the archive"):
-        teacher_of(folder)
+        load_run_teacher(folder)
 
 
 def test_a_teacher_that_has_moved_is_the_same_archive(run: Path, tmp_path: Path) -> None:
     folder, moved = copied(run, tmp_path), tmp_path / "moved.zip"
     moved.write_bytes((PRETRAINED / "ppo-Pong.zip").read_bytes())
-    assert teacher_of(folder, ref=str(moved)).name == str(moved)
+    assert load_run_teacher(folder, ref=str(moved)).name == str(moved)
     with pytest.raises(BadFile, match=r"bundled:dqn: not the archive .*; say where it is: --teacher REF"):
-        teacher_of(folder, ref="bundled:dqn", instead="say where it is: --teacher REF")
+        load_run_teacher(folder, ref="bundled:dqn", alternative="say where it is: --teacher REF")
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("fields", "message"),
     [
-        ({"teacher": None}, "does not say who its teacher was; give --against REF or none"),
+        ({"teacher": None}, "does not record its teacher; give --against REF or none"),
         ({"teacher": {"ref": "bundled:ppo", "revision": "", "sha256": "00"}}, "not the archive that"),
     ],
 )
 def test_a_card_that_leads_to_another_teacher_is_refused(
-    said: dict[str, object], message: str, run: Path, tmp_path: Path
+    fields: dict[str, object], message: str, run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BadFile, match=message):
-        teacher_of(copied(run, tmp_path, **said))
+        load_run_teacher(copied(run, tmp_path, **fields))
 
 
-def test_the_game_is_what_is_given_or_what_the_first_says(run: Path) -> None:
-    assert game_of(["bundled:ppo"]) == game_of([str(run)]) == game_of([str(PRETRAINED / "ppo-Pong.zip")]) == "Pong"
-    assert game_of([str(run)], "ALE/Breakout-v5") == "Breakout"
-    assert game_of(["hub:dqn", str(run)]) == "Pong"
-    with pytest.raises(ValueError, match="hub:dqn: it does not say which game it plays; give --game"):
-        game_of(["hub:dqn"])
+def test_the_game_is_given_or_recorded_by_the_first_that_does(run: Path) -> None:
+    assert (
+        infer_game(["bundled:ppo"])
+        == infer_game([str(run)])
+        == infer_game([str(PRETRAINED / "ppo-Pong.zip")])
+        == "Pong"
+    )
+    assert infer_game([str(run)], "ALE/Breakout-v5") == "Breakout"
+    assert infer_game(["hub:dqn", str(run)]) == "Pong"
+    with pytest.raises(ValueError, match="hub:dqn: its game is not recorded; give --game"):
+        infer_game(["hub:dqn"])
 
 
 @pytest.mark.parametrize("game", ["Breakout", "Qbert"])
 def test_a_policy_of_another_game_is_refused(game: str, run: Path) -> None:
     """Even where that has as many actions."""
     with pytest.raises(BadFile, match="it was made for another game, Pong"):
-        load_contender(str(run), game)
+        load_named_policy(str(run), game)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])
-def test_a_card_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+def test_an_invalid_card_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "student.json").write_text(content)
     with pytest.raises(BadFile, match=r"student\.json: .*give the folder of a finished run"):
-        game_of([str(tmp_path)])
+        infer_game([str(tmp_path)])

@@ -20,11 +20,11 @@ from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import load_teacher
 from policykd.envs.actions import action_names
 from policykd.evaluation.deployments import Deployment, RealStates, deploy
-from policykd.evaluation.policies import Contender
+from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.profile import _add_ratios, _asked, _compare_actions, _started, profile, table
 from policykd.evaluation.runtimes import OBS_BYTES, RUNTIMES, RuntimeName, race
 from policykd.export import Subject, export
-from policykd.io.signals import noting_signals
+from policykd.io.signals import handle_signals
 
 QUICK: tuple[RuntimeName, ...] = ("onnx",)
 
@@ -85,7 +85,7 @@ def test_an_onnx_teacher_has_no_other_form(student: Student, obs: np.ndarray, tm
 
 def test_a_profile_of_a_student(student: Student) -> None:
     """In real processes; twice the same policy is as fast as itself, within what a busy machine makes of it."""
-    contenders = [Contender(name, name, student, 1.0) for name in ("a", "b")]
+    contenders = [NamedPolicy(name, name, student) for name in ("a", "b")]
     found = profile(contenders, "Pong", runtimes=QUICK, rounds=3, calls_per_round=20, starts=1)
     assert json.loads(json.dumps(found)).keys() == found.keys()
     assert list(found["policies"]) == ["a", "b"]
@@ -223,7 +223,7 @@ def test_a_signal_ends_the_process_that_measures_too(student: Student, obs: np.n
     how = {"observations": str(tmp_path / "observations"), "rounds": 10_000, "calls_per_round": 1000}
     (tmp_path / "race.json").write_text(json.dumps({**how, "entries": [entry]}))
     stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
-    with noting_signals():
+    with handle_signals():
         stop.start()
         with pytest.raises(KeyboardInterrupt):
             _asked("race", str(tmp_path / "race.json"))
@@ -247,4 +247,4 @@ def test_a_missing_package_is_named_and_the_rest_goes_on(
 
 def test_two_policies_of_one_name_are_refused(student: Student) -> None:
     with pytest.raises(ValueError, match="are called the same"):
-        profile([Contender("a", "a", student, 1.0), Contender("b/a", "a", student, 1.0)], "Pong")
+        profile([NamedPolicy("a", "a", student), NamedPolicy("b/a", "a", student)], "Pong")

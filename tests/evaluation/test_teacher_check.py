@@ -1,4 +1,4 @@
-"""Teachers that play are let through, those that do not are stopped, and nothing hangs."""
+"""Teachers that are better than random play pass, others are refused, and nothing hangs."""
 
 import re
 from dataclasses import replace
@@ -13,7 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-from policykd.agents.card import CardProtocol
+from policykd.agents.card import Card, CardProtocol
 from policykd.agents.policy import Policy
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher, load_teacher
@@ -23,12 +23,16 @@ from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Step
 from policykd.evaluation.evaluate import evaluate
-from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, compare_with_random, read_card
-from policykd.legacy.loop import distill
-from policykd.legacy.losses import ForwardKL
-from policykd.legacy.schedules import WarmupCosine
-from policykd.legacy.states import MixedStates
-from policykd.legacy.train_state import make_learner
+from policykd.evaluation.results import protocols_of_card
+from policykd.evaluation.teacher_check import (
+    TeacherCheck,
+    check_fits,
+    check_from_card,
+    check_teacher,
+    compare_with_random,
+)
+from policykd.loop import DistillConfig, distill
+from policykd.schedules import WarmupCosine
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -80,14 +84,14 @@ def with_card(teacher: Teacher, returns: list[float]) -> Teacher:
 def test_the_card_of_the_bundled_teacher_is_its_check(pong: Teacher) -> None:
     check = check_teacher(pong, "Pong", seed=0)
     assert (check.source, check.num_games, check.num_unfinished) == ("card", 200, 0)
-    assert check.mean == check.reported_return == pytest.approx(pong.card.protocols["noop_sampled"].mean)
+    assert check.mean == check.reported_return == pytest.approx(protocols_of_card(pong)["noop_sampled"].mean)
     assert check.random_mean == RANDOM_AND_HUMAN_SCORES["Pong"][0]
     assert check.advantage[0] > 39
     assert check.warning is None
 
 
 def test_the_bundled_teacher_passes_when_it_is_asked_to_play(pong: Teacher) -> None:
-    check = check_teacher(pong, "ALE/Pong-v5", seed=0, play=True, num_games=4, max_steps=250)
+    check = check_teacher(pong, "ALE/Pong-v5", seed=0, num_games=4, max_steps=250)
     assert (check.source, check.num_games, check.num_unfinished, check.max_steps) == ("played", 4, 4, 250)
     assert check.advantage[0] > 0
     assert check.warning is None  # points after 250 steps say nothing about a return of 19 for whole games
@@ -118,12 +122,12 @@ def test_a_card_without_a_point_is_refused_though_no_game_is_played(pong: Teache
     assert check_teacher(with_card(pong, [0.0] * 40), "Enduro", seed=0, allow_weak=True).is_weak
 
 
-def test_a_card_that_says_too_little_is_no_check(pong: Teacher) -> None:
+def test_a_card_with_too_few_games_is_not_enough(pong: Teacher) -> None:
     enough = with_card(pong, [0.0] * 30)
-    assert read_card(enough, "Enduro")
-    assert not read_card(with_card(pong, [0.0] * 29), "Enduro")
-    assert not read_card(enough, "Carnival")  # not in the table of random scores
-    assert not read_card(replace(pong, card={}), "Pong")
+    assert check_from_card(enough, "Enduro")
+    assert not check_from_card(with_card(pong, [0.0] * 29), "Enduro")
+    assert not check_from_card(enough, "Carnival")  # not in the table of random scores
+    assert not check_from_card(replace(pong, card=Card()), "Pong")
 
 
 def test_a_game_that_never_ends_is_cut_off() -> None:
@@ -145,7 +149,7 @@ def test_play_far_below_what_is_reported_is_warned_of() -> None:
     far_below = check(0.7, 1.0)  # right in 40 % of the games, by chance in 25 %
     assert not far_below.is_weak
     assert far_below.warning
-    assert re.match(r"plays far below what is reported.*: 0\.\d+ \[.*reported 1\.00$", far_below.warning)
+    assert re.match(r"plays far below its reported return.*: 0\.\d+ \[.*reported 1\.00$", far_below.warning)
 
 
 def test_random_play_is_seldom_taken_for_a_teacher() -> None:
@@ -161,17 +165,17 @@ def test_the_check_repeats_and_too_few_games_are_refused() -> None:
         return compare_with_random(always(1, 4), IdentityEnv(4, 4), seed=3)
 
     assert check() == check()
-    with pytest.raises(ValueError, match="3 games do not tell"):
+    with pytest.raises(ValueError, match="3 games are too few"):
         compare_with_random(always(1, 4), IdentityEnv(3, 4), seed=3)
 
 
-def test_what_does_not_fit_is_told_with_expected_and_found(pong: Teacher) -> None:
+def test_what_does_not_fit_is_refused_with_expected_and_found(pong: Teacher) -> None:
     atari, cart_pole = make_atari("Breakout", 1, 0), GymnasiumEnvs("CartPole-v1", 1, 0)
-    with pytest.raises(ValueError, match=r"mine: scores 6 actions on \(4, 84, 84\), Breakout has 4 on \(4, 84, 84\)"):
+    with pytest.raises(ValueError, match=r"mine: 6 actions and observations \(4, 84, 84\), but Breakout has 4"):
         check_fits(pong, atari, "mine", "Breakout")
-    with pytest.raises(ValueError, match=r"mine: scores 2 actions on \(4,\), Breakout has 4 on \(4, 84, 84\)"):
+    with pytest.raises(ValueError, match=r"mine: 2 actions and observations \(4,\), but Breakout has 4"):
         check_fits(make_student((8,), 2, (4,)), atari, "mine", "Breakout")
-    with pytest.raises(ValueError, match=r"mine: scores 3 actions on \(4,\), CartPole has 2 on \(4,\)"):
+    with pytest.raises(ValueError, match=r"mine: 3 actions and observations \(4,\), but CartPole has 2 and \(4,\)"):
         check_fits(always(1, 3), cart_pole, "mine", "CartPole")
     check_fits(make_student("1%", 4), atari, "mine", "Breakout")
     check_fits(always(1, 2), cart_pole, "mine", "CartPole")
@@ -185,7 +189,7 @@ def test_what_does_not_fit_is_told_with_expected_and_found(pong: Teacher) -> Non
         (lambda obs: torch.full((1, 2), float("nan")), "NaN or infinity"),
     ],
 )
-def test_a_callable_that_gives_no_scores_is_refused(policy: Policy, expected: str) -> None:
+def test_a_callable_with_invalid_outputs_is_refused(policy: Policy, expected: str) -> None:
     with pytest.raises(ValueError, match=f"mine: .*{expected}"):
         check_fits(policy, GymnasiumEnvs("CartPole-v1", 1, 0), "mine", "CartPole")
 
@@ -198,21 +202,13 @@ def test_a_plain_function_teaches_cart_pole() -> None:
 
     envs = GymnasiumEnvs("CartPole-v1", 8, seed=0)
     assert not compare_with_random(lean, envs, seed=0).is_weak
-    learner = make_learner(make_student((32,), 2, (4,)), envs, capacity=1600, seed=0)
-    *_, last = distill(
-        lean,
-        learner,
-        loss=ForwardKL(),
-        states=MixedStates(),
-        learning_rate=WarmupCosine(1e-2),
-        rounds=4,
-        states_per_round=400,
-        updates_per_round=100,
-        batch_size=64,
+    student = make_student((32,), 2, (4,))
+    config = DistillConfig(
+        rounds=4, states_per_round=400, updates_per_round=100, batch_size=64, learning_rate=WarmupCosine(1e-2)
     )
-    assert last.new_action_agreement > 0.9
-    games = evaluate(learner.student, envs, 8, deterministic=True, generator=torch.Generator())
-    assert np.mean(games.returns) > 100
+    *_, last = distill(lean, student, envs, config)
+    assert last.new_states["action_agreement"] > 0.9
+    assert evaluate(student, envs, 8).mean_return > 100
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter warns of itself

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from policykd.agents.networks import MLP
 from policykd.agents.student import Size, make_student
 from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export.c99 import stack_bytes, to_c
 
 STRICT = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
@@ -19,7 +19,7 @@ STRICT = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    return visited_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 64, seed=6)
+    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 64, seed=6)
 
 
 def compiled(text: str, folder: Path, *flags: str) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from policykd.agents.card import Provenance, TeacherRecord
 from policykd.agents.student import Student, load_student, make_student, save_student
 from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export import FORMATS, Format, Made, Subject, export, validate
 from policykd.io.files import BadFile
 
@@ -26,7 +26,7 @@ WRITTEN = {"command": "a test", "versions": {}}
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    return visited_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 192, seed=8)
+    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 192, seed=8)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export.int8 import quantise, quantise_weights
 from policykd.export.int8_weights import equalise, values_of
 from policykd.export.onnx import to_onnx
@@ -20,7 +20,7 @@ from policykd.export.onnx import to_onnx
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    return visited_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 128, seed=7)
+    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 128, seed=7)
 
 
 def sharp(size: Size, frames: Tensor) -> Student:

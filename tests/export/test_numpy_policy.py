@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from policykd.agents.networks import MLP
 from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export.numpy_file import runtime, to_npz
 from policykd.export.numpy_policy import Policy, load
 
@@ -25,7 +25,7 @@ DESIGNS: tuple[Size, ...] = ("7%", "1%", "strided", "depthwise", "half", "impala
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    return visited_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 48, seed=5)
+    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 48, seed=5)
 
 
 def away_from_the_start(size: Size, frames: Tensor) -> Student:
