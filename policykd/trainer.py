@@ -166,6 +166,8 @@ class Trainer:
         self.state.student.eval()
         sums: dict[str, Tensor] = {}
         rows = replay.states_from(first)
+        if not len(rows):
+            return {}
         for rows_B in rows.split(_EVALUATION_BATCH_SIZE):
             teacher_BA = replay.teacher_NA.index_select(0, rows_B)
             batch = Batch(replay.gather(rows_B), teacher_BA, rows_B, self.temperature, progress, rows_B)

@@ -44,8 +44,9 @@ def parse_json(kind: type[T], content: bytes | str, name: str | Path, *, next_st
     Raises:
         BadFile: not JSON, or not of this type.
     """
+    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every class is hashable
     try:
-        return _adapter(kind).validate_json(content)
+        return adapter.validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -55,7 +56,8 @@ def parse_json(kind: type[T], content: bytes | str, name: str | Path, *, next_st
 
 def to_json(value: object, *, indent: int | None = 1) -> bytes:
     """Returns a dataclass as JSON, with a newline at the end; what `parse_json` reads back."""
-    return _adapter(type(value)).dump_json(value, indent=indent) + b"\n"
+    kind: Any = type(value)
+    return _adapter(kind).dump_json(value, indent=indent) + b"\n"
 
 
 def write_json(path: Path, value: object) -> None:

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from policykd.legacy.divergences import (
-    jensen_shannon_B,
-    kl_divergence_B,
-    log_policy,
-    standardised,
-    taken_or_not,
-    without,
-)
+from policykd.agents.policy import log_policy
+from policykd.losses import jensen_shannon_B, kl_divergence_B
+from policykd.methods.decoupled_kl import best_or_other, drop_action
+from policykd.methods.standardized_kl import standardize
 
 
 def scores(*shape: int, seed: int = 0) -> Tensor:
@@ -25,7 +21,7 @@ def test_half_precision_is_widened_before_the_temperature() -> None:
     q_BA = torch.tensor([[10.0, 9.9375, 3.0]], dtype=torch.bfloat16)  # both are bf16 numbers; their hundredfold is not
     expected = torch.softmax(torch.tensor([[1000.0, 993.75, 300.0]]), dim=1)
     torch.testing.assert_close(log_policy(q_BA, 0.01).exp(), expected)
-    assert standardised(q_BA).dtype == torch.float32
+    assert standardize(q_BA).dtype == torch.float32
     assert log_policy(torch.tensor([[1e38, 0.0]]), 0.01).isfinite().all()
 
 
@@ -55,18 +51,18 @@ def test_jensen_shannon_is_bounded_where_the_kls_are_not() -> None:
     assert kl_divergence_B(log_policy(sure_BA), other_BA)[0].item() == pytest.approx(1e6)
 
 
-def test_the_actions_without_one() -> None:
+def test_dropping_one_action() -> None:
     scores_BA = torch.arange(12.0).reshape(3, 4)
     expected = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0], [8.0, 9.0, 10.0]])
-    assert torch.equal(without(scores_BA, torch.tensor([0, 2, 3])), expected)
+    assert torch.equal(drop_action(scores_BA, torch.tensor([0, 2, 3])), expected)
 
 
-def test_taken_or_not_is_right_where_one_minus_p_underflows() -> None:
+def test_best_or_other_is_right_where_one_minus_p_underflows() -> None:
     """1 - p is 1.1e-13, which float32 has, and 1 - 1.1e-13 is 1, so that log(1 - p) would be minus infinity."""
-    log_two_B2 = taken_or_not(log_policy(torch.tensor([[30.0, 0.0, -1.0]])), torch.tensor([0]))
+    log_two_B2 = best_or_other(log_policy(torch.tensor([[30.0, 0.0, -1.0]])), torch.tensor([0]))
     torch.testing.assert_close(log_two_B2, torch.tensor([[0.0, -30.0 + math.log1p(math.exp(-1.0))]]))
     log_p_BA = log_policy(scores(8, 6))
-    two_B2 = taken_or_not(log_p_BA, torch.full((8,), 2)).exp()
+    two_B2 = best_or_other(log_p_BA, torch.full((8,), 2)).exp()
     torch.testing.assert_close(two_B2, torch.stack([log_p_BA[:, 2].exp(), 1.0 - log_p_BA[:, 2].exp()], dim=1))
 
 
@@ -74,9 +70,9 @@ def test_the_kl_is_the_sum_of_its_two_decoupled_parts() -> None:
     """(Zhao et al., 2022, equation 7): KL = TCKD + (1 - p_t) NCKD, row by row, whichever action is the target."""
     teacher_BA, student_BA, target_B = scores(8, 6), scores(8, 6, seed=1), torch.arange(8) % 6
     log_p_BA, log_q_BA = log_policy(teacher_BA), log_policy(student_BA)
-    target_B2 = taken_or_not(log_p_BA, target_B)
-    others = log_policy(without(teacher_BA, target_B)), log_policy(without(student_BA, target_B))
-    rebuilt_B = kl_divergence_B(target_B2, taken_or_not(log_q_BA, target_B))
+    target_B2 = best_or_other(log_p_BA, target_B)
+    others = log_policy(drop_action(teacher_BA, target_B)), log_policy(drop_action(student_BA, target_B))
+    rebuilt_B = kl_divergence_B(target_B2, best_or_other(log_q_BA, target_B))
     rebuilt_B = rebuilt_B + target_B2[:, 1].exp() * kl_divergence_B(*others)
     expected_B = kl_divergence(Categorical(logits=teacher_BA), Categorical(logits=student_BA))
     torch.testing.assert_close(rebuilt_B, expected_B)
@@ -84,16 +80,16 @@ def test_the_kl_is_the_sum_of_its_two_decoupled_parts() -> None:
 
 @pytest.mark.parametrize("scale", [1e-5, 0.01, 1.0, 1e6, 1e37])
 def test_standardised_scores_have_mean_zero_and_deviation_one_in_each_row(scale: float) -> None:
-    z_BA = standardised(scale * scores(8, 6).float())
+    z_BA = standardize(scale * scores(8, 6).float())
     torch.testing.assert_close(z_BA.mean(dim=1), torch.zeros(8), atol=1e-6, rtol=0)
     torch.testing.assert_close(z_BA.std(dim=1, unbiased=False), torch.ones(8))
-    torch.testing.assert_close(z_BA, standardised(scores(8, 6).float()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(z_BA, standardize(scores(8, 6).float()), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, 1e38])
 def test_a_row_of_one_number_is_standardised_to_zeros_with_a_finite_gradient(value: float) -> None:
     scores_BA = torch.full((2, 6), value, requires_grad=True)
-    z_BA = standardised(scores_BA)
+    z_BA = standardize(scores_BA)
     assert torch.equal(z_BA, torch.zeros(2, 6))
     z_BA[:, 0].sum().backward()
     assert scores_BA.grad is not None

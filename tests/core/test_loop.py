@@ -1,4 +1,4 @@
-"""The loop on problems of seconds: it learns, it repeats, it goes on where it stopped."""
+"""The loop on problems of seconds: it learns, it repeats, it resumes where it stopped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,217 +6,212 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import policykd
 from policykd.agents.networks import MLP
-from policykd.agents.policy import Policy
 from policykd.agents.student import make_student
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.evaluation.evaluate import evaluate
-from policykd.legacy.loop import distill
-from policykd.legacy.losses import ActionNLL, ForwardKL, Loss, ReverseKL, ScoreMSE
-from policykd.legacy.replay import Replay
-from policykd.legacy.schedules import Linear, WarmupCosine
-from policykd.legacy.states import MixedStates, StateSource, StudentStates, TeacherStates
-from policykd.legacy.train_state import Learner, Visit, make_learner
-from policykd.legacy.trainer import Round
+from policykd.loop import DistillConfig, distill, forward_kl
+from policykd.losses import ActionNLL, Batch, ForwardKL, LogitMSE, LossFn, Metrics, ReverseKL
+from policykd.replay import Replay
+from policykd.schedules import Linear
+from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.train_state import Rollout, TrainState
+from tests.core.problems import Problem, identity_teacher
+
+PONG = DistillConfig(rounds=1, states_per_round=40, updates_per_round=2, batch_size=8, states=TeacherStates())
 
 
-def identity_teacher(obs: Tensor) -> Tensor:
-    return 3.0 * obs
-
-
-def identity_learner(seed: int = 0) -> Learner:
-    return make_learner(make_student((16,), 4, (4,), seed=seed), IdentityEnv(8, 4, seed), capacity=2000, seed=seed)
-
-
-def run(
-    learner: Learner,
-    *,
-    loss: Loss | None = None,
-    states: StateSource | None = None,
-    rounds: int = 8,
-    teacher: Policy = identity_teacher,
-    updates_per_round: int = 40,
-    threads: int = 1,
-    overlap: bool = True,
-) -> list[Round]:
-    rate = WarmupCosine(2e-2)
-    return list(
-        distill(
-            teacher,
-            learner,
-            loss=loss or ForwardKL(),
-            states=states or MixedStates(),
-            learning_rate=rate,
-            rounds=rounds,
-            states_per_round=160,
-            updates_per_round=updates_per_round,
-            batch_size=64,
-            threads=threads,
-            overlap=overlap,
-        )
-    )
+def zero_teacher(obs: Tensor) -> Tensor:
+    return torch.zeros(len(obs), 6)
 
 
 @pytest.mark.parametrize(
-    "states", [TeacherStates(), StudentStates(), MixedStates(), MixedStates(student=Linear(0.0, 1.0))], ids=repr
+    ("loss_fn", "states"),
+    [
+        (forward_kl, MixedStates()),
+        (ForwardKL(), TeacherStates()),
+        (ReverseKL(), StudentStates()),
+        (LogitMSE(), MixedStates(student=Linear(0.0, 1.0))),
+        (ActionNLL(), MixedStates()),
+    ],
+    ids=repr,
 )
-@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), ScoreMSE(), ActionNLL()], ids=repr)
-def test_a_student_learns_its_teacher(loss: Loss, states: StateSource) -> None:
-    learner = identity_learner()
-    last = run(learner, loss=loss, states=states)[-1]
-    assert (learner.student(torch.eye(4)).argmax(dim=1) == torch.arange(4)).all()
-    assert last.action_agreement > 0.99
-    if not isinstance(loss, ActionNLL):
-        assert last.kl < 1e-3
+def test_a_student_learns_its_teacher(loss_fn: LossFn, states: StateSource, problem: Problem, eye: Tensor) -> None:
+    last = problem.train(loss_fn, states=states)[-1]
+    assert (problem.student(eye).argmax(dim=1) == torch.arange(4)).all()
+    assert last.train["action_agreement"] > 0.99
+    if not isinstance(loss_fn, ActionNLL):
+        assert last.train["kl"] < 1e-3
 
 
-def test_a_cold_temperature_makes_a_surer_student() -> None:
-    def sureness(temperature: float) -> float:
-        learner = identity_learner()
-        run(learner, loss=ForwardKL(temperature))
-        return float(learner.student(torch.eye(4)).detach().softmax(dim=1).diagonal().mean())
+def test_the_default_loss_is_the_forward_kl() -> None:
+    one = Problem().train(rounds=3)
+    other = Problem().train(ForwardKL(), rounds=3)
+    assert [r.train for r in one] == [r.train for r in other]
+
+
+def test_a_cold_temperature_makes_a_more_certain_student(eye: Tensor) -> None:
+    def certainty(**temperature: Any) -> float:
+        problem = Problem()
+        problem.train(**temperature)
+        return float(problem.student(eye).detach().softmax(dim=1).diagonal().mean())
 
     expected = [float(torch.softmax(3.0 * torch.eye(4) / t, dim=1).diagonal().mean()) for t in (1.0, 0.5)]
-    assert [sureness(1.0), sureness(0.5)] == pytest.approx(expected, abs=0.02)
+    assert certainty() == pytest.approx(expected[0], abs=0.02)
+    assert certainty(temperature=0.5) == pytest.approx(expected[1], abs=0.02)
+    assert certainty(loss_fn=ForwardKL(0.5)) == pytest.approx(expected[1], abs=0.02)
 
 
-def test_a_run_repeats_bit_for_bit() -> None:
-    def measured() -> list[tuple[float, ...]]:
-        return [(r.loss, r.kl, r.new_kl, r.grad_norm) for r in run(identity_learner(seed=1), rounds=3)]
+class ColdTeacher:
+    """A teacher of Q-values: nobody but itself says what its temperature is."""
 
-    assert measured() == measured()
+    temperature = 0.01
 
-
-def test_other_seeds_give_other_runs() -> None:
-    assert run(identity_learner(seed=1), rounds=1)[0].loss != run(identity_learner(seed=2), rounds=1)[0].loss
+    def __call__(self, obs: Tensor) -> Tensor:
+        return 0.03 * obs
 
 
-def test_what_a_round_says() -> None:
-    rounds = run(identity_learner(), states=MixedStates(student=Linear(0.0, 1.0, 0.5)), rounds=5)
+def test_a_teacher_brings_its_temperature(problem: Problem, eye: Tensor) -> None:
+    """Q-values 0.03 apart at 0.01: without the temperature the student would learn a nearly uniform policy."""
+    assert problem.train(teacher=ColdTeacher())[-1].train["kl"] < 1e-3
+    torch.testing.assert_close(problem.student(eye).softmax(dim=1), (3.0 * eye).softmax(dim=1), atol=0.02, rtol=0.0)
+
+
+def test_a_run_repeats_bit_for_bit_and_other_seeds_give_other_runs() -> None:
+    def measured(seed: int) -> list[object]:
+        return [(r.train, r.new_states) for r in Problem(seed=seed).train(rounds=3)]
+
+    assert measured(1) == measured(1)
+    assert measured(1) != measured(2)
+
+
+def test_learning_rates_are_numbers_or_functions() -> None:
+    peak = Problem().train(rounds=2, learning_rate=0.02)
+    assert peak[-1].learning_rate == pytest.approx(0.0)
+    assert Problem().train(rounds=2, learning_rate=lambda progress: 0.1 * progress)[-1].learning_rate == 0.1
+    with pytest.raises(ValueError, match="learning_rate must be at least 0, not -1"):
+        DistillConfig(learning_rate=-1.0)
+
+
+def test_round_measurements(problem: Problem) -> None:
+    rounds = problem.train(states=MixedStates(student=Linear(0.0, 1.0, 0.5)), rounds=5)
     assert [r.index for r in rounds] == [0, 1, 2, 3, 4]
     assert [r.num_states for r in rounds] == [160, 320, 480, 640, 800]
     assert [r.num_updates for r in rounds] == [40, 80, 120, 160, 200]
-    assert [r.student_fraction for r in rounds] == pytest.approx([0.0, 0.0, 2 / 3, 1.0, 1.0])  # one fit behind
-    assert [r.num_nonfinite_states + r.num_nonfinite_updates for r in rounds] == [0] * 5
-    assert all(len(r.episodes) == 160 for r in rounds)
-    assert rounds[-1].learning_rate == pytest.approx(0.0)
+    # The student that acts is from before the training that runs at the same time.
+    fractions = [r.collected.student_fraction for r in rounds]
+    assert fractions == pytest.approx([0.0, 0.0, 2 / 3, 1.0, 1.0])
+    assert [r.schedules["states.student"] for r in rounds] == pytest.approx(fractions)
+    assert [r.collected.num_nonfinite + r.train["num_skipped"] for r in rounds] == [0] * 5
+    assert all(len(r.collected.episodes) == 160 for r in rounds)
     p = torch.softmax(torch.tensor([3.0, 0.0, 0.0, 0.0]), dim=0)
-    assert rounds[0].teacher_entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-5)
-    first = rounds[0].episodes
-    sampled_share = float(np.mean([e.episodic_return for e in first]))
-    assert sampled_share == pytest.approx(float(p[0]), abs=0.1)  # the teacher played this round, sampled
+    assert rounds[0].new_states["teacher_entropy"] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-5)
+    mean_return = float(np.mean([e.episodic_return for e in rounds[0].collected.episodes]))
+    assert mean_return == pytest.approx(float(p[0]), abs=0.1)  # the teacher acted in this round, sampled
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_overlapped_and_one_after_the_other_are_the_same_bits(threads: int) -> None:
     def bits(*, overlap: bool) -> list[object]:
-        learner = identity_learner(seed=3)
-        rounds = run(learner, rounds=4, threads=threads, overlap=overlap)
-        weights = [w.tolist() for w in learner.student.state_dict().values()]
-        replay = learner.replay
-        return [weights, replay.scores_NA.tolist(), [(r.loss, r.new_kl, r.grad_norm, r.episodes) for r in rounds]]
+        problem = Problem(seed=3)
+        rounds = problem.train(rounds=4, threads=threads, overlap=overlap)
+        weights = [w.tolist() for w in problem.student.state_dict().values()]
+        assert problem.state is not None
+        measured = [(r.train, r.new_states, r.collected.episodes) for r in rounds]
+        return [weights, problem.state.replay.teacher_NA.tolist(), measured]
 
     assert bits(overlap=True) == bits(overlap=False)
 
 
 def test_threads_share_a_batch_without_changing_what_is_learned() -> None:
-    one, two = (run(identity_learner(seed=1), rounds=2, threads=threads)[-1] for threads in (1, 2))
-    assert (one.loss, one.kl, one.grad_norm) == pytest.approx((two.loss, two.kl, two.grad_norm), rel=1e-4)
+    one, two = (Problem(seed=1).train(rounds=2, threads=threads)[-1].train for threads in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_a_loop_that_is_left_early_ends_its_threads(problem: Problem) -> None:
+    config = DistillConfig(rounds=8, states_per_round=160, updates_per_round=40, batch_size=64)
+    for r in distill(identity_teacher, problem.student, IdentityEnv(8, 4), config):
+        if r.index == 1:
+            break
+    assert r.num_updates == 80
 
 
 class BrokenNow:
-    """A loss that is no number in some updates (N03)."""
+    """A loss that is not a number in some updates."""
 
     def __init__(self, first: int, last: int) -> None:
-        self.broken, self.num_calls = range(first, last), 0
+        self.broken = range(first, last)
+        self.num_calls = 0
 
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor) -> Tensor:
-        loss_B = ForwardKL()(student_BA, teacher_BA)
-        self.num_calls += 1
-        return loss_B * float("nan") if self.num_calls in self.broken else loss_B
+    def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        loss_B, metrics = forward_kl(student, batch)
+        self.num_calls += torch.is_grad_enabled()
+        is_broken = torch.is_grad_enabled() and self.num_calls in self.broken
+        return loss_B * float("nan") if is_broken else loss_B, metrics
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_counted() -> None:
-    """N03: the step is skipped, the counter and the loss show it unmasked, the student still learns."""
-    learner = identity_learner()
-    rounds = run(learner, loss=BrokenNow(50, 53))
-    assert [r.num_nonfinite_updates for r in rounds] == [0, 3, 0, 0, 0, 0, 0, 0]
-    assert np.isnan(rounds[1].loss)
-    assert np.isnan(rounds[1].grad_norm)
-    assert rounds[-1].action_agreement > 0.99
-    steps = {int(slot["step"]) for slot in learner.optimizer.state_dict()["state"].values()}
+def test_an_update_that_is_not_finite_is_skipped_and_counted(problem: Problem) -> None:
+    """The counter and the loss show it unmasked, the student still learns."""
+    rounds = problem.train(BrokenNow(50, 53))
+    assert [r.train["num_skipped"] for r in rounds] == [0, 3, 0, 0, 0, 0, 0, 0]
+    assert np.isnan(rounds[1].train["loss"])
+    assert np.isnan(rounds[1].train["grad_norm"])
+    assert rounds[-1].train["action_agreement"] > 0.99
+    assert problem.state is not None
+    steps = {int(slot["step"]) for slot in problem.state.optimizer.state_dict()["state"].values()}
     assert steps == {8 * 40 - 3}
 
 
-def test_weights_are_those_of_a_run_without_the_broken_updates() -> None:
-    """N03: an update that is not finite leaves weights and moments bit for bit as they were."""
-    learner = identity_learner()
-    before = [w.clone() for w in learner.student.parameters()]
+def test_a_skipped_update_leaves_the_weights_bit_for_bit(problem: Problem) -> None:
+    before = [w.clone() for w in problem.student.parameters()]
     with pytest.raises(FloatingPointError, match="round 0: 10 updates"):  # a round of nothing else
-        run(learner, loss=BrokenNow(1, 11), rounds=1, updates_per_round=10)
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.student.parameters(), strict=True))
+        problem.train(BrokenNow(1, 11), rounds=1, updates_per_round=10)
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.student.parameters(), strict=True))
 
 
-def test_too_many_updates_that_are_not_finite_end_the_run() -> None:
-    """N03: after the bound the run ends, its weights untouched."""
-    learner = identity_learner()
+def test_too_many_updates_that_are_not_finite_end_the_run(problem: Problem) -> None:
     with pytest.raises(FloatingPointError, match=r"round 1: 11 updates with loss nan"):
-        run(learner, loss=BrokenNow(41, 52))
-    assert all(w.isfinite().all() for w in learner.student.parameters())
-    assert learner.round == 1
+        problem.train(BrokenNow(41, 52))
+    assert all(w.isfinite().all() for w in problem.student.parameters())
+    assert problem.state is not None
+    assert problem.state.round == 1
 
 
-def test_states_that_the_teacher_cannot_score_are_left_out_and_counted() -> None:
-    """N02: such rows are no states, nothing is fitted to them, and the run goes on."""
+def test_states_that_the_teacher_cannot_label_are_left_out_and_counted(problem: Problem) -> None:
     calls = 0
 
     def sometimes(obs: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        scores_BA = identity_teacher(obs)
+        logits_BA = identity_teacher(obs)
         if calls in (3, 25):
-            scores_BA[2, 1] = float("inf")
-            scores_BA[5] = float("nan")
-        return scores_BA
+            logits_BA[2, 1] = float("inf")
+            logits_BA[5] = float("nan")
+        return logits_BA
 
-    learner = identity_learner()
-    rounds = run(learner, teacher=sometimes)
-    assert [r.num_nonfinite_states for r in rounds] == [2, 2, 0, 0, 0, 0, 0, 0]
+    rounds = problem.train(teacher=sometimes)
+    assert [r.collected.num_nonfinite for r in rounds] == [2, 2, 0, 0, 0, 0, 0, 0]
     assert [r.num_states for r in rounds] == [158, 316, 476, 636, 796, 956, 1116, 1276]
-    assert rounds[-1].action_agreement > 0.99
-    assert learner.replay.history.tolist() == [18, 21, 194, 197]
+    assert rounds[-1].train["action_agreement"] > 0.99
+    assert problem.state is not None
+    assert problem.state.replay.context_only_rows.tolist() == [18, 21, 194, 197]
 
 
-def test_a_teacher_that_scores_too_much_nonsense_ends_the_run() -> None:
-    """N02: after the bound the run ends, naming the round."""
-
+def test_a_teacher_with_too_many_outputs_that_are_not_finite_ends_the_run(problem: Problem) -> None:
     def poisoned(obs: Tensor) -> Tensor:
-        scores_BA = identity_teacher(obs)
-        scores_BA[0, 0] = float("nan")
-        return scores_BA
+        logits_BA = identity_teacher(obs)
+        logits_BA[0, 0] = float("nan")
+        return logits_BA
 
-    with pytest.raises(FloatingPointError, match=r"round 0: the teacher's scores of 20 states"):
-        run(identity_learner(), teacher=poisoned, rounds=2)
-
-
-def test_a_round_that_does_not_divide_is_refused() -> None:
-    rounds = distill(
-        identity_teacher,
-        identity_learner(),
-        loss=ForwardKL(),
-        states=TeacherStates(),
-        learning_rate=WarmupCosine(1e-3),
-        rounds=1,
-        states_per_round=10,
-        updates_per_round=1,
-    )
-    with pytest.raises(ValueError, match="multiple of num_envs 8"):
-        next(rounds)
+    with pytest.raises(FloatingPointError, match=r"round 0: the teacher's outputs for 20 states"):
+        problem.train(teacher=poisoned, rounds=2)
 
 
 def cartpole_teacher(obs: Tensor) -> Tensor:
@@ -225,62 +220,48 @@ def cartpole_teacher(obs: Tensor) -> Tensor:
     return torch.stack([-20.0 * push, 20.0 * push], dim=1).float()
 
 
-def play_cartpole(policy: Callable[[Tensor], Tensor]) -> float:
-    envs = GymnasiumEnvs("CartPole-v1", 4, seed=99)
-    games = evaluate(policy, envs, 8)
-    return float(np.mean(games.returns))
+def mean_cartpole_return(policy: Callable[[Tensor], Tensor]) -> float:
+    return float(np.mean(evaluate(policy, GymnasiumEnvs("CartPole-v1", 4, seed=99), 8).returns))
+
+
+CARTPOLE = DistillConfig(rounds=4, states_per_round=800, updates_per_round=150, batch_size=128, learning_rate=1e-2)
 
 
 def test_a_student_balances_cartpole_like_its_teacher() -> None:
     student = make_student((32,), 2, (4,))
-    assert play_cartpole(cartpole_teacher) > 400
-    before = play_cartpole(student)
-    learner = make_learner(student, GymnasiumEnvs("CartPole-v1", 8, seed=0), capacity=3200, seed=0)
-    *_, last = distill(
-        cartpole_teacher,
-        learner,
-        loss=ForwardKL(),
-        states=MixedStates(),
-        learning_rate=WarmupCosine(1e-2),
-        rounds=4,
-        states_per_round=800,
-        updates_per_round=150,
-        batch_size=128,
-    )
-    assert last.kl < 0.02
-    assert before < 200
-    assert play_cartpole(student) > 400
+    assert mean_cartpole_return(cartpole_teacher) > 400
+    assert mean_cartpole_return(student) < 200
+    *_, last = distill(cartpole_teacher, student, GymnasiumEnvs("CartPole-v1", 8, seed=0), CARTPOLE)
+    assert last.train["kl"] < 0.02
+    assert mean_cartpole_return(student) > 400
+
+
+def test_environments_of_sb3_are_accepted() -> None:
+    """The README's call with nothing but SB3's own environments; the line says what they cannot do."""
+    student = make_student((32,), 2, (4,))
+    envs = make_vec_env("CartPole-v1", n_envs=8, seed=0)
+    with pytest.warns(UserWarning, match="cannot be resumed"):
+        *_, last = policykd.distill(cartpole_teacher, student, envs, CARTPOLE)
+    assert last.train["kl"] < 0.05
 
 
 def test_a_users_own_module_is_a_student_too() -> None:
-    learner = make_learner(MLP(4, (8,), 4, activation=nn.Tanh), IdentityEnv(8, 4), capacity=2000, seed=0)
-    assert run(learner)[-1].action_agreement > 0.99
+    student = MLP(4, (8,), 4, activation=nn.Tanh)
+    config = DistillConfig(rounds=8, states_per_round=160, updates_per_round=40, batch_size=64, learning_rate=2e-2)
+    *_, last = distill(identity_teacher, student, IdentityEnv(8, 4), config)
+    assert last.train["action_agreement"] > 0.99
 
 
-def test_frames_are_stored_once_and_the_student_is_centred_on_them() -> None:
-    envs = make_atari("Pong", 4, seed=0)
+def test_frames_are_stored_once_and_the_student_is_normalised_on_them() -> None:
     student = make_student("1%", 6)
-    learner = make_learner(student, envs, capacity=80, seed=0)
-    list(
-        distill(
-            lambda obs: torch.zeros(len(obs), 6),
-            learner,
-            loss=ForwardKL(),
-            states=TeacherStates(),
-            learning_rate=WarmupCosine(1e-3),
-            rounds=2,
-            states_per_round=40,
-            updates_per_round=2,
-            batch_size=8,
-        )
-    )
-    assert learner.replay.frames.shape == (81, 84, 84)
-    assert student.net.centre == 87.0  # the brown behind Pong's court
-    assert len(learner.replay) == 80
+    *_, last = distill(zero_teacher, student, make_atari("Pong", 4, seed=0), PONG)
+    assert last.state.replay.frames.shape == (41, 84, 84)
+    assert student.net.centre == 87.0  # the brown background of Pong
+    assert len(last.state.replay) == 40
 
 
 class Recorded(TorchDispatchMode):
-    """Writes down every operation of this thread."""
+    """Records every operation of this thread."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -292,33 +273,22 @@ class Recorded(TorchDispatchMode):
 
 
 def test_no_update_waits_for_the_device() -> None:
-    """Between the first update of a round and its last nothing is read back, copied over, or of a size that depends."""
-    learner = make_learner(make_student("1%", 6), make_atari("Pong", 4, seed=0), capacity=80, seed=0)
+    """Between the first update of a round and its last nothing is read back or of a size that depends on data."""
+    config = DistillConfig(rounds=1, states_per_round=40, updates_per_round=3, batch_size=8, states=TeacherStates())
     with Recorded() as recorded:
-        list(
-            distill(
-                lambda obs: torch.zeros(len(obs), 6),
-                learner,
-                loss=ForwardKL(),
-                states=TeacherStates(),
-                learning_rate=WarmupCosine(1e-3),
-                rounds=1,
-                states_per_round=40,
-                updates_per_round=3,
-                batch_size=8,
-            )
-        )
+        list(distill(zero_teacher, make_student("1%", 6), make_atari("Pong", 4, seed=0), config))
     names = recorded.names
-    first, last = (i for i, name in enumerate(names) if name == "_fused_adam_"), len(names)
-    updates = names[next(first) : last - names[::-1].index("_fused_adam_")]
+    first = names.index("_fused_adam_")
+    last = len(names) - names[::-1].index("_fused_adam_")
+    updates = names[first + 1 : last]
     assert updates.count("convolution_backward") == 2 * 3
     waiting = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
     assert not waiting & set(updates)
-    assert waiting & set(names[: names.index("_fused_adam_")])  # such as the rows of `compare`: the test can see them
+    assert waiting & set(names[:first])  # measuring reads numbers back: the test can see it
 
 
 class PlainDescent(torch.optim.Optimizer):
-    """Fused Adam knows no tensors without numbers."""
+    """Gradient descent for tensors without numbers, which fused Adam does not support."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -326,19 +296,21 @@ class PlainDescent(torch.optim.Optimizer):
                 weight.data.sub_(group["lr"] * weight.grad)
 
 
-def test_updates_stay_on_the_device_and_scores_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_stay_on_the_device_of_the_states() -> None:
     """On tensors without numbers, which can neither be read back nor meet another device's, all updates are made."""
-    kinds = []
+    seen = []
 
-    def seen(student_BA: Tensor, teacher_BA: Tensor) -> Tensor:
-        kinds.append((student_BA.device.type, student_BA.dtype, teacher_BA.device.type, teacher_BA.dtype))
-        return ForwardKL()(student_BA, teacher_BA)
+    def loss_fn(student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        student_BA = student(batch.obs)
+        if torch.is_grad_enabled():
+            seen.append({t.device.type for t in (student_BA, batch.teacher_BA, batch.rows_B, batch.random_B)})
+        return ForwardKL().per_state(student_BA, batch.teacher_BA, 1.0, 0.0), {}
 
-    monkeypatch.setattr("policykd.legacy.loop.compare", lambda *_: (0.0, 0.0, 0.0))  # reads numbers back, as it should
-    envs, student = IdentityEnv(4, 6), make_student("1%", 6).to("meta")
-    replay = Replay(64, 4, 6, (4, 84, 84), stack=4, dtype=torch.uint8, device="meta")
-    replay.size, replay.num_held_out = 64, 4
-    learner = Learner(
+    envs = IdentityEnv(4, 6)
+    student = make_student("1%", 6).to("meta")
+    replay = Replay(64, 4, 6, (4, 84, 84), stack=4, dtype=torch.uint8).to("meta")
+    replay.size = 64
+    state = TrainState(
         student=student,
         envs=envs,
         replay=replay,
@@ -346,51 +318,32 @@ def test_updates_stay_on_the_device_and_scores_are_float32(monkeypatch: pytest.M
         action_generator=torch.Generator(),
         batch_generator=torch.Generator(),
         obs=envs.reset(),
-        starts_B=torch.ones(4, dtype=torch.bool),
-        visit=Visit(first=60, student_fraction=0.0, episodes=[]),
+        episode_starts_B=torch.ones(4, dtype=torch.bool),
+        rollout=Rollout(first=64, student_fraction=0.0, episodes=[]),  # nothing to measure, which reads numbers back
     )
-    rounds = distill(
-        identity_teacher,
-        learner,
-        loss=seen,
-        states=TeacherStates(),
-        learning_rate=WarmupCosine(1e-3),
-        rounds=1,
-        states_per_round=0,
-        updates_per_round=5,
-        batch_size=64,
-        threads=4,  # of the CPU: no other device's batch is cut
-    )
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # the round's numbers, after its updates
-        next(rounds)
-    assert kinds == [("meta", torch.float32, "meta", torch.float32)] * 5
+    config = DistillConfig(rounds=1, states_per_round=4, updates_per_round=5, batch_size=64, threads=4)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # the round's means, after its updates
+        next(distill(identity_teacher, student, envs, config, loss_fn=loss_fn, state=state))
+    assert seen == [{"meta"}] * 5
 
 
-def test_bfloat16_convolutions_leave_scores_and_weights_float32() -> None:
-    """N04: under autocast the loss sees float32 scores, near those without, and the weights stay float32."""
+def test_bfloat16_convolutions_leave_logits_and_weights_float32() -> None:
+    """Under autocast the loss sees float32 logits near those without, and the weights stay float32."""
     seen: dict[bool, Tensor] = {}
     for bf16 in (False, True):
-        learner = make_learner(make_student("1%", 6), make_atari("Pong", 4, seed=0), capacity=40, seed=0)
 
-        def loss(student_BA: Tensor, teacher_BA: Tensor, kind: bool = bf16) -> Tensor:
-            assert student_BA.dtype == teacher_BA.dtype == torch.float32
-            seen.setdefault(kind, student_BA.detach())
-            return ForwardKL()(student_BA, teacher_BA)
+        def loss_fn(student: nn.Module, batch: Batch, kind: bool = bf16) -> tuple[Tensor, Metrics]:
+            loss_B, metrics = forward_kl(student, batch)
+            assert loss_B.dtype == torch.float32
+            if torch.is_grad_enabled():
+                seen.setdefault(kind, student(batch.obs).float().detach())
+            return loss_B, metrics
 
-        list(
-            distill(
-                lambda obs: torch.zeros(len(obs), 6),
-                learner,
-                loss=loss,
-                states=TeacherStates(),
-                learning_rate=WarmupCosine(1e-3),
-                rounds=1,
-                states_per_round=40,
-                updates_per_round=2,
-                batch_size=8,
-                bf16=bf16,
-            )
+        config = DistillConfig(
+            rounds=1, states_per_round=40, updates_per_round=2, batch_size=8, states=TeacherStates(), bf16=bf16
         )
-        assert {w.dtype for w in learner.student.parameters()} == {torch.float32}
+        student = make_student("1%", 6)
+        list(distill(zero_teacher, student, make_atari("Pong", 4, seed=0), config, loss_fn=loss_fn))
+        assert {w.dtype for w in student.parameters()} == {torch.float32}
     assert not torch.equal(seen[True], seen[False])
     assert seen[True].tolist() == [pytest.approx(row, abs=0.02) for row in seen[False].tolist()]

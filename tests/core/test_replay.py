@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policykd.envs.atari import make_atari
-from policykd.legacy.replay import Replay
+from policykd.replay import DrawRange, Replay
 
 
 def test_stacks_of_real_games_come_back_bit_for_bit() -> None:
@@ -26,7 +26,7 @@ def test_stacks_of_real_games_come_back_bit_for_bit() -> None:
         num_starts += int(starts_B.sum())
     assert num_starts > 8
     assert (replay.gather(torch.arange(len(replay))) == torch.cat(seen)).all()
-    assert (replay.scores_NA == torch.cat(labels)).all()
+    assert (replay.teacher_NA == torch.cat(labels)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,23 +55,30 @@ def test_vectors_stand_alone() -> None:
     assert (replay.gather(torch.tensor([4, 0])) == obs[[4, 0]]).all()
 
 
+def sample(replay: Replay, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns observations and teacher outputs of one batch of all states but those held out."""
+    drawn = DrawRange(0, len(replay) - replay.num_held_out)
+    rows_B = next(replay.batches(1, num, drawn, torch.Generator().manual_seed(0)))
+    return replay.gather(rows_B), replay.teacher_NA[rows_B]
+
+
 def test_samples_are_uniform_pairs_and_a_seed_decides_them() -> None:
     replay = Replay(10, 1, 1, (1,))
     for i in range(10):
         replay.add(torch.tensor([[float(i)]]), torch.tensor([False]), torch.tensor([[10.0 * i]]))
-    obs, scores_BA = replay.sample(20_000, torch.Generator().manual_seed(0))
+    obs, scores_BA = sample(replay, 20_000)
     assert (scores_BA == 10.0 * obs).all()
     counts = torch.bincount(obs.long().squeeze(1), minlength=10)
     assert counts.min() > 1800
-    again, _ = replay.sample(20_000, torch.Generator().manual_seed(0))
+    again, _ = sample(replay, 20_000)
     assert (again == obs).all()
 
 
 def test_a_stored_state_takes_one_frame_and_a_few_bytes() -> None:
     replay = Replay(1000, 10, 6, (4, 84, 84), stack=4, dtype=torch.uint8)
-    bytes_per_state = (replay.frames.nbytes + replay.pasts_N.nbytes) / replay.capacity
+    bytes_per_state = (replay.frames.nbytes + replay.num_past_frames_N.nbytes) / replay.capacity
     assert bytes_per_state <= 7200
-    assert replay.scores_NA.nbytes / replay.capacity == 4 * 6
+    assert replay.teacher_NA.nbytes / replay.capacity == 4 * 6
 
 
 def test_a_full_replay_says_so() -> None:
@@ -90,7 +97,7 @@ def test_shards_rebuild_a_replay() -> None:
     again.extend(replay.arrays(4))
     rows_B = torch.arange(8)
     assert (again.gather(rows_B) == replay.gather(rows_B)).all()
-    assert (again.scores_NA == replay.scores_NA).all()
+    assert (again.teacher_NA == replay.teacher_NA).all()
     with pytest.raises(ValueError, match="the replay holds 8"):
         again.extend(replay.arrays(4))
 
@@ -104,7 +111,7 @@ def test_what_is_held_out_and_what_is_history_are_never_drawn() -> None:
         shard = {"frames": frames[part], "pasts": torch.zeros(20, dtype=torch.uint8).numpy()[part]}
         replay.extend({**shard, "history": is_history[part]})
     replay.num_held_out = 3
-    obs, scores_BA = replay.sample(20_000, torch.Generator().manual_seed(0))
+    obs, scores_BA = sample(replay, 20_000)
     counts = torch.bincount(obs.long().squeeze(1), minlength=20)
     assert (counts > 0).tolist() == [n not in history.tolist() and n < 17 for n in range(20)]
     assert counts[counts > 0].min() > 1600
@@ -112,4 +119,4 @@ def test_what_is_held_out_and_what_is_history_are_never_drawn() -> None:
     again = Replay(20, 1, 1, (1,))
     again.extend(replay.arrays(0, 6))
     again.extend(replay.arrays(6))
-    assert (again.history == history).all()
+    assert (again.context_only_rows == history).all()

@@ -4,22 +4,24 @@ from dataclasses import dataclass
 
 import pytest
 
-from policykd.legacy.schedules import (
+from policykd.schedules import (
     Constant,
     Cosine,
     Exponential,
     Linear,
-    Measured,
+    Progress,
     Quantity,
     ReturnGap,
     ReturnReached,
     Schedule,
     WarmupCosine,
-    at,
-    parse,
-    spelled,
-    value,
-    values,
+    check_bounds,
+    follows_return,
+    format_schedule,
+    iter_schedules,
+    parse_schedule,
+    resolve,
+    schedule_values,
 )
 
 
@@ -68,21 +70,21 @@ def test_a_cosine_is_slow_at_both_ends() -> None:
     ("student", "gap"), [(None, 1.0), (-21.0, 1.0), (-20.0, 1.0), (0.0, 0.5), (20.0, 0.0), (21.0, 0.0)]
 )
 def test_feedback_follows_the_return(student: float | None, gap: float) -> None:
-    measured = Measured(student, teacher_return=20.0, random_return=-20.0)
-    assert ReturnGap(3.0)(0.7, measured) == pytest.approx(3.0 * gap)
-    assert ReturnReached(0.2, 1.0)(0.7, measured) == pytest.approx(0.2 + 0.8 * (1.0 - gap))
+    progress = Progress(0.7, student, teacher_return=20.0, random_return=-20.0)
+    assert ReturnGap(3.0)(progress) == pytest.approx(3.0 * gap)
+    assert ReturnReached(0.2, 1.0)(progress) == pytest.approx(0.2 + 0.8 * (1.0 - gap))
 
 
 def test_against_zero_the_gap_is_qdaggers() -> None:
     """max(1 - G_S / G_T, 0) (Agarwal et al., 2022)."""
     for student in (0.0, 100.0, 300.0, 500.0):
-        assert ReturnGap(1.0)(0.0, Measured(student, 400.0)) == pytest.approx(max(1.0 - student / 400.0, 0.0))
+        assert ReturnGap(1.0)(Progress(0.0, student, 400.0)) == pytest.approx(max(1.0 - student / 400.0, 0.0))
 
 
-@pytest.mark.parametrize("measured", [Measured(1.0), Measured(1.0, -21.0, -20.0)])
-def test_feedback_needs_a_teacher_that_beats_chance(measured: Measured) -> None:
-    with pytest.raises(ValueError, match="needs a teacher that beats random play"):
-        ReturnGap(1.0)(0.0, measured)
+@pytest.mark.parametrize("progress", [0.5, Progress(0.0, 1.0), Progress(0.0, 1.0, -21.0, -20.0)])
+def test_feedback_needs_a_teacher_that_beats_a_random_policy(progress: float) -> None:
+    with pytest.raises(ValueError, match="needs a teacher that beats a random policy"):
+        ReturnGap(1.0)(progress)
 
 
 @dataclass(frozen=True)
@@ -98,25 +100,31 @@ class Outer:
     name: str = "x"
 
 
-def test_a_dataclass_at_a_moment_holds_numbers() -> None:
+def test_the_schedules_of_a_config_are_found_by_the_names_of_their_fields() -> None:
     outer = Outer(Linear(1.0, 0.0), Inner(Cosine(0.0, 2.0)), (Inner(), Inner(Constant(7.0))))
-    now = at(outer, 0.5)
-    assert now == Outer(0.5, Inner(1.0), (Inner(0.5), Inner(7.0)))
-    assert values(outer, 0.5, prefix="loss.") == pytest.approx(
-        {"loss.weight": 0.5, "loss.inner.floor": 1.0, "loss.parts.1.floor": 7.0}
-    )
-    assert at(now, 0.9) is now
-    assert not values(now, 0.5)
-    assert at((outer, "rest"), 1.0) == (Outer(0.0, Inner(2.0), (Inner(0.5), Inner(7.0))), "rest")
+    expected = {"loss.weight": 0.5, "loss.inner.floor": 1.0, "loss.parts.1.floor": 7.0}
+    assert schedule_values(outer, 0.5, prefix="loss.") == pytest.approx(expected)
+    assert [name for name, _ in iter_schedules(outer)] == ["weight", "inner.floor", "parts.1.floor"]
+    assert schedule_values(lambda: None, 0.5) == {}
+    assert not follows_return(outer)
+    assert follows_return(outer, Outer(1.0, Inner(ReturnGap())))
 
 
-def test_what_is_no_dataclass_stays_what_it_is() -> None:
-    def loss() -> None: ...
+def test_numbers_and_functions_are_quantities_alike() -> None:
+    assert resolve(0.25, 0.9) == 0.25
+    assert resolve(Linear(0.0, 1.0), 0.9) == pytest.approx(0.9)
+    assert resolve(lambda progress: 1.0 - progress, 0.9) == pytest.approx(0.1)
+    assert resolve(lambda progress: progress.student_return or -1.0, Progress(0.9, 5.0)) == 5.0
+    assert resolve(None, 0.9, default=0.01) == 0.01
 
-    assert at(loss, 0.5) is loss
-    assert values(loss, 0.5) == {}
-    assert value(0.25, 0.9) == 0.25
-    assert value(Linear(0.0, 1.0), 0.9) == pytest.approx(0.9)
+
+@pytest.mark.parametrize(
+    "quantity", [1.5, float("nan"), Linear(0.0, 1.5), lambda progress: 2.0, ReturnReached(0.0, 2.0)]
+)
+def test_bounds_hold_all_over_a_run(quantity: Quantity) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
+        check_bounds("share", quantity, 0.0, 1.0)
+    check_bounds("share", Linear(0.0, 1.0), 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,8 @@ def test_what_is_no_dataclass_stays_what_it_is() -> None:
         ("0.5", 0.5),
         ("1e-3", 1e-3),
         ("constant:2", Constant(2.0)),
+        ("0.1234567890123", 0.1234567890123),
+        ("warmup-cosine:2e-3", WarmupCosine(2e-3)),
         ("linear:1:0", Linear(1.0, 0.0)),
         ("linear:0:1:0.3", Linear(0.0, 1.0, 0.3)),
         ("cosine:4:1", Cosine(4.0, 1.0)),
@@ -134,8 +144,8 @@ def test_what_is_no_dataclass_stays_what_it_is() -> None:
     ],
 )
 def test_spelling(text: str, expected: Quantity) -> None:
-    assert parse(text) == expected
-    assert parse(spelled(expected)) == expected
+    assert parse_schedule(text) == expected
+    assert parse_schedule(format_schedule(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -143,10 +153,10 @@ def test_spelling(text: str, expected: Quantity) -> None:
 )
 def test_what_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="neither a number nor a schedule"):
-        parse(text)
+        parse_schedule(text)
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, 1.5])
 def test_an_end_outside_the_run_is_refused(until: float) -> None:
-    with pytest.raises(ValueError, match="a share of the run"):
+    with pytest.raises(ValueError, match="a fraction of the run"):
         Linear(1.0, 0.0, until)

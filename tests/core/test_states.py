@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policykd.legacy.schedules import Linear
-from policykd.legacy.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.schedules import Linear
+from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
 
 ALWAYS_0 = torch.tensor([[50.0, 0.0, 0.0]]).expand(2000, 3)
 
@@ -45,7 +45,7 @@ def test_actions_are_drawn_from_the_policy_by_the_generator_alone() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="share"):
-        MixedStates(student=share).student_fraction(0.0)
+        MixedStates(student=share)
 
 
 @pytest.mark.parametrize("states", [TeacherStates(epsilon=0.3), StudentStates(epsilon=0.3), MixedStates(epsilon=0.3)])
