@@ -182,6 +182,14 @@ class Ensemble:
         """Returns disagreement and weights over the states since the previous call; None if there were none."""
         return self._disagreement.take()
 
+    def take_metrics(self) -> dict[str, float]:
+        """Returns `teacher_disagreement` (nats) and `teacher_weight_0`, ... over the states since the previous call."""
+        shares = self.take_disagreement()
+        if shares is None:
+            return {}
+        weights = {f"teacher_weight_{i}": weight for i, weight in enumerate(shares.weights)}
+        return {"teacher_disagreement": shares.disagreement, **weights}
+
     def to(self, device: Any, /) -> "Ensemble":
         """Moves the members to a device and returns the ensemble."""
         for teacher in self.teachers:

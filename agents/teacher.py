@@ -1,5 +1,6 @@
 """Teachers: SB3's PPO, A2C, DQN and QR-DQN agents and ONNX files, loaded from whatever a reference names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,11 @@ class Teacher:
     def backend(self) -> str:
         """Library that computes the outputs, with its version; another one's differ in the last bits."""
         return str(getattr(self.session or self.net, "backend", f"torch {torch.__version__}"))
+
+    def take_metrics(self) -> dict[str, float]:
+        """Returns means over the states since the previous call, by name: those of an ensemble, none otherwise."""
+        take: Callable[[], dict[str, float]] = getattr(self.net, "take_metrics", dict)
+        return take()
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Moves the weights to a device and returns the teacher."""

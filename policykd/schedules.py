@@ -208,6 +208,8 @@ def iter_schedules(config: object, prefix: str = "") -> Iterator[tuple[str, Sche
     """Yields the schedules in a dataclass, with names such as `temperature` or `weight.floor`."""
     if isinstance(config, Schedule):
         yield prefix.removesuffix("."), config
+    elif hasattr(config, "iter_schedules"):  # a loss function that is not a dataclass
+        yield from config.iter_schedules(prefix)
     elif isinstance(config, tuple):
         for i, part in enumerate(config):
             yield from iter_schedules(part, f"{prefix}{i}.")

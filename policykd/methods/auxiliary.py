@@ -5,6 +5,7 @@ states, A actions, F features, P pixels of all maps, C H W an image.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,7 +27,7 @@ from policykd.methods.feature_losses import (
     value_loss_B,
 )
 from policykd.replay import Replay
-from policykd.schedules import Quantity, check_bounds, resolve
+from policykd.schedules import Quantity, Schedule, check_bounds, iter_schedules, resolve
 
 _FEATURE_LOSSES = ("hint", "attention", "similarity", "relational")
 _NATURE_CNN_MAP_SIZES = (20, 9, 7)
@@ -143,6 +144,11 @@ class AuxiliaryLosses(nn.Module):
             loss_B = loss_B + weight * term_B
             metrics[f"{name}_loss"] = term_B
         return loss_B, metrics
+
+    def iter_schedules(self, prefix: str) -> Iterator[tuple[str, Schedule]]:
+        """Yields the schedules of the wrapped loss and of the weights, for `policykd.schedules.iter_schedules`."""
+        yield from iter_schedules(self.loss, prefix)
+        yield from iter_schedules(self.weights, f"{prefix}auxiliary.")
 
     def _term(self, name: str, student: Student, seen: Activations, batch: Batch) -> Tensor:
         """Returns one auxiliary loss per state."""

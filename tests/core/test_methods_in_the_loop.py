@@ -310,7 +310,7 @@ def test_auxiliary_losses_are_learned_too(threads: int) -> None:
     assert {f"{name}_loss" for name in names} <= rounds[0].train.keys()
     for name in ("hint", "attention"):  # the value's targets lie farther apart in later rounds
         assert rounds[-1].train[f"{name}_loss"] < rounds[0].train[f"{name}_loss"], name
-    assert [r.schedules["loss.similarity"] for r in rounds] == pytest.approx([0.2, 0.1, 0.0])
+    assert [r.schedules["loss.auxiliary.similarity"] for r in rounds] == pytest.approx([0.2, 0.1, 0.0])
     weights = {"value": 0.5, "hint": 0.5, "attention": 1.0, "similarity": 0.1, "relational": 0.5, "shift": 0.5}
     total = rounds[1].train["kl"] + sum(weight * rounds[1].train[f"{name}_loss"] for name, weight in weights.items())
     assert rounds[1].train["loss"] == pytest.approx(total, rel=1e-4)
