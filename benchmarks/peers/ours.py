@@ -8,11 +8,13 @@ import tyro
 from snapshots import Snapshots
 
 import policykd
-from policykd import load_teacher, make_atari, make_learner, make_student
+from policykd import load_teacher, make_student
+from policykd.envs.atari import make_atari
 from policykd.legacy.loop import distill
 from policykd.legacy.losses import ForwardKL
 from policykd.legacy.schedules import Linear, WarmupCosine
 from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import make_learner
 
 
 @dataclass(frozen=True)

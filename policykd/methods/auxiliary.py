@@ -175,7 +175,8 @@ class AuxiliaryLosses(nn.Module):
         """Makes room for the labels of `capacity` states; those that are not labelled are nan."""
         for name in ("teacher_values_N", "teacher_hidden_NF", "teacher_attention_NP"):
             rows = getattr(self, name)
-            if len(rows) < capacity:
+            is_used = rows.ndim > 1 or "value" in self.active
+            if is_used and len(rows) < capacity:
                 more = rows.new_full((capacity - len(rows), *rows.shape[1:]), math.nan)
                 self.register_buffer(name, torch.cat([rows, more]), persistent=False)
 

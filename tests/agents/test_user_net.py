@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policykd import make_learner
 from policykd.agents.card import Provenance
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
@@ -20,6 +19,7 @@ from policykd.legacy.loop import distill
 from policykd.legacy.losses import ForwardKL
 from policykd.legacy.schedules import Constant
 from policykd.legacy.states import MixedStates
+from policykd.legacy.train_state import make_learner
 
 
 class MyNet(nn.Module):
