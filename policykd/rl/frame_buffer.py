@@ -87,6 +87,10 @@ class FrameReplayBuffer(ReplayBuffer):
         self.dones[now] = done
         self._set_num_added(self.num_added + 1)
 
+    def reset(self) -> None:
+        """Empties the ring."""
+        self._set_num_added(0)
+
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """Returns a uniform batch of steps whose frames and successors are all in the ring."""
         oldest = max(0, self.num_added - self.buffer_size)

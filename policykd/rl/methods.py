@@ -30,7 +30,9 @@ class Method:
     settings: Mapping[str, Any]
     """SB3's keyword arguments"""
     weight: Quantity = 1.0
+    """weight of the distillation"""
     learning_rate: float = 1e-3
+    """initial learning rate"""
     student_temperature: float = 1.0
     """of the student itself: the network of QDagger's student gives Q-values, which are played at 0.01"""
     loss: type[StudentDrivenMethod] | None = None

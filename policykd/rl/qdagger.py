@@ -5,12 +5,11 @@ Shape suffixes: B batch, A actions.
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from stable_baselines3 import DQN
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq
 from stable_baselines3.common.utils import obs_as_tensor, polyak_update
@@ -20,7 +19,7 @@ from torch.nn.functional import smooth_l1_loss
 from policykd.agents.policy import log_policy, sample
 from policykd.losses import kl_divergence_B
 from policykd.rl.teacher_mixin import TeacherMixin, check_temperature, optimizer_step
-from policykd.schedules import Quantity
+from policykd.schedules import Schedule
 
 LOG_INTERVAL = 1000
 """updates between two points of the offline curves"""
@@ -37,6 +36,7 @@ class QDagger(TeacherMixin, DQN):
     paper is `ReturnGap(3.0)`, which falls as the student's return approaches the teacher's.
     """
 
+    default_weight: ClassVar[float | Schedule] = 3.0
     q_net: Any
     q_net_target: Any
     replay_buffer: Any
@@ -46,7 +46,6 @@ class QDagger(TeacherMixin, DQN):
         *args: Any,
         teacher_temperature: float | None = None,
         student_temperature: float | None = None,
-        distillation_weight: Quantity = 3.0,
         distillation_end_fraction: float = 0.6,
         **kwargs: Any,
     ) -> None:
@@ -58,7 +57,6 @@ class QDagger(TeacherMixin, DQN):
                 logits of PPO and A2C), else 0.1.
             student_temperature: divides the student's Q-values; None is 0.1 with a teacher of logits, else the
                 teacher's.
-            distillation_weight: a number or a schedule, not negative.
             distillation_end_fraction: fraction of the run after which the weight is 0.
             **kwargs: SB3's other arguments; `n_steps` for n-step returns.
         """
@@ -70,9 +68,7 @@ class QDagger(TeacherMixin, DQN):
         check_temperature("student_temperature", student_temperature)
         self.student_temperature = student_temperature
         self.distillation_end_fraction = distillation_end_fraction
-        super().__init__(
-            *args, teacher_temperature=teacher_temperature, distillation_weight=distillation_weight, **kwargs
-        )
+        super().__init__(*args, teacher_temperature=teacher_temperature, **kwargs)
 
     def current_weight(self) -> float:
         """Returns the distillation weight now, 0 after `distillation_end_fraction` of the run."""
@@ -87,13 +83,13 @@ class QDagger(TeacherMixin, DQN):
         epsilon: float = 0.05,
         print_line: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """Trains on states that the teacher collects; the student's own replay buffer stays empty.
+        """Trains on states that the teacher collects; continue with `learn(..., reset_num_timesteps=False)`.
 
-        Curves are named `offline/` over updates counted up to 0, where `learn` starts. All environments are reset at
-        the end, so that no episode of the teacher's is counted as the student's.
+        Curves are named `offline/` over updates counted up to 0, where `learn` starts. At the end the replay buffer is
+        emptied and all environments are reset.
 
         Args:
-            num_steps: agent steps of the teacher over all environments.
+            num_steps: agent steps of the teacher over all environments; the replay buffer keeps the last of them.
             num_updates: gradient steps, with the weight of a student that has not played yet.
             epsilon: fraction of random actions (Rusu et al., 2015), without which the Q-values of other actions are
                 never trained.
@@ -105,8 +101,7 @@ class QDagger(TeacherMixin, DQN):
         self._setup_learn(num_steps, tb_log_name=f"{type(self).__name__}-offline")
         self._current_progress_remaining = 1.0
         print_line(f"collecting {num_steps:,} steps of the teacher")
-        buffer = self._teacher_buffer(num_steps)
-        collect_with_teacher(self, buffer, self.teacher_log_policy, num_steps, epsilon=epsilon)
+        collect_with_teacher(self, self.teacher_log_policy, num_steps, epsilon=epsilon)
 
         # The target network follows as often per gradient step as it will in `learn`.
         assert isinstance(self.train_freq, TrainFreq)
@@ -116,7 +111,7 @@ class QDagger(TeacherMixin, DQN):
         metrics: Metrics = defaultdict(list)
         self.policy.set_training_mode(True)
         for update in range(1, num_updates + 1):
-            self._update(buffer, self.batch_size, weight, metrics)
+            self._update(self.batch_size, weight, metrics)
             if update % target_interval == 0 or update == num_updates:
                 polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
             if update % LOG_INTERVAL == 0 or update == num_updates:
@@ -128,7 +123,8 @@ class QDagger(TeacherMixin, DQN):
                 metrics.clear()
         self._n_updates += num_updates
 
-        # `learn(reset_num_timesteps=False)` continues from these observations.
+        # The student starts with an empty buffer and with episodes of its own.
+        self.replay_buffer.reset()
         assert self.env is not None
         self._last_obs = self.env.reset()
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
@@ -142,14 +138,14 @@ class QDagger(TeacherMixin, DQN):
         weight = self.current_weight()
         metrics: Metrics = defaultdict(list)
         for _ in range(gradient_steps):
-            self._update(self.replay_buffer, batch_size, weight, metrics)
+            self._update(batch_size, weight, metrics)
         self.check_weights()
         self._n_updates += gradient_steps
         self._record("train", weight, metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _update(self, buffer: ReplayBuffer, batch_size: int, weight: float, metrics: Metrics) -> None:
-        td_loss, teacher_kl = self._losses(buffer.sample(batch_size, env=self._vec_normalize_env))
+    def _update(self, batch_size: int, weight: float, metrics: Metrics) -> None:
+        td_loss, teacher_kl = self._losses(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env))
         loss = td_loss + weight * teacher_kl
         metrics["loss"].append(loss.item())
         metrics["td_loss"].append(td_loss.item())
@@ -173,40 +169,26 @@ class QDagger(TeacherMixin, DQN):
             self.logger.record(f"{phase}/{name}", float(np.mean(numbers)))
         self.logger.record(f"{phase}/distillation_weight", weight)
 
-    def _teacher_buffer(self, num_steps: int) -> ReplayBuffer:
-        """Returns an empty replay buffer of the same kind as the student's."""
-        assert self.replay_buffer_class is not None
-        return self.replay_buffer_class(
-            num_steps,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **self.replay_buffer_kwargs,
-        )
-
 
 @torch.no_grad()
 def collect_with_teacher(
     model: OffPolicyAlgorithm,
-    buffer: ReplayBuffer,
     teacher_log_policy: Callable[[Any], Tensor],
     num_steps: int,
     *,
     epsilon: float = 0.0,
 ) -> None:
-    """Fills a replay buffer with a teacher's steps in a model's environments, after the model's `_setup_learn`.
+    """Fills a model's replay buffer with a teacher's steps, after the model's `_setup_learn`.
 
     Args:
         model: its environments are stepped; its seed also seeds the actions.
-        buffer: the replay buffer, of the model's environments.
         teacher_log_policy: maps observations to log-policies `(batch, num_actions)`, from which actions are sampled.
         num_steps: over all environments, rounded down to a multiple of their number.
         epsilon: fraction of actions that are uniformly random.
     """
     generator = torch.Generator().manual_seed(model.seed or 0)
     env: Any = model.env
+    buffer: Any = model.replay_buffer
     for _ in range(max(1, num_steps // model.n_envs)):
         obs: Any = model._last_obs
         log_BA = teacher_log_policy(obs_as_tensor(obs, model.device)).cpu()

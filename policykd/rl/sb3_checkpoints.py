@@ -5,9 +5,7 @@ too, and nothing is a pickle. A checkpoint is written between two rollouts, when
 collected.
 """
 
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from policykd.envs.vector import VectorEnv
@@ -31,9 +28,7 @@ COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),
     *("exploration_rate", "_current_progress_remaining", "evaluated_at"),
 )
-"""attributes of SB3's algorithms, and of `TrainingCallback`"""
-MAX_SECONDS_BETWEEN_CHECKPOINTS = 60.0
-"""bounds the work that an interrupted training repeats, however slow the machine is"""
+"""attributes of SB3's algorithms, and of `Training`"""
 
 
 @dataclass(frozen=True)
@@ -131,79 +126,6 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     if model.device.type == "cuda" and "cuda_random" in tensors:
         torch.cuda.set_rng_state(tensors["cuda_random"], model.device)
     return progress.wall_seconds
-
-
-class TrainingCallback(BaseCallback):
-    """Saves and evaluates between rollouts."""
-
-    def __init__(
-        self,
-        envs: VectorEnv,
-        folder: Path,
-        checkpoint_every: int,
-        evaluate: Callable[[int], object] = lambda steps: None,
-        eval_every: int = 0,
-        wall_seconds: float = 0.0,
-    ) -> None:
-        """Prepares a training.
-
-        Args:
-            envs: the environments of the model.
-            folder: where checkpoints are written.
-            checkpoint_every: agent steps between checkpoints.
-            evaluate: periodic evaluation, called with the number of agent steps.
-            eval_every: agent steps between periodic evaluations; 0 for none.
-            wall_seconds: duration of the training before it was resumed.
-        """
-        super().__init__()
-        self.envs = envs
-        self.folder = folder
-        self.checkpoint_every = checkpoint_every
-        self.evaluate = evaluate
-        self.eval_every = eval_every
-        self.wall_seconds = wall_seconds
-        """duration of the training up to the last checkpoint"""
-        self.saved_steps = 0
-        """agent steps at the last checkpoint"""
-        self._saved_at = time.perf_counter()
-
-    def save(self) -> None:
-        """Writes a checkpoint and prints a line about it."""
-        steps = self.model.num_timesteps
-        seconds = time.perf_counter() - self._saved_at
-        self.wall_seconds += seconds
-        self._saved_at += seconds
-        save_training(self.model, self.envs, self.folder, wall_seconds=self.wall_seconds)
-        returns = [episode["r"] for episode in self.model.ep_info_buffer or []]
-        score = f"mean {np.mean(returns):.2f} of the last {len(returns)} episodes" if returns else "no episode yet"
-        speed = (steps - self.saved_steps) / seconds
-        print(f"{steps:>11,} steps: {score}, {speed:.0f} steps/s; saved", flush=True)
-        self.saved_steps = steps
-
-    def _on_training_start(self) -> None:
-        model: Any = self.model
-        self.saved_steps = model.num_timesteps
-        # An attribute of the model, so that checkpoints hold it and a resumed run evaluates at the same steps.
-        model.evaluated_at = getattr(model, "evaluated_at", model.num_timesteps)
-
-    def _on_rollout_start(self) -> None:
-        model: Any = self.model
-        steps = model.num_timesteps
-        interval = self.eval_every
-        is_evaluation_due = interval and steps // interval > model.evaluated_at // interval
-        is_checkpoint_due = (
-            steps - self.saved_steps >= self.checkpoint_every
-            or time.perf_counter() - self._saved_at > MAX_SECONDS_BETWEEN_CHECKPOINTS
-        )
-        # Saved before the evaluation too: an interrupted one is repeated, the training is not.
-        if is_evaluation_due or is_checkpoint_due:
-            self.save()
-        if is_evaluation_due:
-            self.evaluate(steps)
-            model.evaluated_at = steps
-
-    def _on_step(self) -> bool:
-        return True
 
 
 def _buffer(model: BaseAlgorithm) -> FrameReplayBuffer | None:

@@ -6,7 +6,7 @@ SB3's own algorithm bit for bit, although the distillation term is computed.
 Shape suffixes: B batch, A actions, N stored states.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,9 +22,8 @@ from torch.nn.functional import mse_loss
 from policykd.losses import kl_divergence_B
 from policykd.rl.student_driven import NDistill, StudentDrivenMethod, cross_entropy_B
 from policykd.rl.teacher_mixin import TeacherMixin, TeacherRolloutBuffer, TeacherRolloutSamples, optimizer_step
-from policykd.schedules import Linear, Quantity
+from policykd.schedules import Linear, Schedule
 
-ONE_TO_ZERO = Linear(1.0, 0.0)
 N_DISTILL = NDistill()
 
 
@@ -40,21 +39,21 @@ class OnPolicyTeacherMixin(TeacherMixin):
         Raises:
             ValueError: `rollout_buffer_class` is not a `TeacherRolloutBuffer`; otherwise as `TeacherMixin`.
         """
-        buffer_class = kwargs.get("rollout_buffer_class") or TeacherRolloutBuffer
-        if not issubclass(buffer_class, TeacherRolloutBuffer):
+        buffer = kwargs.get("rollout_buffer_class") or TeacherRolloutBuffer
+        if not issubclass(buffer, TeacherRolloutBuffer):
             raise ValueError(
-                f"rollout_buffer_class {buffer_class.__name__} has no teacher labels; subclass TeacherRolloutBuffer"
+                f"rollout_buffer_class {buffer.__name__} has no teacher labels; subclass TeacherRolloutBuffer"
             )
-        super().__init__(*args, **{**kwargs, "rollout_buffer_class": buffer_class})
+        super().__init__(*args, **{**kwargs, "rollout_buffer_class": buffer})
 
-    def prepare_training(self) -> float:
-        """Labels the rollout and sets the learning rate, as every `train` begins; returns the distillation weight."""
+    def _prepare_training(self) -> float:
+        """Labels the rollout and updates the learning rate; returns the distillation weight."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         self.rollout_buffer.add_teacher_labels(self)
         return self.current_weight()
 
-    def record(self, metrics: dict[str, float]) -> None:
+    def _record(self, metrics: dict[str, float]) -> None:
         """Logs the metrics of one `train` under SB3's names."""
         buffer = self.rollout_buffer
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
@@ -85,31 +84,31 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
 
     def train(self) -> None:
         """Makes `n_epochs` passes over the rollout."""
-        weight = self.prepare_training()
-        metrics: list[dict[str, float]] = []
-        num_earlier = 0
-        is_within_target_kl = True
+        weight = self._prepare_training()
+        epochs: list[list[dict[str, float]]] = []
         for epoch in range(self.n_epochs):
-            num_earlier = len(metrics)
+            epochs.append([])
+            is_too_far = False
             for batch in self.rollout_buffer.get(self.batch_size):
-                loss, batch_metrics = self._loss(batch, weight)
-                metrics.append(batch_metrics)
+                loss, metrics = self._loss(batch, weight)
+                epochs[-1].append(metrics)
                 # SB3's early stopping: the policy has moved too far from the one that collected the rollout.
-                if self.target_kl is not None and batch_metrics["approx_kl"] > 1.5 * self.target_kl:
-                    is_within_target_kl = False
+                is_too_far = self.target_kl is not None and metrics["approx_kl"] > 1.5 * self.target_kl
+                if is_too_far:
                     break
                 optimizer_step(self.policy, loss, self.max_grad_norm)
             self._n_updates += 1
-            if not is_within_target_kl:
+            if is_too_far:
                 if self.verbose >= 1:
-                    print(f"Early stopping at epoch {epoch} due to reaching max kl: {metrics[-1]['approx_kl']:.2f}")
+                    print(f"Early stopping at epoch {epoch} due to reaching max kl: {epochs[-1][-1]['approx_kl']:.2f}")
                 break
         self.check_weights()
         # As SB3 logs them: means over the minibatches, but the last epoch's approx_kl and the last minibatch's loss.
-        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        means["approx_kl"] = float(np.mean([m["approx_kl"] for m in metrics[num_earlier:]]))
-        means["loss"] = metrics[-1]["loss"]
-        self.record({**means, **self._clip_ranges(), "distillation_weight": weight})
+        batches = [metrics for epoch_metrics in epochs for metrics in epoch_metrics]
+        means = {name: float(np.mean([metrics[name] for metrics in batches])) for name in batches[0]}
+        means["approx_kl"] = float(np.mean([metrics["approx_kl"] for metrics in epochs[-1]]))
+        means["loss"] = batches[-1]["loss"]
+        self._record({**means, **self._clip_ranges(), "distillation_weight": weight})
 
     def _loss(self, batch: TeacherRolloutSamples, weight: float) -> tuple[Tensor, dict[str, float]]:
         """Returns PPO's loss on a minibatch plus `weight` times the distillation term, and the metrics."""
@@ -164,11 +163,9 @@ class ProximalPolicyDistillation(DistillationPPO):
 
 
 class KickstartingPPO(DistillationPPO):
-    """PPO's loss + weight H(teacher || student), with a decreasing weight (Schmitt et al., 2018)."""
+    """PPO's loss + weight H(teacher || student), with a weight that falls from 1 to 0 (Schmitt et al., 2018)."""
 
-    def __init__(self, *args: Any, distillation_weight: Quantity = ONE_TO_ZERO, **kwargs: Any) -> None:
-        """Takes the arguments of SB3's PPO and of `TeacherMixin`; the weight falls linearly from 1 to 0 by default."""
-        super().__init__(*args, distillation_weight=distillation_weight, **kwargs)
+    default_weight: ClassVar[float | Schedule] = Linear(1.0, 0.0)
 
     def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor, ratio_B: Tensor, clip: float) -> Tensor:
         """Returns H(teacher || student) = -sum_a p_T(a) log p_S(a)."""
@@ -196,7 +193,7 @@ class StudentDriven(OnPolicyTeacherMixin, A2C):
 
     def train(self) -> None:
         """Takes one gradient step on a rollout."""
-        weight = self.prepare_training()
+        weight = self._prepare_training()
         self._subtract_distillation_cost(weight)
         (batch,) = self.rollout_buffer.get(batch_size=None)
         actions_B = batch.actions.long().flatten()
@@ -215,18 +212,16 @@ class StudentDriven(OnPolicyTeacherMixin, A2C):
         optimizer_step(self.policy, loss, self.max_grad_norm)
         self.check_weights()
         self._n_updates += 1
-        teacher_kl = kl_divergence_B(batch.teacher_log_BA, student_log_BA.detach()).mean()
-        self.record(
-            {
-                "policy_loss": policy_loss.item(),
-                "value_loss": value_loss.item(),
-                "entropy_loss": entropy_loss.item(),
-                "distillation_loss": distillation.item(),
-                "teacher_kl": teacher_kl.item(),
-                "r_hat": float(self.rollout_buffer.rewards.mean()),
-                "distillation_weight": weight,
-            }
-        )
+        metrics = {
+            "policy_loss": policy_loss.item(),
+            "value_loss": value_loss.item(),
+            "entropy_loss": entropy_loss.item(),
+            "distillation_loss": distillation.item(),
+            "teacher_kl": kl_divergence_B(batch.teacher_log_BA, student_log_BA.detach()).mean().item(),
+            "r_hat": float(self.rollout_buffer.rewards.mean()),
+            "distillation_weight": weight,
+        }
+        self._record(metrics)
 
     @torch.no_grad()
     def _subtract_distillation_cost(self, weight: float) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, A actions, N stored states.
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, i
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
-from policykd.schedules import Progress, Quantity, check_bounds, follows_return, resolve
+from policykd.schedules import Progress, Quantity, Schedule, check_bounds, follows_return, resolve
 
 ARRAY_SPACES = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 LABEL_BATCH_SIZE = 1024
@@ -27,12 +27,14 @@ LABEL_BATCH_SIZE = 1024
 class TeacherMixin(BaseAlgorithm):
     """An SB3 algorithm with a teacher and a weighted distillation term; precedes SB3's class in the bases."""
 
+    default_weight: ClassVar[float | Schedule] = 1.0
+
     def __init__(
         self,
         *args: Any,
         teacher: Policy | None = None,
         teacher_temperature: float | None = None,
-        distillation_weight: Quantity = 1.0,
+        distillation_weight: Quantity | None = None,
         reference_returns: tuple[float, float | None] = (0.0, None),
         **kwargs: Any,
     ) -> None:
@@ -43,7 +45,7 @@ class TeacherMixin(BaseAlgorithm):
             teacher: maps observations as the environment returns them, `(batch, *obs_shape)`, to logits or Q-values
                 `(batch, num_actions)`. It is not saved: pass it to `load(path, env, teacher=...)` to continue training.
             teacher_temperature: divides the teacher's outputs; None takes the teacher's own, or 1 if it has none.
-            distillation_weight: a number or a schedule, not negative.
+            distillation_weight: a number or a schedule, not negative; None is the `default_weight`.
             reference_returns: mean episodic returns of a random policy and of the teacher, for schedules that compare
                 the student's last 100 episodes with them.
             **kwargs: SB3's other arguments.
@@ -56,6 +58,8 @@ class TeacherMixin(BaseAlgorithm):
         if teacher_temperature is None:
             teacher_temperature = getattr(teacher, "temperature", 1.0)
         check_temperature("teacher_temperature", teacher_temperature)
+        if distillation_weight is None:
+            distillation_weight = self.default_weight
         check_bounds("distillation_weight", distillation_weight, 0.0)
         self.teacher = teacher
         self.teacher_temperature = teacher_temperature

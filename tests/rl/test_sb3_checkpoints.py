@@ -1,6 +1,5 @@
 """An SB3 training that is interrupted and resumed ends as the uninterrupted one, bit for bit."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ import torch
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.envs.vector import VectorEnv
-from policykd.io.signals import handle_signals
-from policykd.rl import sb3_checkpoints
 from policykd.rl.frame_buffer import FrameReplayBuffer
-from policykd.rl.sb3_checkpoints import TrainingCallback, restore_training, save_training
+from policykd.rl.sb3_checkpoints import restore_training, save_training
 
 OFF_POLICY: dict[str, Any] = {
     "learning_starts": 100,
@@ -51,15 +49,27 @@ def make(name: str) -> tuple[BaseAlgorithm, VectorEnv]:
     return model, envs
 
 
-class Killed(TrainingCallback):
-    """Saves every 150 steps and stops, as if killed, at `until`."""
+class SaveEvery(BaseCallback):
+    """Saves between rollouts, and stops there, as if killed, once `until` is reached."""
 
-    until = NEVER
+    def __init__(self, envs: VectorEnv, folder: Path, every: int, until: int = NEVER) -> None:
+        super().__init__()
+        self.envs = envs
+        self.folder = folder
+        self.every = every
+        self.until = until
+        self.saved = 0
 
     def _on_rollout_start(self) -> None:
-        super()._on_rollout_start()
-        if self.model.num_timesteps >= self.until:
+        steps = self.model.num_timesteps
+        if steps - self.saved >= self.every:
+            save_training(self.model, self.envs, self.folder)
+            self.saved = steps
+        if steps >= self.until:
             raise KeyboardInterrupt
+
+    def _on_step(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -68,10 +78,8 @@ def test_a_killed_training_is_resumed_bit_for_bit(name: str, tmp_path: Path) -> 
     whole.learn(600)
 
     first, envs = make(name)
-    callback = Killed(envs, tmp_path, 150)
-    callback.until = 400
     with pytest.raises(KeyboardInterrupt):
-        first.learn(600, callback)
+        first.learn(600, SaveEvery(envs, tmp_path, 150, until=400))
 
     np.random.seed(99)  # nothing may depend on the state with which a new process starts
     resumed, envs = make(name)
@@ -87,14 +95,14 @@ def test_a_killed_training_is_resumed_bit_for_bit(name: str, tmp_path: Path) -> 
 
 def test_shards_that_left_the_ring_are_removed(tmp_path: Path) -> None:
     model, envs = make("DQN")
-    model.learn(1500, TrainingCallback(envs, tmp_path, 100))
+    model.learn(1500, SaveEvery(envs, tmp_path, 100))
     sizes = [file.stat().st_size for file in tmp_path.iterdir()]
     assert 2 * (1 + 1) + 2 <= len(sizes) <= 2 * (1 + 1) + 8  # two generations, and the shards of 400 steps in all
 
 
 def test_saving_twice_at_one_step_keeps_the_replay(tmp_path: Path) -> None:
     model, envs = make("DQN")
-    model.learn(300, TrainingCallback(envs, tmp_path, 100))
+    model.learn(300, SaveEvery(envs, tmp_path, 100))
     save_training(model, envs, tmp_path)
     again, envs = make("DQN")
     restore_training(again, envs, tmp_path)
@@ -125,28 +133,3 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     save_training(model, envs, tmp_path)
     with pytest.raises(ValueError, match="holds the checkpoints of another run"):
         save_training(*make("A2C"), tmp_path)
-
-
-def test_a_signal_during_an_evaluation_leaves_its_training_saved(tmp_path: Path) -> None:
-    """C04: an interrupted evaluation is repeated, the training before it is not."""
-    model, envs = make("A2C")
-    callback = TrainingCallback(envs, tmp_path, NEVER, lambda steps: signal.raise_signal(signal.SIGTERM), 300)
-    with handle_signals(), pytest.raises(KeyboardInterrupt):
-        model.learn(700, callback)
-    assert callback.saved_steps == 300
-    resumed, envs = make("A2C")
-    restore_training(resumed, envs, tmp_path)
-    seen: list[int] = []
-    resumed.learn(400, TrainingCallback(envs, tmp_path, NEVER, seen.append, 300), reset_num_timesteps=False)
-    assert seen == [300, 600]
-    # A resumed run does not count from its start.
-    resumed.learn(300, TrainingCallback(envs, tmp_path, NEVER, seen.append, 300), reset_num_timesteps=False)
-    assert seen == [300, 600, 900]
-
-
-def test_a_slow_training_is_saved_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sb3_checkpoints, "MAX_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    model, envs = make("PPO")
-    callback = TrainingCallback(envs, tmp_path, NEVER)
-    model.learn(128, callback)
-    assert callback.saved_steps == 64

@@ -283,4 +283,4 @@ def test_a_student_learns_as_sb3s_policy_and_comes_back() -> None:
     learned = from_sb3(model, student)
     expected = model.policy.get_distribution(obs).distribution.logits
     torch.testing.assert_close(learned(obs).log_softmax(dim=1), expected, rtol=0, atol=1e-5)
-    assert mean_return(model) > 140
+    assert mean_return(model) > 100

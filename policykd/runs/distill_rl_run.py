@@ -1,0 +1,214 @@
+"""A run of distillation inside reinforcement learning: teacher check, training, final evaluation, report."""
+
+import shlex
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policykd.agents.card import Provenance
+from policykd.agents.ensemble import load_teachers
+from policykd.agents.policy import sample
+from policykd.agents.sb3_student import from_sb3
+from policykd.agents.student import Size, Student, make_student, save_student
+from policykd.agents.teacher import Teacher
+from policykd.envs.atari import make_atari
+from policykd.envs.games import canonical_name
+from policykd.envs.sb3_vec_env import SB3VecEnv
+from policykd.envs.vector import VectorEnv
+from policykd.evaluation.evaluate import Evaluation, periodic_evaluation
+from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
+from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.export.compiled import compile_policy
+from policykd.io.locks import lock_folder
+from policykd.io.machine import prepare_device, versions
+from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
+from policykd.rl.qdagger import QDagger
+from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs
+from policykd.runs.finish import finish_run
+from policykd.runs.folder import (
+    FINAL_EVALUATION,
+    Machine,
+    RunRecord,
+    check_resumable,
+    ensure_run_dir_exists,
+    load_run_config,
+    pin_teacher_revision,
+    should_resume,
+    write_run_config,
+)
+from policykd.runs.groups import (
+    EvaluationArgs,
+    MachineArgs,
+    NotNegative,
+    Positive,
+    RunArgs,
+    TeacherArgs,
+    check_flags,
+    check_name,
+)
+from policykd.runs.results import RunResult, load_results
+from policykd.runs.settings import to_settings
+
+NUM_SCALING_STEPS = 100
+"""agent steps of the teacher in 8 environments whose frames determine the student's input scaling"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRLConfig(MethodArgs, TrainingArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunArgs):
+    """Distils an Atari agent into a compact student inside reinforcement learning, and measures what that cost.
+
+    Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
+    results.json, report.html and student.gif. docs/rl.md describes the methods. A killed run resumes with --resume, bit
+    for bit.
+    """
+
+    game: str
+    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
+    student: Size = "7%"
+    """size, see policykd distill --help"""
+    num_envs: Positive = 16
+    """environments that the student plays in parallel"""
+    eval_every: NotNegative = 250_000
+    """agent steps between periodic evaluations (16 episodes, no-op starts, sampled actions); 0 for none"""
+
+
+def check_config(config: DistillRLConfig) -> DistillRLConfig:
+    """Returns a config with the method's defaults filled in, after checking it before a run touches any file.
+
+    Raises:
+        ValueError: an unknown game, a setting out of bounds, or a flag of another method; the line names the flag.
+    """
+    check_flags(config)
+    check_name(config.name)
+    config = with_method_defaults(replace(config, game=canonical_name(config.game)))
+    assert config.weight is not None
+    check_weight(config.weight, 0.0, 1.0)
+    if config.offline_updates and (config.offline_steps or 0) < 50 * config.num_envs:
+        raise ValueError(f"--offline-steps {config.offline_steps} are too few; give at least 50 per environment")
+    return config
+
+
+def distill_rl_run(config: DistillRLConfig) -> RunResult:
+    """Distils inside reinforcement learning, evaluates the student and writes the report; resumes an interrupted run.
+
+    Raises:
+        ValueError: an invalid config, or the folder holds another run.
+        BadFile: the teacher does not fit the game or plays no better than random, or a file of the run is damaged.
+        OSError: another process holds the run's folder, or it is not writable.
+        FloatingPointError: training has diverged.
+        KeyboardInterrupt: a signal was received; the message says how to resume.
+    """
+    config = check_config(config)
+    device = prepare_device(config.device, config.threads)
+    name = config.name or f"{config.method}-{config.student.replace('%', 'pct')}-seed{config.seed}"
+    run = config.folder / config.game / name
+    with lock_folder(run), ExitStack() as resources:
+        return _distill(run, config, device, resources)
+
+
+def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources: ExitStack) -> RunResult:
+    started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    results = load_results(run)
+    finished_steps = (results.num_states_labelled or 0) - _offline_steps(config) if results else config.steps
+    if finished_steps < config.steps:
+        raise ValueError(
+            f"{run}: is finished, at {finished_steps:,} steps; for --steps {config.steps} give another --name"
+        )
+
+    # The teacher, the environments, and frames for the student's input scaling.
+    teacher = load_teachers(
+        pin_teacher_revision(config.teacher, started),
+        config.teacher_weights,
+        game=config.game,
+        trust_pickle=config.trust_pickle,
+        measure=lambda member: measured_return(member, config.game, seed=config.seed),
+    )
+    envs = make_atari(config.game, config.num_envs, config.seed, num_workers=torch.get_num_threads())
+    resources.callback(envs.close)
+    check_fits(teacher, envs, config.teacher, config.game)
+    with closing(make_atari(config.game, 8, config.seed)) as few:
+        teacher = compile_policy(teacher.to(device), few.reset().to(device))
+        frames = _teacher_frames(teacher, few, config.seed, device)
+
+    # Only now is anything written: everything above may still refuse the run.
+    machine = Machine(device=str(device), threads=torch.get_num_threads(), teacher_backend=teacher.backend)
+    record = RunRecord(subcommand="distill-rl", settings=to_settings(config), machine=machine, teacher=teacher.record)
+    if started:
+        check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
+    if results:
+        return results
+    checked = started.teacher_check if started else None
+    if checked is None:
+        checked = check_teacher(
+            teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher, device=device
+        )
+    print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
+    teacher_return, random_return = checked.goal(config.game)
+    assert config.weight is not None
+    check_weight(config.weight, random_return, teacher_return)
+    if not started:
+        write_run_config(run, replace(record, teacher_check=checked))
+
+    temperature = METHODS[config.method].student_temperature
+    student = make_student(config.student, envs.num_actions, seed=config.seed, temperature=temperature)
+    student.fit_input_normalization(frames)
+    sb3_envs = SB3VecEnv(envs, clip_rewards=True)
+    model = make_model(config, student, teacher, sb3_envs, (random_return, teacher_return), device)
+
+    def evaluate() -> Evaluation:
+        current = from_sb3(model, student).to(device)
+        return periodic_evaluation(current, config.game, seed=config.seed, num_workers=torch.get_num_threads())
+
+    num_updates = config.offline_updates or 0
+    training = Training(model, envs, run, config, evaluate, first_curve_step=-num_updates)
+    with training.resume_hint():
+        if isinstance(model, QDagger) and num_updates and not training.is_resumed:
+            model.learn_offline(_offline_steps(config), num_updates, print_line=lambda line: print(line, flush=True))
+            training.save()
+        training.train()
+        return _finish(run, config, from_sb3(model, student).to(device), teacher, training)
+
+
+def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teacher, training: Training) -> RunResult:
+    """Saves the student, plays the final evaluation, and writes results, film and report."""
+    ensure_run_dir_exists(run)
+    command = shlex.join(sys.argv)
+    save_student(student, run, Provenance(game=config.game, teacher=teacher.record, command=command))
+    options = FinalEvaluationOptions(
+        num_episodes=config.eval_episodes, seed=config.seed, threads=torch.get_num_threads()
+    )
+    evaluation = final_evaluation(student, teacher, config.game, run / FINAL_EVALUATION, options)
+    model: Any = training.model
+    result = RunResult(
+        **vars(evaluation),
+        num_states_labelled=model.num_timesteps + _offline_steps(config),
+        num_updates=model.num_gradient_steps,
+        wall_seconds={"train": training.wall_seconds, "evaluate": evaluation.evaluation_seconds},
+        versions=versions(),
+        command=command,
+    )
+    finish_run(run, result, student, teacher, game=config.game, seed=config.seed)
+    return result
+
+
+@torch.no_grad()
+def _teacher_frames(teacher: Teacher, envs: VectorEnv, seed: int, device: torch.device) -> Tensor:
+    """Returns frames that the teacher sees, `(n, 84, 84)`."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = envs.reset()
+    frames: list[Tensor] = []
+    for _ in range(NUM_SCALING_STEPS):
+        frames.append(obs[:, -1])
+        logits_BA = teacher(obs.to(device)).cpu() / teacher.temperature
+        obs = envs.step(sample(logits_BA, generator)).obs
+    return torch.cat(frames)
+
+
+def _offline_steps(config: DistillRLConfig) -> int:
+    """Returns the teacher's agent steps before the student plays, 0 for the methods that have none."""
+    return (config.offline_steps or 0) if config.offline_updates else 0
