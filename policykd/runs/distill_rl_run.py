@@ -1,5 +1,6 @@
 """A run of distillation inside reinforcement learning: teacher check, training, final evaluation, report."""
 
+import json
 import shlex
 import sys
 from contextlib import ExitStack, closing
@@ -24,12 +25,14 @@ from policykd.evaluation.evaluate import Evaluation, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
 from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
+from policykd.io.files import write_atomically
 from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
+from policykd.io.typed import to_json, write_json
+from policykd.report import write_report
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
 from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs
-from policykd.runs.finish import finish_run
 from policykd.runs.folder import (
     FINAL_EVALUATION,
     Machine,
@@ -51,8 +54,9 @@ from policykd.runs.groups import (
     check_flags,
     check_name,
 )
-from policykd.runs.results import RunResult, load_results
+from policykd.runs.results import RESULTS, RunResult, load_results
 from policykd.runs.settings import to_settings
+from policykd.viewer.animation import play_to_gif
 
 NUM_SCALING_STEPS = 100
 """agent steps of the teacher in 8 environments whose frames determine the student's input scaling"""
@@ -144,9 +148,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
         return results
     checked = started.teacher_check if started else None
     if checked is None:
-        checked = check_teacher(
-            teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher, device=device
-        )
+        checked = check_teacher(teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher)
     print(f"warning: the teacher {checked.warning}" if checked.warning else f"the teacher plays {checked}")
     teacher_return, random_return = checked.goal(config.game)
     assert config.weight is not None
@@ -192,7 +194,12 @@ def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teach
         versions=versions(),
         command=command,
     )
-    finish_run(run, result, student, teacher, game=config.game, seed=config.seed)
+    play_to_gif(student, config.game, run / "student.gif", seed=config.seed)
+    ensure_run_dir_exists(run)
+    write_atomically(run / "results.md", result.summary().encode())
+    write_report(run, json.loads(to_json(result)), student, teacher, config.game, seed=config.seed)
+    write_json(run / RESULTS, result)
+    print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")
     return result
 
 
