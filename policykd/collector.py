@@ -44,9 +44,13 @@ class Collector:
 
     def __enter__(self) -> "Collector":
         """Collects the first round's states, unless a checkpoint has brought them."""
-        if self.state.round == 0 and self.state.rollout is None:
-            self.state.rollout = self._collect(self.state.student, self.num_states, self.state.progress(0.0))
-            self.state.fit_input_normalization()
+        state = self.state
+        if state.rollout is None and state.round < self.config.rounds:
+            # Round 0, or the first round of a run that is lengthened: its last round collected nothing for a next one.
+            fraction = min(1.0, max(0, state.round - 1) / max(1, self.config.rounds - 2))
+            state.rollout = self._collect(state.student, self.num_states, state.progress(fraction))
+            if state.round == 0:
+                state.fit_input_normalization()
         return self
 
     def __exit__(
