@@ -1,7 +1,7 @@
-"""Reads states that others recorded: SB3's replay buffers, Minari datasets, the DQN Replay Dataset.
+"""Imports states that other tools recorded: SB3's replay buffers, Minari datasets, the DQN Replay Dataset.
 
-Every reader returns what the states are and an iterator over rows, so that no more than a shard is in memory (but for
-SB3's buffer, which is one pickle). Streams are put one after the other.
+Every reader returns a description of the states and an iterator over their rows, so that only one shard is in memory
+(except for SB3's buffer, which is one pickle). Several streams follow one another.
 """
 
 import gzip
@@ -17,7 +17,7 @@ import numpy as np
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.importers.minari import read_minari
-from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, rows, stacked_shape
+from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, obs_format, rows
 from policykd.io.files import BadFile
 from policykd.storage.dataset import Dataset, check_free, write_dataset
 from policykd.storage.generations import has_generations
@@ -35,80 +35,78 @@ def import_states(
     trust_pickle: bool = False,
     num_states: int | None = None,
 ) -> Dataset:
-    """Writes the states of another tool's recording as a dataset; goes on where the same import was cut.
+    """Writes the states of another tool's recording as a dataset; continues an import that was interrupted.
 
     Args:
         source: SB3's `replay_buffer.pkl`, the folder of a Minari dataset, or a folder of the DQN Replay Dataset.
         folder: of the new dataset.
-        game: what was played, where the source does not say it.
+        game: what was played, where the source does not record it.
         trust_pickle: read a pickle, which executes the code in it.
-        num_states: stop after so many; all by default.
+        num_states: maximum number of states; all by default.
 
     Raises:
-        BadFile: not such a source, a damaged one, a lossy one, a pickle that is not trusted.
-        ValueError: no such source; the folder holds a dataset, or part of another import.
-        KeyboardInterrupt: a signal came; what is imported stays.
+        BadFile: not such a source, a damaged or lossy one, or a pickle that is not trusted.
+        ValueError: source not found; the folder holds a dataset, or part of another import.
+        KeyboardInterrupt: a signal has arrived; what is imported stays.
     """
     check_free(folder)
-    about, parts = open_source(Path(source), game=canonical_name(game) if game else None, trust_pickle=trust_pickle)
-    return write_dataset(folder, about, parts if num_states is None else _first(parts, num_states))
+    if num_states is not None and num_states < 1:
+        raise ValueError(f"--num-states: must be at least 1, not {num_states}")
+    info, parts = open_source(Path(source), canonical_name(game) if game else None, trust_pickle=trust_pickle)
+    return write_dataset(folder, info, parts if num_states is None else _limited(parts, num_states))
 
 
-def open_source(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
-    """Returns what a source holds, and its rows; see `import_states`."""
-    if path.suffix == ".pkl" and path.exists():
-        return read_sb3_buffer(path, game=game, trust_pickle=trust_pickle)
-    if path.is_dir() and has_generations(path):
+def open_source(path: Path, game: str | None, *, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
+    """Returns the description of a source's states, and their rows; see `import_states`."""
+    if path.suffix == ".pkl" and path.is_file():
+        return read_sb3_buffer(path, game, trust_pickle=trust_pickle)
+    if not path.is_dir():
+        raise ValueError(f"{path}: not found; give an SB3 replay buffer (.pkl), or the folder of a recording")
+    if has_generations(path):
         raise BadFile(f"{path}: a dataset already; use it as it is")
-    if any(_DQN_REPLAY.fullmatch(p.name) for p in (path.iterdir() if path.is_dir() else ())):
-        return read_dqn_replay(path, game=game)
+    if any(_DQN_REPLAY.fullmatch(file.name) for file in path.iterdir()):
+        return read_dqn_replay(path, game)
     for data in (path / "data", path):
         if (data / "metadata.json").is_file():
-            return read_minari(data, game=game)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; give an SB3 replay buffer, or the folder of a recording")
+            return read_minari(data, game)
     raise BadFile(
         f"{path}: neither an SB3 replay buffer (.pkl), nor a Minari dataset (data/metadata.json), nor a folder of the"
         " DQN Replay Dataset ($store$_observation_ckpt.N.gz); give one of them"
     )
 
 
-def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
-    """Returns the states that a `ReplayBuffer` saved by SB3's `save_replay_buffer` holds, each stream in time order.
+def read_sb3_buffer(path: Path, game: str | None, *, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
+    """Returns the states of a `ReplayBuffer` that SB3's `save_replay_buffer` wrote, each stream in time order.
 
     Raises:
         BadFile: not trusted, not readable, or without the arrays of a `ReplayBuffer`.
     """
     if not trust_pickle:
-        raise BadFile(
-            f"{path}: a pickle, which executes what code it likes when it is read; if you made it, pass --trust-pickle"
-        )
-    print(f"warning: {path} is a pickle: whatever code is in it is executed now", file=sys.stderr)
+        raise BadFile(f"{path}: a pickle can execute any code when it is read; if you made it, pass --trust-pickle")
+    print(f"warning: {path} is a pickle: the code in it is executed now", file=sys.stderr)
     try:
         with path.open("rb") as file:
             buffer = pickle.load(file)
-        obs, actions, rewards, dones = (
-            np.asarray(getattr(buffer, name)) for name in ("observations", "actions", "rewards", "dones")
-        )
-        size, position, full = int(buffer.buffer_size), int(buffer.pos), bool(buffer.full)
-        shares_next = bool(getattr(buffer, "optimize_memory_usage", False))
-        num_actions, first_action = int(buffer.action_space.n), int(getattr(buffer.action_space, "start", 0))
-        obs_shape, stack = stacked_shape(obs.shape[2:], obs.dtype)
-    except Exception as error:  # a pickle may raise whatever its classes raise
+        obs = np.asarray(buffer.observations)
+        actions = np.asarray(buffer.actions)
+        rewards = np.asarray(buffer.rewards)
+        dones = np.asarray(buffer.dones)
+        num_actions = int(buffer.action_space.n)
+        first_action = int(getattr(buffer.action_space, "start", 0))
+        is_full = bool(buffer.full)
+        order = np.arange(int(buffer.pos))
+        if is_full:
+            # With one array for both, the place to write next holds the newest next observation, not a state.
+            oldest = int(buffer.pos) + bool(getattr(buffer, "optimize_memory_usage", False))
+            order = np.arange(oldest, int(buffer.pos) + int(buffer.buffer_size)) % int(buffer.buffer_size)
+        stacked = obs_format(obs.shape[2:], obs.dtype)
+    except Exception as error:  # a pickle may raise anything
         raise BadFile(
             f"{path}: not a ReplayBuffer of one observation array and discrete actions"
             f" ({type(error).__name__}: {error}); install what it needs, or save it with SB3's save_replay_buffer"
         ) from error
-    order = np.arange(position)
-    if full:  # with one array for both, the place to write next holds the newest next observation, not a state
-        order = np.arange(position + shares_next, position + size) % size
-    about = StatesInfo(
-        obs_shape=obs_shape,
-        stack=stack,
-        dtype=obs.dtype.name,
-        origin=Origin(f"SB3 replay buffer {path.name}, {obs.shape[1]} streams", "as the SB3 agent saw it", game),
-        num_actions=num_actions,
-    )
+    origin = Origin(f"SB3 replay buffer {path.name}, {obs.shape[1]} streams", "as the SB3 agent saw it", game)
+    info = StatesInfo(stacked.shape, stacked.dtype, origin, stacked.stack, num_actions)
 
     def recordings() -> Iterator[Recording]:
         for env, first in itertools.product(range(obs.shape[1]), range(0, len(order), CHUNK)):
@@ -121,70 +119,66 @@ def read_sb3_buffer(path: Path, *, game: str | None, trust_pickle: bool) -> tupl
                 actions_T=actions[steps, env].reshape(len(steps)) - first_action,
                 rewards_T=rewards[steps, env],
                 starts_T=starts_T,
-                is_cut=full and first == 0,
+                is_cut=is_full and first == 0,
             )
 
-    return about, rows(recordings(), path)
+    return info, rows(recordings(), path)
 
 
-def read_dqn_replay(folder: Path, *, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
+def read_dqn_replay(folder: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
     """Returns the states of a `replay_logs` folder of the DQN Replay Dataset (Agarwal et al., 2020), in time order.
 
     Where a checkpoint number is missing, no stack reaches over the gap. Dopamine writes three black frames before an
-    episode; they are the zeros that a stack begins with anyway, and are left out.
+    episode; a stack begins with zeros anyway, so they are left out.
 
     Raises:
         BadFile: a file of another layout, truncated or damaged.
     """
-    numbers = sorted(int(match[1]) for p in folder.iterdir() if (match := _DQN_REPLAY.fullmatch(p.name)))
-    about = StatesInfo(
-        obs_shape=(STACK, 84, 84),
-        stack=STACK,
-        dtype="uint8",
-        origin=Origin(
-            f"DQN Replay Dataset {folder.name}, checkpoints {', '.join(map(str, numbers))}",
-            "Dopamine's: grey, maximum of 2 frames, 84x84 by area, frame skip 4, sticky 0.25, no FIRE",
-            game,
-        ),
-        num_actions=make_atari(game, 1, seed=0).num_actions if game else None,
+    numbers = sorted(int(match[1]) for file in folder.iterdir() if (match := _DQN_REPLAY.fullmatch(file.name)))
+    origin = Origin(
+        f"DQN Replay Dataset {folder.name}, checkpoints {', '.join(map(str, numbers))}",
+        "Dopamine's: grey, maximum of 2 frames, 84x84 by area, frame skip 4, sticky 0.25, no FIRE",
+        game,
     )
+    num_actions = make_atari(game, 1, seed=0).num_actions if game else None
 
     def recordings() -> Iterator[Recording]:
-        after_end, num_black = True, STACK - 1
+        after_end = True
+        num_black = STACK - 1
         for number in numbers:
             is_cut = number > 0 and number - 1 not in numbers
-            after_end |= is_cut
+            after_end = after_end or is_cut
             for frames, actions_T, rewards_T, terminals_T in _dqn_replay_chunks(folder, number):
-                kept, starts = list[int](), list[bool]()
-                seen_T = np.asarray(frames.any(axis=(1, 2)))
-                for t, (seen, terminal) in enumerate(zip(seen_T, terminals_T != 0, strict=True)):
-                    if after_end and not seen and num_black:
+                kept = list[int]()
+                starts = list[bool]()
+                is_black_T = ~np.asarray(frames.any(axis=(1, 2)))
+                for t, (black, terminal) in enumerate(zip(is_black_T, terminals_T != 0, strict=True)):
+                    if after_end and black and num_black:
                         num_black -= 1
                         continue
                     kept.append(t)
                     starts.append(after_end)
-                    after_end, num_black = bool(terminal), STACK - 1
+                    after_end = bool(terminal)
+                    num_black = STACK - 1
                 if kept:
                     yield Recording(frames[kept], actions_T[kept], rewards_T[kept], np.array(starts), is_cut)
                     is_cut = False
 
-    return about, rows(recordings(), folder)
+    return StatesInfo((STACK, 84, 84), "uint8", origin, STACK, num_actions), rows(recordings(), folder)
 
 
 def _dqn_replay_chunks(folder: Path, number: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields observations, actions, rewards and terminals; the two in the middle may lack."""
-    paths = {k: folder / f"$store$_{k}_ckpt.{number}.gz" for k in ("observation", "action", "reward", "terminal")}
-    lacking = {k for k in ("action", "reward") if not paths[k].exists()}
-    readers = [
-        itertools.repeat(np.full(CHUNK, NO_ACTION if k == "action" else 0))
-        if k in lacking
-        else _npy_chunks(path, (84, 84) if k == "observation" else ())
-        for k, path in paths.items()
-    ]
-    present = [k not in lacking for k in paths]
+    """Yields observations, actions, rewards and terminals; the files of actions and rewards are optional."""
+    readers = list[Iterator[np.ndarray]]()
+    is_present = list[bool]()
+    for name, default in (("observation", None), ("action", NO_ACTION), ("reward", 0), ("terminal", None)):
+        path = folder / f"$store$_{name}_ckpt.{number}.gz"
+        is_present.append(default is None or path.exists())
+        shape = (84, 84) if name == "observation" else ()
+        readers.append(_npy_chunks(path, shape) if is_present[-1] else itertools.repeat(np.full(CHUNK, default)))
     while True:
         chunks = [next(reader, np.empty(0)) for reader in readers]
-        lengths = {len(chunk) for chunk in itertools.compress(chunks, present)}
+        lengths = {len(chunk) for chunk in itertools.compress(chunks, is_present)}
         if len(lengths) > 1:
             raise BadFile(f"{folder}: the files of checkpoint {number} differ in length; download them again")
         if lengths == {0}:
@@ -195,6 +189,8 @@ def _dqn_replay_chunks(folder: Path, number: int) -> Iterator[tuple[np.ndarray, 
 def _npy_chunks(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Yields a gzipped `.npy` of 8-bit images or of numbers, `CHUNK` rows at a time."""
     try:
+        if not path.is_file():  # opening a FIFO would wait forever
+            raise ValueError("not a file")
         with gzip.open(path) as file:
             dtype, found = npy_header(file)
             if len(found) != 1 + len(shape) or found[1:] != shape or (shape and dtype != "uint8"):
@@ -210,10 +206,12 @@ def _npy_chunks(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         raise BadFile(f"{path}: not a checkpoint of the DQN Replay Dataset ({error}); download it again") from error
 
 
-def _first(parts: Iterator[Arrays], num_states: int) -> Iterator[Arrays]:
+def _limited(parts: Iterator[Arrays], num_states: int) -> Iterator[Arrays]:
+    """Yields rows up to the `num_states`-th state."""
     left = num_states
     for part in parts:
-        states = np.flatnonzero(~part.get("context_only", np.zeros(len(part["num_past_frames"]), np.bool_)))
+        is_context = part.get("context_only", np.zeros(len(part["frames"]), np.bool_))
+        states = np.flatnonzero(~is_context)
         if len(states) >= left:
             yield {key: array[: states[left - 1] + 1] for key, array in part.items()}
             return

@@ -1,20 +1,21 @@
-"""Turns recorded observations into rows of a dataset, every frame once.
+"""Recorded observations as the rows of a dataset, each frame stored once.
 
-A stack that is the one before it, shifted by one frame, costs its newest frame. One that is not (an episode begins, a
-ring buffer has lost what came before) costs the frames that it holds besides zeros: those are rows of `history`, which
-no one draws, so that every stack comes back bit for bit whatever padded it.
+A stack that is the previous one shifted by a frame costs its newest frame. Any other (an episode begins, a ring buffer
+has lost what came before) costs the frames that it shows: rows that only complete stacks and are never drawn, so that
+every stack comes back bit for bit, whatever it was padded with.
 
-Suffixes name dimensions: T time, S stack.
+Shape suffixes: T time, S stack.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from policykd.io.files import BadFile
-from policykd.io.signals import check_interrupted
+from policykd.storage.manifest import DType
 from policykd.storage.shards import Arrays
 
 STACK = 4
@@ -26,17 +27,26 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Recording:
-    """A piece of what was recorded, in time order."""
+    """Consecutive recorded steps."""
 
     obs: np.ndarray
     """vectors `(time, size)`, images `(time, height, width)`, or stacks `(time, stack, height, width)`"""
     actions_T: np.ndarray
-    """taken there; `NO_ACTION` where none was"""
+    """`NO_ACTION` where none was taken"""
     rewards_T: np.ndarray
     starts_T: np.ndarray
-    """bool: first of an episode, or of what is left of one"""
+    """bool: first step of an episode, or of what is left of one"""
     is_cut: bool = False
-    """whether frames are missing before the first observation, without an episode that begins there"""
+    """whether earlier frames of the first step's episode are missing"""
+
+
+@dataclass(frozen=True)
+class ObsFormat:
+    """Shape of recorded observations once they are stacked."""
+
+    shape: tuple[int, ...]
+    stack: int
+    dtype: DType
 
 
 def frames_first(obs: np.ndarray) -> np.ndarray:
@@ -48,107 +58,121 @@ def frames_first(obs: np.ndarray) -> np.ndarray:
     return obs[:, 0] if obs.shape[1] == 1 else obs
 
 
-def stacked_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], int]:
-    """Returns the shape of an observation, and how many frames it holds, for recorded ones of `shape`.
+def obs_format(shape: tuple[int, ...], dtype: np.dtype) -> ObsFormat:
+    """Returns the format of recorded observations of `shape`; images of one frame will be stacked.
 
     Raises:
         BadFile: neither vectors nor 8-bit images.
     """
     shape = frames_first(np.empty((0, *shape), dtype)).shape[1:]
-    if len(shape) == 1 and dtype in (np.float32, np.float64, np.uint8):
-        return shape, 1
-    if len(shape) in (2, 3) and dtype == np.uint8:
-        return (STACK, *shape[-2:]) if len(shape) == 2 else shape, STACK if len(shape) == 2 else shape[0]
+    dtypes: dict[str, DType] = {"uint8": "uint8", "float32": "float32", "float64": "float64"}
+    if len(shape) == 1 and dtype.name in dtypes:
+        return ObsFormat(shape, 1, dtypes[dtype.name])
+    if len(shape) == 2 and dtype == np.uint8:
+        return ObsFormat((STACK, *shape), STACK, "uint8")
+    if len(shape) == 3 and dtype == np.uint8:
+        return ObsFormat(shape, shape[0], "uint8")
     raise BadFile(f"observations are {dtype} {shape}, not vectors of floats or stacked 8-bit grey images")
 
 
-def rows(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
-    """Yields what was recorded as rows: `Replay.extend` takes them, `gather` gives the observations back.
+def rows(recordings: Iterator[Recording], source: Path) -> Iterator[Arrays]:
+    """Yields recordings as rows for `Replay.extend`, whose `gather` then returns the recorded observations.
 
     Raises:
-        BadFile: images with several channels that are not frames of a stack.
+        BadFile: images with several channels that are not the last frames.
     """
-    of_ndim: dict[int, Callable[[Recording], Arrays]] = {2: _Vectors(), 3: _Images(), 4: _Stacks(source)}
-    for recording in recordings:
-        check_interrupted()
-        if len(recording.obs):
-            yield of_ndim[recording.obs.ndim](recording)
+    recordings = (recording for recording in recordings if len(recording.obs))
+    first = next(recordings, None)
+    if first is None:
+        return
+    recordings = itertools.chain([first], recordings)
+    if first.obs.ndim == 2:
+        yield from _rows_of_vectors(recordings)
+    elif first.obs.ndim == 3:
+        yield from _rows_of_images(recordings)
+    else:
+        yield from _rows_of_stacks(recordings, source)
 
 
-class _Vectors:
-    def __call__(self, r: Recording) -> Arrays:
-        pasts_T = np.zeros(len(r.obs), np.uint8)
-        return {"frames": r.obs, "num_past_frames": pasts_T, **_steps(r, r.starts_T, np.arange(len(r.obs)))}
+def _rows_of_vectors(recordings: Iterable[Recording]) -> Iterator[Arrays]:
+    for r in recordings:
+        num_past_T = np.zeros(len(r.obs), np.uint8)
+        yield {"frames": r.obs, "num_past_frames": num_past_T, **_steps(r, r.starts_T, np.arange(len(r.obs)))}
 
 
-class _Images:
-    """Single images, stacked as SB3 does: zeros before an episode's first."""
-
-    def __init__(self) -> None:
-        self._past, self._num_unseen, self._start = 0, 0, True
-
-    def __call__(self, r: Recording) -> Arrays:
-        pasts_T, history_T = np.zeros(len(r.obs), np.uint8), np.zeros(len(r.obs), np.bool_)
+def _rows_of_images(recordings: Iterable[Recording]) -> Iterator[Arrays]:
+    """Stacks single images as SB3 does, with zeros before the first one of an episode."""
+    num_past = -1
+    num_unknown = 0
+    is_start = False
+    for r in recordings:
+        num_past_T = np.zeros(len(r.obs), np.uint8)
+        context_only_T = np.zeros(len(r.obs), np.bool_)
         starts_T = np.zeros(len(r.obs), np.bool_)
         for t, start in enumerate(r.starts_T.tolist()):
             if start:
-                cut = r.is_cut and t == 0
-                self._past, self._num_unseen, self._start = -1, STACK - 1 if cut else 0, True
-            pasts_T[t] = self._past = min(self._past + 1, STACK - 1)
-            history_T[t] = self._num_unseen > 0
-            starts_T[t] = self._start and not history_T[t]
-            self._start &= bool(history_T[t])
-            self._num_unseen -= 1
-        return {
-            "frames": r.obs,
-            "num_past_frames": pasts_T,
-            "context_only": history_T,
-            **_steps(r, starts_T, np.arange(len(r.obs))),
-        }
+                num_past = -1
+                # After a gap the first stacks are incomplete: their images are context for later ones.
+                num_unknown = STACK - 1 if r.is_cut and t == 0 else 0
+                is_start = True
+            num_past = min(num_past + 1, STACK - 1)
+            num_past_T[t] = num_past
+            context_only_T[t] = num_unknown > 0
+            starts_T[t] = is_start and num_unknown <= 0
+            is_start = is_start and num_unknown > 0
+            num_unknown -= 1
+        steps = _steps(r, starts_T, np.arange(len(r.obs)))
+        yield {"frames": r.obs, "num_past_frames": num_past_T, "context_only": context_only_T, **steps}
 
 
-class _Stacks:
-    """Stacks as they were recorded, whatever they begin with."""
-
-    def __init__(self, source: Path) -> None:
-        self._source = source
-        self._last: np.ndarray | None = None
-        self._past, self._num_states, self._num_history = 0, 0, 0
-
-    def __call__(self, r: Recording) -> Arrays:
-        obs, num_before = r.obs, r.obs.shape[1] - 1
+def _rows_of_stacks(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
+    """Keeps stacks as they were recorded, whatever they are padded with."""
+    previous: np.ndarray | None = None
+    num_past = 0
+    num_states = 0
+    num_context = 0
+    for r in recordings:
+        obs = r.obs
+        num_before = obs.shape[1] - 1
+        # Is each stack the previous one, shifted by a frame?
         shifted_T = np.zeros(len(obs), np.bool_)
         shifted_T[1:] = (obs[1:, :-1] == obs[:-1, 1:]).all(axis=(1, 2, 3))
-        shifted_T[0] = self._last is not None and bool((obs[0, :-1] == self._last[1:]).all())
-        self._last = obs[-1].copy()
+        shifted_T[0] = previous is not None and bool((obs[0, :-1] == previous[1:]).all())
+        previous = obs[-1].copy()
 
-        seen_TS = np.asarray(obs[:, :-1].any(axis=(2, 3)))
-        leading_T = np.where(seen_TS.any(axis=1), num_before - seen_TS.argmax(axis=1), 0)
-        leading_T[shifted_T] = 0
-        rows_T = np.cumsum(1 + leading_T) - 1
-        self._num_states, self._num_history = self._num_states + len(obs), self._num_history + int(leading_T.sum())
-        if self._num_history > max(64, self._num_states):
+        # If not, its older frames become rows too, except the zeros that it is padded with.
+        is_seen_TS = np.asarray(obs[:, :-1].any(axis=(2, 3)))
+        num_older_T = np.where(is_seen_TS.any(axis=1), num_before - is_seen_TS.argmax(axis=1), 0)
+        num_older_T[shifted_T] = 0
+        num_states += len(obs)
+        num_context += int(num_older_T.sum())
+        if num_context > max(64, num_states):
             raise BadFile(
-                f"{self._source}: its observations are not stacks of the last frames in the order of time, only"
-                " such are stored; record it anew with SB3's wrappers"
+                f"{source}: its observations are not stacks of the last frames in time order, only such are stored;"
+                " record again with SB3's wrappers"
             )
 
+        rows_T = np.cumsum(1 + num_older_T) - 1
         num_rows = int(rows_T[-1]) + 1
-        frames, pasts = np.empty((num_rows, *obs.shape[2:]), obs.dtype), np.empty(num_rows, np.uint8)
-        history = np.ones(num_rows, np.bool_)
-        frames[rows_T], history[rows_T] = obs[:, -1], False
+        frames = np.empty((num_rows, *obs.shape[2:]), obs.dtype)
+        num_past_frames = np.empty(num_rows, np.uint8)
+        context_only = np.ones(num_rows, np.bool_)
+        frames[rows_T] = obs[:, -1]
+        context_only[rows_T] = False
         for t, row in enumerate(rows_T.tolist()):
-            if not shifted_T[t]:
-                self._past = int(leading_T[t])
-                first = row - self._past
-                frames[first:row], pasts[first:row] = obs[t, num_before - self._past : -1], np.arange(self._past)
+            if shifted_T[t]:
+                num_past = min(num_past + 1, num_before)
             else:
-                self._past = min(self._past + 1, num_before)
-            pasts[row] = self._past
-        return {"frames": frames, "num_past_frames": pasts, "context_only": history, **_steps(r, r.starts_T, rows_T)}
+                num_past = int(num_older_T[t])
+                frames[row - num_past : row] = obs[t, num_before - num_past : -1]
+                num_past_frames[row - num_past : row] = np.arange(num_past)
+            num_past_frames[row] = num_past
+        steps = _steps(r, r.starts_T, rows_T)
+        yield {"frames": frames, "num_past_frames": num_past_frames, "context_only": context_only, **steps}
 
 
 def _steps(r: Recording, starts_T: np.ndarray, rows_T: np.ndarray) -> Arrays:
+    """Returns actions, rewards and starts at the rows of their states."""
     num_rows = int(rows_T[-1]) + 1
     steps = {
         "actions": np.full(num_rows, NO_ACTION, np.int32),

@@ -3,11 +3,9 @@
 import gzip
 import io
 import json
+import os
 import pickle
-import runpy
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,15 +23,16 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import VecFrameStack
 
+from policykd.cli.main import execute
 from policykd.envs.atari import make_atari
 from policykd.importers.importers import import_states, read_dqn_replay
 from policykd.importers.minari import MAIN_FILE, export_to_minari
 from policykd.io.files import BadFile
 from policykd.io.signals import handle_signals
-from policykd.legacy.replay import Replay
-from policykd.storage.dataset import load_dataset, open_dataset, save_dataset, write_dataset
+from policykd.replay import Replay
+from policykd.storage.dataset import fill, open_dataset, save_dataset, write_dataset
+from policykd.storage.manifest import Origin, TeacherRef
 
-ROOT = Path(__file__).parents[2]
 gym.register_envs(ale_py)
 
 
@@ -43,16 +42,20 @@ def _chunks_end_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"policykd.importers.{module}.CHUNK", 33)
 
 
+def load(folder: Path, num_actions: int) -> Replay:
+    return fill(open_dataset(folder), num_actions, keep_outputs=False)
+
+
 def states(replay: Replay) -> torch.Tensor:
     """Returns every observation that is a state."""
     rows_B = torch.arange(len(replay))
-    return replay.gather(rows_B[~torch.isin(rows_B, replay.history)])
+    return replay.gather(rows_B[~torch.isin(rows_B, replay.context_only_rows)])
 
 
 def column(folder: Path, key: str) -> np.ndarray:
     """Returns an array of all rows that are states."""
-    shards = [arrays for _, arrays in open_dataset(folder).read()]
-    return np.concatenate([s[key][~s["history"]] if "history" in s else s[key] for s in shards])
+    shards = [arrays for _, arrays in open_dataset(folder).generation.read_shards()]
+    return np.concatenate([s[key][~s["context_only"]] if "context_only" in s else s[key] for s in shards])
 
 
 def play_dqn(game: str, num_envs: int, num_steps: int, **settings: Any) -> DQN:
@@ -92,7 +95,7 @@ def test_sb3s_replay_buffer(
     agent = play_dqn(game, num_envs, num_steps, **settings)
     agent.save_replay_buffer(tmp_path / "replay_buffer.pkl")
     dataset = import_states(tmp_path / "replay_buffer.pkl", tmp_path / "d", game=game, trust_pickle=True)
-    assert "whatever code is in it is executed" in capsys.readouterr().err
+    assert "the code in it is executed" in capsys.readouterr().err
 
     buffer = agent.replay_buffer
     assert buffer is not None
@@ -100,7 +103,7 @@ def test_sb3s_replay_buffer(
     if buffer.full:
         order = np.concatenate([np.arange(buffer.pos + ("optimize_memory_usage" in settings), 130), order])
         assert buffer.dones[order].sum() >= 4
-    replay = load_dataset(tmp_path / "d", num_actions=6 if game == "Pong" else 4, obs_shape=(4, 84, 84), game=game)
+    replay = load(tmp_path / "d", 6 if game == "Pong" else 4)
     assert (states(replay).numpy() == buffer.observations[order].swapaxes(0, 1).reshape(-1, 4, 84, 84)).all()
     assert (column(tmp_path / "d", "actions") == buffer.actions[order, :, 0].T.reshape(-1)).all()
     assert (column(tmp_path / "d", "rewards") == buffer.rewards[order].T.reshape(-1)).all()
@@ -121,16 +124,16 @@ def test_sb3s_buffer_with_the_frames_last(tmp_path: Path) -> None:
         obs = np.asarray(new).copy()
     save_to_pkl(tmp_path / "b.pkl", buffer)
     import_states(tmp_path / "b.pkl", tmp_path / "d", trust_pickle=True)
-    replay = load_dataset(tmp_path / "d", num_actions=6, obs_shape=(4, 84, 84))
+    replay = load(tmp_path / "d", 6)
     assert (states(replay).numpy() == np.moveaxis(buffer.observations[:50, 0], 3, 1)).all()
-    assert (len(replay), len(replay.history)) == (50, 0)
+    assert (len(replay), len(replay.context_only_rows)) == (50, 0)
 
 
 def test_sb3s_buffer_of_vectors(tmp_path: Path) -> None:
     agent = DQN("MlpPolicy", "CartPole-v1", learning_starts=10**6, buffer_size=64, seed=0, device="cpu").learn(100)
     agent.save_replay_buffer(tmp_path / "b.pkl")
     import_states(tmp_path / "b.pkl", tmp_path / "d", trust_pickle=True)
-    replay = load_dataset(tmp_path / "d", num_actions=2, obs_shape=(4,))
+    replay = load(tmp_path / "d", 2)
     assert agent.replay_buffer is not None
     assert (states(replay).numpy() == np.roll(agent.replay_buffer.observations[:, 0], -36, axis=0)).all()
 
@@ -151,11 +154,8 @@ def test_a_pickle_is_not_executed_unless_it_is_trusted(tmp_path: Path) -> None:
     pickle.loads(file.read_bytes())
     assert marker.exists()
     marker.unlink()
-    command = [sys.executable, str(ROOT / "scripts" / "states.py"), "import", str(file), str(tmp_path / "d")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
-    assert "if you made it, pass --trust-pickle" in done.stderr
+    with pytest.raises(BadFile, match="if you made it, pass --trust-pickle"):
+        import_states(file, tmp_path / "d")
     assert not marker.exists()
     with pytest.raises(ValueError, match=r"replay_buffer\.pkl: not a ReplayBuffer"):
         import_states(file, tmp_path / "d", trust_pickle=True)
@@ -221,9 +221,10 @@ def test_minari(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Gymnasium's stacks begin with copies of the first frame, where SB3's begin with zeros."""
     source, seen = record(shape, tmp_path, monkeypatch, jpeg_encoding=False)
     dataset = import_states(source, tmp_path / "d")
-    assert (dataset.about.game, dataset.about.num_actions) == ((None, 2) if shape == "vectors" else ("Breakout", 4))
-    obs_shape = (4,) if shape == "vectors" else (4, 84, 84)
-    replay = load_dataset(tmp_path / "d", num_actions=dataset.about.num_actions or 0, obs_shape=obs_shape)
+    assert (dataset.info.origin.game, dataset.info.num_actions) == (
+        (None, 2) if shape == "vectors" else ("Breakout", 4)
+    )
+    replay = load(tmp_path / "d", dataset.info.num_actions or 0)
     found = states(replay).numpy()
     assert ((found[:, -1] if shape == "frames" else found) == seen).all()
     starts_T = column(tmp_path / "d", "starts")
@@ -251,7 +252,7 @@ def test_a_wrong_game_and_a_damaged_minari_file(tmp_path: Path, monkeypatch: pyt
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"x" * 1000):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{MAIN_FILE}: cannot be imported") as caught:
+        with pytest.raises(ValueError, match=rf"{MAIN_FILE}: invalid") as caught:
             import_states(source, tmp_path / "d")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "d" / "manifest-000001.json").exists()
@@ -260,10 +261,11 @@ def test_a_wrong_game_and_a_damaged_minari_file(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"total_episodes": float("inf")}, "cannot convert float infinity"),
-        ({"action_space": '{"type": "Discrete", "n": -3}'}, "-3 actions cannot be"),
-        ({"action_space": '{"type": "Discrete", "n": 2, "start": Infinity}'}, "cannot convert float infinity"),
-        ({"env_spec": "[]"}, "'list' object has no attribute"),
+        ({"total_episodes": float("inf")}, "total_episodes: "),
+        ({"action_space": '{"type": "Discrete", "n": -3}'}, "action_space.n: "),
+        ({"action_space": '{"type": "Discrete", "n": 2, "start": Infinity}'}, "action_space.start: "),
+        ({"observation_space": '{"shape": [99999999], "dtype": "uint8"}'}, "observation_space.shape.0: "),
+        ({"env_spec": "[]"}, "env_spec"),
     ],
 )
 def test_minari_metadata_that_cannot_be(
@@ -272,7 +274,7 @@ def test_minari_metadata_that_cannot_be(
     source, _ = record("vectors", tmp_path, monkeypatch)
     path = source / "data" / "metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(ValueError, match=rf"data: cannot be imported: {reason}.*; give another") as caught:
+    with pytest.raises(ValueError, match=rf"metadata.json: invalid \({reason}.*; give another") as caught:
         import_states(source, tmp_path / "d")
     assert "\n" not in str(caught.value)
 
@@ -316,8 +318,7 @@ def test_export_to_minari_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         starts.append(starts_B)
         step = envs.step(torch.randint(4, (2,), generator=generator))
         obs, starts_B = step.obs, step.starts_B
-    teacher = {"algorithm": "PPO", "sha256": "ab"}
-    save_dataset(replay, tmp_path / "d", source="x", preprocessing="SB3's", game="Breakout", teacher=teacher)
+    save_dataset(replay, tmp_path / "d", Origin("x", game="Breakout", teacher=TeacherRef("PPO", "ab")))
     num_episodes = export_to_minari(tmp_path / "d", tmp_path / "exported-v0")
     assert num_episodes == int(torch.stack(starts).sum()) > 4
 
@@ -326,7 +327,7 @@ def test_export_to_minari_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (exported.total_episodes, exported.total_steps) == (num_episodes, 240 - num_episodes)
     episodes = list(exported.iterate_episodes())
     by_stream = torch.stack(seen).transpose(0, 1).reshape(240, 4, 84, 84)
-    scores = replay.scores_NA.view(120, 2, 4).transpose(0, 1).reshape(240, 4).numpy()
+    scores = replay.teacher_NA.view(120, 2, 4).transpose(0, 1).reshape(240, 4).numpy()
     assert (np.concatenate([e.observations for e in episodes]) == by_stream.numpy()).all()
     assert (np.concatenate([e.infos["scores"] for e in episodes]) == scores).all()
     assert all((e.actions == e.infos["scores"][:-1].argmax(axis=1)).all() for e in episodes)
@@ -334,7 +335,7 @@ def test_export_to_minari_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sum(p.stat().st_size for p in (tmp_path / "exported-v0" / "data").iterdir()) < 0.1 * by_stream.nbytes
 
     import_states(tmp_path / "exported-v0", tmp_path / "again", game="Breakout")
-    again = load_dataset(tmp_path / "again", num_actions=4, obs_shape=(4, 84, 84), game="Breakout")
+    again = load(tmp_path / "again", 4)
     assert (states(again) == by_stream).all()
     with pytest.raises(ValueError, match="exists already"):
         export_to_minari(tmp_path / "d", tmp_path / "exported-v0")
@@ -383,16 +384,16 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, 
 def test_the_dqn_replay_dataset(logged: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     folder, stacks, actions = logged
     dataset = import_states(folder, tmp_path / "d", game="BreakoutNoFrameskip-v4")
-    replay = load_dataset(tmp_path / "d", num_actions=4, obs_shape=(4, 84, 84), game="Breakout")
+    replay = load(tmp_path / "d", 4)
     assert (states(replay).numpy() == stacks).all()
     assert (column(tmp_path / "d", "actions") == actions).all()
     assert column(tmp_path / "d", "starts").sum() > 4
-    assert dataset.about.source.endswith("checkpoints 0, 1, 3")
+    assert dataset.info.origin.source.endswith("checkpoints 0, 1, 3")
 
 
 def test_only_as_many_states_as_asked_for(logged: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     assert import_states(logged[0], tmp_path / "d", num_states=50).num_states == 50
-    replay = load_dataset(tmp_path / "d", num_actions=4, obs_shape=(4, 84, 84))
+    replay = load(tmp_path / "d", 4)
     assert (states(replay).numpy() == logged[1][:50]).all()
 
 
@@ -419,9 +420,9 @@ def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
         with handle_signals(), pytest.raises(KeyboardInterrupt, match=r"^\d+ states are imported; run the same import"):
             import_states(logged[0], tmp_path / "d", game="Breakout")
     cut = open_dataset(tmp_path / "d")
-    assert not cut.is_complete
+    assert not cut.generation.manifest.is_complete
     assert 0 < cut.num_rows < len(logged[1])
-    with pytest.raises(BadFile, match="that was cut"):
+    with pytest.raises(BadFile, match="was interrupted"):
         export_to_minari(tmp_path / "d", tmp_path / "m")
     import_states(logged[0], tmp_path / "d", game="Breakout")
     a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "d"))
@@ -431,7 +432,7 @@ def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
 def damaged(kind: str, folder: Path) -> str:
     """Returns the name of the file that was damaged."""
     frames = np.zeros((20, 84, 84), np.uint8)
-    names = {"other length": "terminal", "missing": "terminal"}
+    names = {"other length": "terminal", "missing": "terminal", "FIFO": "terminal"}
     file = folder / f"$store$_{names.get(kind, 'observation')}_ckpt.0.gz"
     write_store(folder, "observation", 0, np.zeros((20, 42, 42), np.uint8) if kind == "other shape" else frames)
     write_store(folder, "terminal", 0, np.zeros(19 if kind == "other length" else 20, np.uint8))
@@ -447,8 +448,10 @@ def damaged(kind: str, folder: Path) -> str:
         "objects": gzip.compress(objects.getvalue()),
         "not gzip": b"<html>",
     }
-    if kind == "missing":
+    if kind in ("missing", "FIFO"):
         file.unlink()
+        if kind == "FIFO":
+            os.mkfifo(file)
     else:
         file.write_bytes(changed.get(kind, content))
     return "checkpoint 0 differ in length" if kind == "other length" else file.name
@@ -456,7 +459,7 @@ def damaged(kind: str, folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["truncated", "flipped", "claims more", "objects", "not gzip", "other shape", "other length", "missing"],
+    ["truncated", "flipped", "claims more", "objects", "not gzip", "other shape", "other length", "missing", "FIFO"],
 )
 def test_a_damaged_store_is_named(kind: str, tmp_path: Path) -> None:
     name = damaged(kind, tmp_path)
@@ -471,25 +474,19 @@ def test_a_damaged_store_is_named(kind: str, tmp_path: Path) -> None:
 def test_the_command_imports_and_exports(
     logged: tuple[Path, np.ndarray, np.ndarray],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["states.py", *args])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(ROOT / "scripts" / "states.py"), run_name="__main__")
-        assert left.value.code == 0, capsys.readouterr().err
-        return capsys.readouterr().out
-
-    before = signal.getsignal(signal.SIGTERM)
-    said = run("import", str(logged[0]), str(tmp_path / "d"), "--game", "Breakout")
-    assert f"{len(logged[1]):,} states of Breakout" in said
-    assert "episodes" in run("export", str(tmp_path / "d"), str(tmp_path / "breakout-v0"))
-    signal.signal(signal.SIGTERM, before)
+    folder, stacks, _ = logged
+    execute("states", ["import", str(folder), str(tmp_path / "d"), "--game", "Breakout"])
+    assert f"{len(stacks):,} states of Breakout" in capsys.readouterr().out
+    execute("states", ["export", str(tmp_path / "d"), str(tmp_path / "breakout-v0")])
+    assert "episodes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"num.states"):
+        execute("states", ["import", str(folder), str(tmp_path / "e"), "--num-states", "0"])
 
 
 def test_what_is_no_recording_says_what_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none: no such file or folder; give an SB3 replay buffer"):
+    with pytest.raises(ValueError, match="none: not found; give an SB3 replay buffer"):
         import_states(tmp_path / "none", tmp_path / "d")
     with pytest.raises(ValueError, match="neither an SB3 replay buffer"):
         import_states(tmp_path, tmp_path / "d")
