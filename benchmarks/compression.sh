@@ -1,8 +1,11 @@
-#!/bin/sh
-# The table and the picture of docs/compression.md: 39 rows from one teacher, one set of states and one budget, 100 games
-# of each under two protocols; two hours or more on two cores. Stopped, it goes on where it was.
-# The latencies are of one go; on a quiet machine: benchmarks/compression.sh --latency-only
-set -eu
+#!/usr/bin/env bash
+# The table, the picture and the findings of docs/compression.md: 39 networks from one teacher, one set of states and one budget, 100 games
+# per network and protocol; half a day on two cores. An interrupted run continues where it was. Latencies are measured again by every
+# run, all in one go: when everything is finished, run it once more on a quiet machine.
+set -euo pipefail
 cd "$(dirname "$0")/.."
-.venv/bin/python scripts/distill_atari.py --game Pong --name pong --resume
-exec .venv/bin/python scripts/compare_compression.py --game Pong --states dataset:runs/Pong/pong --episodes 100 "$@"
+python=${PYTHON:-.venv/bin/python}
+$python -m policykd distill --game Pong --name pong --resume
+grep -v '^#' benchmarks/compression/rows.txt | xargs $python -m policykd compress runs/Pong/pong --episodes 100 "$@" --compare
+$python benchmarks/compression/findings.py runs/Pong/compression
+cp runs/Pong/compression/pareto.svg docs/compression.svg
