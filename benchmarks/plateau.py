@@ -91,7 +91,7 @@ def train(student: Student, replay: Replay, variant: Variant, seed: int) -> None
         log_teacher_BA = log_policy(replay.teacher_NA[rows_B])
         log_student_BA = log_policy(student(replay.gather(rows_B)))
         optimizer.zero_grad(set_to_none=True)
-        F.kl_div(log_student_BA, log_teacher_BA, log_target=True, reduction="batchmean").backward()  # type: ignore[no-untyped-call]
+        F.kl_div(log_student_BA, log_teacher_BA, log_target=True, reduction="batchmean").backward()
         optimizer.step()
 
 

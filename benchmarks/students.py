@@ -78,20 +78,20 @@ def main(args: Args) -> None:
     assert isinstance(teacher.net, torch.nn.Module)
     agent = PPO.load(teacher.path, device="cpu")
     students = {size: make_student(size, 6) for size in SIZES}
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "SB3 `predict`, teacher": lambda: agent.predict(one[0], deterministic=True),
         "teacher, ONNX Runtime": action_call(teacher.net, one),
         **{size: action_call(student.folded_net(), one) for size, student in students.items()},
     }
     latencies = measure_latencies(calls, TimingOptions(rounds=args.rounds))
     rates = max_rates({size: update_call(student, obs) for size, student in students.items()}, args.rounds)
-    macs = {size: num_macs(student, (4, 84, 84)) for size, student in students.items()}
+    macs: dict[str, int] = {size: num_macs(student, (4, 84, 84)) for size, student in students.items()}
     of_teacher = num_macs(teacher.net, (4, 84, 84))
     print("| | MACs | one action, µs (min) | times faster than SB3's `predict` (min) | states per second of training |")
     print("|---|---:|---:|---:|---:|")
     base = latencies["SB3 `predict`, teacher"]
     for name, latency in latencies.items():
-        print(row(name, macs.get(name, of_teacher), latency, base, rates.get(name)))  # type: ignore[call-overload]
+        print(row(name, macs.get(name, of_teacher), latency, base, rates.get(name)))
 
 
 if __name__ == "__main__":

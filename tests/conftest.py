@@ -79,10 +79,10 @@ def teacher_student(small: Small) -> "Student":
 def dataset(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dataset of the same states, with the teacher's outputs."""
     from policykd.storage.dataset import save_dataset
+    from policykd.storage.manifest import Origin, TeacherRef
 
     teacher = small.tuning.teacher
-    of = {"algorithm": teacher.algorithm, "sha256": teacher.sha256}
     folder = tmp_path_factory.mktemp("states")
-    replay = small.tuning.replay
-    save_dataset(replay, folder, source="the teacher", preprocessing="policykd.envs", game="Pong", teacher=of)
+    origin = Origin("the teacher", game="Pong", teacher=TeacherRef(teacher.algorithm, teacher.sha256))
+    save_dataset(small.tuning.replay, folder, origin)
     return folder

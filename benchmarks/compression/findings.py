@@ -1,4 +1,4 @@
-"""Prints the findings of a comparison: pairs of networks at equal bytes, and the smallest within a point of the teacher.
+"""Prints what a comparison found: pairs of networks at equal bytes, and the smallest within a point of the teacher.
 
 `python benchmarks/compression/findings.py runs/Pong/compression`; benchmarks/compression.sh makes that folder.
 """
@@ -101,9 +101,7 @@ def smallest(comparison: Comparison) -> list[str]:
         for row in comparison.rows.values():
             if row.recipe == RANDOM:
                 continue
-            mean, low, _ = difference_interval(
-                row.protocols[protocol].returns, teacher.protocols[protocol].returns
-            )
+            mean, low, _ = difference_interval(row.protocols[protocol].returns, teacher.protocols[protocol].returns)
             if mean >= -MAX_LOSS:
                 good["on average"].append(row)
             if low >= -MAX_LOSS:

@@ -1,6 +1,6 @@
-"""Plain behaviour cloning: imitation's BC with its own defaults, on what the teacher saw and did.
+"""Behavioural cloning with the package `imitation` and its defaults, on the states and actions of the teacher.
 
-Defaults: Adam at 1e-3, batches of 32, entropy bonus 1e-3. The states' cost is added to the training's.
+Defaults: Adam at 1e-3, batches of 32, entropy bonus 1e-3. The cost of the states is added to that of the training.
 """
 
 from contextlib import suppress
@@ -11,26 +11,28 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
-from imitation.algorithms.bc import BC
-from imitation.data.types import Transitions
+from imitation.algorithms.bc import BC  # type: ignore[import-not-found]
+from imitation.data.types import Transitions  # type: ignore[import-not-found]
 from small_cnn import SmallCNN
-from snapshots import Snapshots
+from snapshots import SnapshotWriter
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 
 
 @dataclass(frozen=True)
 class Args:
-    """What is swept: how many states, and the batch size."""
+    """Clones a recorded teacher."""
 
     out: Path
+    """folder for the snapshots"""
     demonstrations: Path
-    """the folder that demonstrations.py wrote"""
+    """folder that demonstrations.py wrote"""
     num_states: int = 80_000
+    """recorded states to use"""
     batch_size: int = 32
     learning_rate: float = 1e-3
     epochs: int = 100
     seconds: float = 1000.0
-    """of CPU for the training, after which it ends"""
+    """CPU seconds of training"""
     seed: int = 0
 
 
@@ -44,7 +46,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     costs = np.load(args.demonstrations / "costs.npy")
     _, cpu, wall = costs[np.searchsorted(costs[:, 0], args.num_states)]
-    snapshots = Snapshots(args.out, spent=(cpu, wall))
+    snapshots = SnapshotWriter(args.out, spent_cpu=cpu, spent_wall=wall)
     observations = np.load(args.demonstrations / "observations.npy", mmap_mode="r")[: args.num_states]
     actions = np.load(args.demonstrations / "actions.npy")[: args.num_states]
     observation_space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)

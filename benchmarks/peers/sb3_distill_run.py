@@ -1,7 +1,7 @@
 """sb3_distill's student-driven distillation and PPD (Spigler, 2025), with the settings of its own example.
 
-Its example runs 16 environments in 16 processes and distils to a larger IMPALA network; here they share one process,
-since there is one core, and the student is the 7 % network.
+Its example runs 16 environments in 16 processes and distils into a larger IMPALA network. Here they share one process,
+because there is one core, and the student is the 7 % network.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ import ale_py
 import gymnasium
 import torch
 import tyro
-from sb3_distill import ProximalPolicyDistillation, StudentDistill
+from sb3_distill import ProximalPolicyDistillation, StudentDistill  # type: ignore[import-not-found]
 from small_cnn import SmallCNN
-from snapshots import Snapshots
+from snapshots import SnapshotWriter
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 gymnasium.register_envs(ale_py)
@@ -25,14 +26,15 @@ gymnasium.register_envs(ale_py)
 
 @dataclass(frozen=True)
 class Args:
-    """What may be changed; the rest stands in `main` as the example has it."""
+    """Settings that differ between runs; the others are those of the example, in `main`."""
 
     out: Path
+    """folder for the snapshots"""
     teacher: Path
-    """an archive of SB3's PPO"""
+    """archive of SB3's PPO"""
     method: Literal["student", "ppd"]
     seconds: float = 1500.0
-    """of CPU, after which it ends"""
+    """CPU seconds of training"""
     learning_rate: float = 3e-4
     distill_lambda: float = 2.0
     num_envs: int = 16
@@ -42,12 +44,14 @@ class Args:
 class Saver(BaseCallback):
     """Writes snapshots between rollouts and ends the run when its time is up."""
 
-    def __init__(self, snapshots: Snapshots, seconds: float) -> None:
+    def __init__(self, snapshots: SnapshotWriter, seconds: float) -> None:
         super().__init__()
-        self.snapshots, self.seconds = snapshots, seconds
+        self.snapshots = snapshots
+        self.seconds = seconds
 
     def _save(self) -> None:
         policy = self.model.policy
+        assert isinstance(policy, ActorCriticCnnPolicy)
         tensors = [*policy.features_extractor.parameters(), *policy.action_net.parameters()]
         self.snapshots.save(tensors, steps=self.num_timesteps, updates=self.model._n_updates)
 
@@ -65,7 +69,7 @@ class Saver(BaseCallback):
 def main(args: Args) -> None:
     """Distils until the time is up."""
     torch.set_num_threads(1)
-    snapshots = Snapshots(args.out)
+    snapshots = SnapshotWriter(args.out)
     wrappers = {"clip_reward": False, "terminal_on_life_loss": True}
     env = make_atari_env("PongNoFrameskip-v4", n_envs=args.num_envs, seed=args.seed, wrapper_kwargs=wrappers)
     env = VecFrameStack(VecNormalize(env, norm_obs=False), 4)

@@ -1,4 +1,4 @@
-"""The 7 % network as Stable-Baselines3 takes it."""
+"""The 7 % network as a features extractor of Stable-Baselines3."""
 
 import gymnasium
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -16,5 +16,6 @@ class SmallCNN(BaseFeaturesExtractor):
         )  # fmt: skip
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
-        """Returns 128 features a row."""
-        return self.layers(obs_BCHW)
+        """Returns the features, float32 `(batch, 128)`."""
+        features_BF: Tensor = self.layers(obs_BCHW)
+        return features_BF

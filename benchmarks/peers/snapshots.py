@@ -1,69 +1,105 @@
-"""Students as they stood while they learned, with what each had cost; the judging comes afterwards, off the clock."""
+"""Students as they were during training, with the cost of each; they are evaluated afterwards, off the clock.
+
+Only torch is needed: the peers run in environments without policykd.
+"""
 
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-Scaling = tuple[float, float]
-"""grey level that becomes 0, grey levels that become 1"""
+GROWTH = 1.15
+"""cost of a snapshot relative to that of the previous one"""
+FIRST_SECONDS = 20.0
 
 
-class Snapshots:
-    """Writes a student's tensors beside the CPU seconds, wall seconds, environment steps and updates that they took.
+@dataclass(frozen=True)
+class CurvePoint:
+    """Cost of one snapshot: a line of `curve.jsonl`."""
 
-    CPU seconds are the process's, all threads; both clocks start here, after the imports, and stand still while it
-    writes.
+    file: str
+    cpu_seconds: float
+    """of the process, all threads"""
+    wall_seconds: float
+    steps: int
+    """agent steps (4 frames)"""
+    updates: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights of one snapshot."""
+
+    tensors: list[Tensor]
+    """weights and biases in the order of the forward pass: three convolutions, a dense layer, the outputs"""
+    scaling: tuple[float, float]
+    """grey level that becomes 0, and number of grey levels that become 1"""
+
+
+class SnapshotWriter:
+    """Writes a student's tensors with the CPU seconds, wall seconds, environment steps and updates that they took.
+
+    Both clocks start here, after the imports, and are stopped while it writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        growth: float = 1.15,
-        first_seconds: float = 20.0,
-        spent: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
+    def __init__(self, folder: Path, *, spent_cpu: float = 0.0, spent_wall: float = 0.0) -> None:
+        """Creates the folder with an empty curve.
+
+        Args:
+            folder: of the snapshots.
+            spent_cpu: CPU seconds that were spent before.
+            spent_wall: wall seconds that were spent before.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.growth, self.next_seconds = growth, first_seconds
-        self.cpu_began, self.wall_began = time.process_time() - spent[0], time.perf_counter() - spent[1]
+        self.next_seconds = FIRST_SECONDS
         self.num_saved = 0
+        self._cpu_began = time.process_time() - spent_cpu
+        self._wall_began = time.perf_counter() - spent_wall
         (folder / "curve.jsonl").write_text("")
 
     def cpu_seconds(self) -> float:
-        """Returns what the learning has cost so far."""
-        return time.process_time() - self.cpu_began
+        """Returns the CPU time of the training so far."""
+        return time.process_time() - self._cpu_began
 
     def wall_seconds(self) -> float:
-        """Returns how long that took, with whatever else the machine did."""
-        return time.perf_counter() - self.wall_began
+        """Returns the wall-clock time of the training so far."""
+        return time.perf_counter() - self._wall_began
 
     def is_due(self) -> bool:
-        """Returns whether the next one should be written: each 15 % later than the one before."""
+        """Returns whether the next snapshot should be written: each 15 % later than the previous one."""
         return self.cpu_seconds() >= self.next_seconds
 
-    def save(self, tensors: Sequence[Tensor], *, steps: int, updates: int, scaling: Scaling = (0.0, 255.0)) -> None:
-        """Writes weights and biases in the order of the forward pass: three convolutions, a dense layer, the scores."""
-        cpu, wall = self.cpu_seconds(), self.wall_seconds()
-        cpu_before, wall_before = time.process_time(), time.perf_counter()
-        name = f"{self.num_saved:03}.pt"
-        weights = [t.detach().clone().contiguous() for t in tensors]
-        torch.save({"tensors": weights, "scaling": scaling}, self.folder / name)
-        row = {"file": name, "cpu_seconds": cpu, "wall_seconds": wall, "steps": steps, "updates": updates}
+    def save(
+        self, tensors: Sequence[Tensor], *, steps: int, updates: int, scaling: tuple[float, float] = (0.0, 255.0)
+    ) -> None:
+        """Writes a snapshot; see `Snapshot` for the order of the tensors."""
+        point = CurvePoint(f"{self.num_saved:03}.pt", self.cpu_seconds(), self.wall_seconds(), steps, updates)
+        cpu_before = time.process_time()
+        wall_before = time.perf_counter()
+        weights = [tensor.detach().clone().contiguous() for tensor in tensors]
+        torch.save({"tensors": weights, "scaling": scaling}, self.folder / point.file)
         with (self.folder / "curve.jsonl").open("a") as curve:
-            curve.write(json.dumps(row) + "\n")
-        print(f"{cpu:7.0f} s CPU {wall:7.0f} s wall {steps:9,} steps {updates:8,} updates", flush=True)
+            curve.write(json.dumps(asdict(point)) + "\n")
+        print(
+            f"{point.cpu_seconds:7.0f} s CPU {point.wall_seconds:7.0f} s wall {steps:9,} steps {updates:8,} updates",
+            flush=True,
+        )
         self.num_saved += 1
-        self.next_seconds = max(self.next_seconds, cpu) * self.growth
-        self.cpu_began += time.process_time() - cpu_before
-        self.wall_began += time.perf_counter() - wall_before
+        self.next_seconds = max(self.next_seconds, point.cpu_seconds) * GROWTH
+        self._cpu_began += time.process_time() - cpu_before
+        self._wall_began += time.perf_counter() - wall_before
 
 
-def load_tensors_of(path: Path) -> tuple[list[Tensor], Scaling]:
-    """Returns weights and biases, and the input's scaling, of a snapshot."""
-    stored = torch.load(path, weights_only=True)
-    return stored["tensors"], stored["scaling"]
+def read_curve(folder: Path) -> list[CurvePoint]:
+    """Returns the costs of all snapshots of a folder, the oldest first."""
+    return [CurvePoint(**json.loads(line)) for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Returns a snapshot that `SnapshotWriter` wrote."""
+    return Snapshot(**torch.load(path, weights_only=True))

@@ -8,8 +8,6 @@ import tyro
 
 from policykd.agents.student import load_student
 from policykd.agents.teacher import Teacher
-from policykd.cli.command import prepare_device
-from policykd.cli.groups import SeedArgs
 from policykd.compression.comparison import compare, comparison_table
 from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.pareto import draw_pareto
@@ -17,7 +15,8 @@ from policykd.compression.recipes import STANDARD, parse_recipe
 from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
-from policykd.runs.folder import check_at_least, check_name, check_seed
+from policykd.io.machine import prepare_device
+from policykd.runs.groups import NotNegative, Positive, SeedArgs, check_flags, check_name
 from policykd.states import DatasetStates
 from policykd.storage.offline import label_preloaded, open_replay
 
@@ -50,9 +49,9 @@ class CompressArgs(SeedArgs):
     amount, such as structured:0.5; `standard` compares the most common ones"""
     updates: int = 3000
     """gradient steps per method that trains"""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """states per gradient step"""
-    episodes: int = 100
+    episodes: NotNegative = 100
     """full episodes per network and protocol, 0 for none; the teacher's come from its card if it has one"""
     states: Path | None = None
     """dataset or run to take the states from; by default the run's own"""
@@ -62,7 +61,7 @@ class CompressArgs(SeedArgs):
     """where the run's teacher is now, if it was moved"""
     name: str = "compression"
     """name of the folder to write, next to the run's"""
-    threads: int = 1
+    threads: Positive = 1
     """CPU threads per batch"""
     trust_pickle: bool = False
     """let SB3 itself load the teacher, which executes code in the file: only for your own archives"""
@@ -77,8 +76,7 @@ def run(args: CompressArgs) -> None:
         ValueError: an invalid argument.
         BadFile: a damaged file.
     """
-    check_at_least(args, 1, "batch_size", "threads")
-    check_seed(args.seed)
+    check_flags(args)
     check_name(args.name)
     amounts = {"magnitude": f":{args.sparsity:g}", "structured": f":{args.sparsity:g}", "low-rank": f":{args.rank}"}
     methods = [method + amounts.get(method, "") for method in args.method.split("+")]

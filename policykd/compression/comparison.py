@@ -26,9 +26,9 @@ from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
 from policykd.evaluation.results import FinishedGames, PolicyResult, protocols_of_card, summarise_episodes
 from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
 from policykd.io.files import read_verified
+from policykd.io.locks import lock_folder
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
-from policykd.runs.folder import lock
 
 COMPARISON_FILE = "compression.json"
 ROW_FILE = "row.json"
@@ -84,7 +84,7 @@ def compare(folder: Path, recipes: Sequence[str], student: Student, tuning: Fine
         BadFile: a file of a row is damaged.
     """
     for recipe in _with_parents(recipes):
-        with lock(folder / _row_name(recipe)):
+        with lock_folder(folder / _row_name(recipe)):
             _make_row(folder, recipe, student, tuning, episodes)
     rows = [_read_row(path, tuning.settings) for path in sorted(folder.glob(f"*/{ROW_FILE}"))]
     finished = [row for row in rows if len(row.protocols) == len(PROTOCOLS) or not episodes]
