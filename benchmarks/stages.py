@@ -264,7 +264,7 @@ def storage(args: Args, teacher: Teacher, folder: Path) -> list[Row]:
 def startup(repetitions: int) -> list[Row]:
     """Returns how long an import and a help text take."""
     commands = {
-        "import policykd and torch": ["-c", "import policykd; policykd.load_student, policykd.make_atari"],
+        "import policykd and torch": ["-c", "import policykd; policykd.load_student, policykd.make_env"],
         "policykd distill --help": ["-m", "policykd", "distill", "--help"],
     }
     rows = []
