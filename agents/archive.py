@@ -1,54 +1,95 @@
-"""Reads a Stable-Baselines3 archive without executing anything in it.
+"""A reader of Stable-Baselines3 archives that executes nothing in them.
 
-An SB3 `.zip` (or the folder that it unpacks to) holds JSON (`data`) whose `:serialized:` entries are pickles, and
+An SB3 `.zip` (or the folder that it unpacks to) contains JSON (`data`) whose `:serialized:` entries are pickles, and
 tensors (`policy.pth`). SB3's own `load` unpickles the former. Here they are cut out before the JSON is parsed, and the
-tensors are read by `tensors.py`; the network is rebuilt from their names and shapes (see `rebuild.py`). The other
-members, optimizer states among them, are never opened: whatever they hold cannot run.
+tensors are read by `state_dict.py`; the network is rebuilt from their names and shapes (see `rebuild.py`). The other
+members, optimizer states among them, are never opened.
 """
 
 import hashlib
 import io
-import json
 import re
-import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
+from pydantic import JsonValue
 from torch import Tensor
 
-from policykd.agents.tensors import BoundedReader, read_bounded, read_state_dict
+from policykd.agents.state_dict import BoundedReader, read_state_dict, read_stream
 from policykd.io.files import BadFile
+from policykd.io.typed import one_line, parse_json, read_bounded
 
 MAX_FILE = 64 << 20
 """bytes of a whole archive: a QR-DQN of 18 actions with its optimizer is 56 MB"""
 MAX_MEMBER = {"data": 8 << 20, "policy.pth": 32 << 20}
-"""bytes unpacked: the last observations of 128 Atari environments; both nets of that QR-DQN"""
+"""bytes unpacked: the last observations of 128 Atari environments; both networks of that QR-DQN"""
 MAX_MEMBERS = 64
 _MAX_JSON = 1 << 20
 _UNIX_LINK = 0o120000
 _PICKLE = re.compile(rb'":serialized:"\s*:\s*"[^"\\]*"')
+_GET_AGAIN = "download or save it again"
+_UNSAFE = "do not use it"
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, UnicodeDecodeError),
-    *(OSError, OverflowError),  # where a broken directory makes zipfile look
+    *(OSError, OverflowError),  # a broken directory makes zipfile seek to impossible places
 )
 
 
 @dataclass(frozen=True)
+class Sb3Data:
+    """The plain JSON of an archive's `data`; of a pickled entry only its readable attributes are left."""
+
+    entries: dict[str, JsonValue]
+
+    def entry(self, name: str) -> Mapping[str, JsonValue]:
+        """Returns an object of the JSON, empty if there is none."""
+        entry = self.entries.get(name)
+        return entry if isinstance(entry, dict) else {}
+
+    def space_kind(self, name: str) -> str | None:
+        """Returns the class of a space, such as `Box`, or None."""
+        found = re.search(r"(\w+)'>$", text(self.entry(name).get(":type:")))
+        return found[1] if found else None
+
+    @property
+    def obs_shape(self) -> tuple[int, ...] | None:
+        """Shape of an observation, or None."""
+        space = self.entry("observation_space")
+        shape = space.get("_shape", space.get("shape"))
+        if isinstance(shape, str):
+            return tuple(int(n) for n in re.findall(r"\d{1,9}", shape))
+        if isinstance(shape, list):
+            sizes = tuple(n for n in shape if type(n) is int)
+            return sizes if len(sizes) == len(shape) else None
+        return None
+
+    @property
+    def obs_dtype(self) -> str | None:
+        """NumPy's name of the observations' dtype, or None."""
+        space = self.entry("observation_space")
+        return text(space["dtype"]) if "dtype" in space else None
+
+    @property
+    def num_actions(self) -> int | None:
+        """Number of discrete actions, or None."""
+        n = self.entry("action_space").get("n")
+        return int(n) if isinstance(n, int | str) and re.fullmatch(r"[0-9]{1,9}", str(n)) else None
+
+
+@dataclass(frozen=True)
 class Archive:
-    """What an SB3 archive says, without its pickles."""
+    """Content of an SB3 archive, without its pickles."""
 
     path: Path
     sha256: str
     """see `read_members`"""
     tensors: Mapping[str, Tensor]
     """the policy's state dict: dense, finite, float32"""
-    data: Mapping[str, Any]
-    """the plain JSON entries of `data`; an entry that was pickled keeps only its readable attributes"""
+    data: Sb3Data
 
 
 def read_archive(path: str | Path) -> Archive:
@@ -63,116 +104,92 @@ def read_archive(path: str | Path) -> Archive:
     try:
         tensors = read_state_dict(members["policy.pth"])
     except zipfile.BadZipFile as error:
-        raise BadFile(f"{path}: truncated, or not an SB3 archive: policy.pth ({error}); get it again") from error
+        reason = f"truncated, or not an SB3 archive: policy.pth ({one_line(str(error))}); {_GET_AGAIN}"
+        raise BadFile(f"{path}: {reason}") from error
     except (ValueError, *_BROKEN) as error:
         raise BadFile(
-            f"{path}: policy.pth is no state dict of dense, finite float32 tensors ({_line(error)}); do not use it, or "
-            "--trust-pickle if it is your own"
+            f"{path}: policy.pth is not a state dict of dense, finite float32 tensors ({one_line(str(error))});"
+            f" {_UNSAFE}, or --trust-pickle if it is your own"
         ) from error
     return Archive(path, sha256, tensors, data)
 
 
 def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
-    """Returns what identifies an archive, and its `policy.pth` and `data`: the very bytes that were hashed.
+    """Returns an archive's sha256, and `policy.pth` and `data`: the very bytes that were hashed.
 
-    A `.zip` is known by its SHA-256, a folder by what `sha256sum policy.pth data | sha256sum` prints in it.
+    The hash of a folder is what `sha256sum policy.pth data | sha256sum` prints in it.
 
     Raises:
-        BadFile: as `read_archive`, for all that is not inside the members.
+        BadFile: as `read_archive`, for everything outside the members.
     """
     if path.is_dir():
         contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
-        sums = "".join(f"{_sha256(content)}  {name}\n" for name, content in contents.items())
-        return _sha256(io.BytesIO(sums.encode())), contents
+        sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
+        return hashlib.sha256(sums.encode()).hexdigest(), {n: io.BytesIO(content) for n, content in contents.items()}
     whole = _read_file(path, MAX_FILE)
     try:
-        with zipfile.ZipFile(BoundedReader(whole)) as archive:
+        with zipfile.ZipFile(BoundedReader(io.BytesIO(whole))) as archive:
             members = _checked_members(path, archive)
-            return _sha256(whole), {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
+            read = {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
     except _BROKEN as error:
-        raise BadFile(
-            f"{path}: truncated, or not an SB3 .zip archive ({_line(error)}); download or save it again"
-        ) from error
+        reason = f"truncated, or not an SB3 .zip archive ({one_line(str(error))}); {_GET_AGAIN}"
+        raise BadFile(f"{path}: {reason}") from error
+    return hashlib.sha256(whole).hexdigest(), read
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def parse_data(path: Path, content: bytes) -> Sb3Data:
+    """Returns the JSON of `data` without its pickles.
+
+    Raises:
+        BadFile: invalid JSON, or too much of it.
+    """
+    plain = _PICKLE.sub(b'":serialized:": ""', content)
+    if len(plain) > _MAX_JSON:
+        raise BadFile(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are not pickles; {_UNSAFE}")
+    return Sb3Data(parse_json(dict[str, JsonValue], plain, f"{path}: `data`", next_step=_GET_AGAIN))
 
 
-def _open(path: Path, limit: int) -> IO[bytes]:
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise BadFile(f"{path}: cannot be read (it is no file); give the path of an SB3 archive")
-        if about.st_size > limit:
-            raise BadFile(
-                f"{path}: {about.st_size:,} bytes is more than a policy can need ({limit:,}); is it the right file?"
-            )
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise BadFile(f"{path}: cannot be read ({error.strerror}); give the path of an SB3 archive") from error
+def text(value: object) -> str:
+    """Returns text unchanged and anything else as its type: the repr of nested lists could be endless."""
+    return value if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _read_file(path: Path, limit: int) -> io.BytesIO:
-    with _open(path, limit) as file:
-        return read_bounded(file, limit)
-
-
-def _sha256(content: io.BytesIO) -> str:
-    return hashlib.sha256(content.getbuffer()).hexdigest()
+def _read_file(path: Path, limit: int) -> bytes:
+    return read_bounded(path, limit, next_step="give the path of an SB3 archive")
 
 
 def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Returns the members by name, once none of them is unsafe, not even one that is not read."""
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
-        raise BadFile(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; do not use it")
-    names = [m.filename for m in members]
-    for m in members:
-        if reason := _danger(m, names):
-            raise BadFile(f"{path}: unsafe archive, {m.filename[:80]!r} {reason}; do not use it")
+        raise BadFile(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; {_UNSAFE}")
+    names = [member.filename for member in members]
+    for member in members:
+        if reason := _danger(member, names):
+            raise BadFile(f"{path}: unsafe archive, {member.filename[:80]!r} {reason}; {_UNSAFE}")
     return dict(zip(names, members, strict=True))
 
 
-def _danger(m: zipfile.ZipInfo, names: list[str]) -> str | None:
-    """Returns what is wrong with a member, if anything, also with one that is not read."""
-    if names.count(m.filename) > 1:
-        return "is there twice"
-    if m.filename.startswith("/") or "\\" in m.filename or ".." in m.filename.split("/"):
+def _danger(member: zipfile.ZipInfo, names: list[str]) -> str | None:
+    """Returns why a member is unsafe, or None."""
+    if names.count(member.filename) > 1:
+        return "appears twice"
+    if member.filename.startswith("/") or "\\" in member.filename or ".." in member.filename.split("/"):
         return "is a path outside"
-    if m.flag_bits & 1 or (m.external_attr >> 16) & 0o170000 == _UNIX_LINK:
+    if member.flag_bits & 1 or (member.external_attr >> 16) & 0o170000 == _UNIX_LINK:
         return "is encrypted or a link"
-    if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "is compressed in an uncommon way"
-    if m.file_size > MAX_MEMBER.get(m.filename, MAX_FILE):
-        return f"unpacks to {m.file_size:,} bytes"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "has an uncommon compression"
+    if member.file_size > MAX_MEMBER.get(member.filename, MAX_FILE):
+        return f"unpacks to {member.file_size:,} bytes"
     return None
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> io.BytesIO:
     if name not in members:
-        raise BadFile(
-            f"{path}: truncated, or not an SB3 archive: it holds no {name!r}; save the agent with SB3's model.save"
-        )
+        raise BadFile(f"{path}: truncated, or not an SB3 archive: no {name!r}; save the agent with SB3's model.save")
     try:
         with archive.open(members[name]) as stream:
-            return read_bounded(stream, MAX_MEMBER[name])
+            return read_stream(stream, MAX_MEMBER[name])
     except ValueError as error:
-        raise BadFile(f"{path}: unsafe archive, {name!r} {_line(error)}; do not use it") from error
-
-
-def parse_data(path: Path, described: bytes) -> dict[str, Any]:
-    """Returns the JSON of `data` without its pickles.
-
-    Raises:
-        BadFile: no such JSON, or too much of it.
-    """
-    plain = _PICKLE.sub(b'":serialized:": ""', described)
-    if len(plain) > _MAX_JSON:
-        raise BadFile(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are no pickles; do not use it")
-    try:
-        data = json.loads(plain)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: truncated, or not an SB3 archive: `data` ({_line(error)}); get it again") from error
-    if not isinstance(data, dict):
-        raise BadFile(f"{path}: its `data` is not an SB3 description; save it again with SB3's model.save")
-    return data
+        raise BadFile(f"{path}: unsafe archive, {name!r} {one_line(str(error))}; {_UNSAFE}") from error

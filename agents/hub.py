@@ -119,7 +119,11 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, max
 def _file_sizes(repo: str, revision: str, *, max_retries: int) -> dict[str, int | None]:
     """Returns the size in bytes of every file of a revision."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
 
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     response = http_backoff(

@@ -1,17 +1,19 @@
 """The acting network of an SB3 agent, and its critic, rebuilt from the names and shapes of its tensors.
 
-What the archive's readable JSON says beside them (spaces, scaling, activation, classes) must agree, or be what SB3
-takes when nothing is said; what cannot be reproduced faithfully is refused.
+What the archive's readable JSON describes (spaces, scaling, activation, classes) must agree with the tensors; where it
+is silent, SB3's default is assumed. What cannot be reproduced exactly is refused.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from policykd.agents.archive import Archive
+from policykd.agents.archive import Archive, text
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
 from policykd.io.files import BadFile
 
@@ -30,258 +32,229 @@ _NOT_ACTING = (
     "q_net_target.",
     "quantile_net_target.",
 )
+_DEFAULT_QUANTILES = 200
 _TRUST = "--trust-pickle loads it with SB3, if the file is your own"
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """Parameters of a network: kernels and their biases, then the dense layers."""
+
+    kernels: tuple[tuple[Tensor, Tensor], ...]
+    dense: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of the dense layers."""
+        return [len(bias) for _, bias in self.dense]
+
+
 def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
-    """Returns the acting network that the archive describes, and what trained it.
+    """Returns the acting network that the archive describes, and the algorithm that trained it.
 
     Raises:
-        BadFile: not one of SB3's own CnnPolicy and MlpPolicy with discrete actions; one line, expected and found.
+        BadFile: not one of SB3's own CnnPolicy and MlpPolicy with discrete actions.
     """
     kwargs = _checked_kwargs(archive)
     algorithm, extractors, sequential = _family(archive)
-    on_policy = algorithm in ("PPO", "A2C")
-    dense = [*_layers(archive, sequential), *(["action_net."] if on_policy else [])]
+    is_on_policy = algorithm in ("PPO", "A2C")
+    dense = _dense_names(archive, sequential)
+    if is_on_policy:
+        dense.append("action_net.")
     convolutions, dense = _with_extractor(archive, extractors, dense)
     _check_all_are_read(archive, [*convolutions, *dense])
-    weights, biases = _dense_tensors(archive, dense)
+    layers = _layers(archive, convolutions, dense)
     if algorithm == "QRDQN":
-        weights[-1], biases[-1] = _mean_over_quantiles(archive, kwargs, weights[-1], biases[-1])
-    expected = described_num_actions(archive.data)
-    if expected not in (None, len(biases[-1])):
-        raise BadFile(f"{archive.path}: expected {expected} actions as its `data` says, found {len(biases[-1])}")
-    return _network(archive, kwargs, convolutions, weights, biases, nn.Tanh if on_policy else nn.ReLU), algorithm
+        layers = _mean_over_quantiles(archive, kwargs, layers)
+    expected = archive.data.num_actions
+    if expected not in (None, layers.widths[-1]):
+        raise _unexpected(archive, f"{expected} actions, as its `data` says", layers.widths[-1])
+    return _network(archive, kwargs, layers, default=nn.Tanh if is_on_policy else nn.ReLU), algorithm
 
 
 def rebuild_critic(archive: Archive) -> ConvNet | MLP:
-    """Returns the value network of a PPO or A2C archive: the acting network's kind, with one score, the value.
+    """Returns the value network of a PPO or A2C archive: of the acting network's kind, with one output.
 
     Raises:
-        BadFile: none is there, or it is not one of SB3's own; one line, expected and found.
+        BadFile: no critic, or not one of SB3's own.
     """
-    kwargs, dense = _checked_kwargs(archive), [*_layers(archive, "mlp_extractor.value_net."), "value_net."]
+    kwargs = _checked_kwargs(archive)
+    dense = [*_dense_names(archive, "mlp_extractor.value_net."), "value_net."]
     convolutions, dense = _with_extractor(archive, ("vf_features_extractor.", "features_extractor."), dense)
-    weights, biases = _dense_tensors(archive, dense)
-    if len(biases[-1]) != 1:
-        raise BadFile(f"{archive.path}: value_net expected one output, found {len(biases[-1])}; {_TRUST}")
-    return _network(archive, kwargs, convolutions, weights, biases, nn.Tanh)
+    layers = _layers(archive, convolutions, dense)
+    if layers.widths[-1] != 1:
+        raise _unexpected(archive, "one output of value_net", layers.widths[-1])
+    return _network(archive, kwargs, layers, default=nn.Tanh)
 
 
-def described_shape(data: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Returns the shape of an observation that an archive's readable attributes give, or None."""
-    space = _entry(data, "observation_space")
-    shape = space.get("_shape", space.get("shape"))
-    if isinstance(shape, str):
-        return tuple(int(n) for n in re.findall(r"\d{1,9}", shape))
-    return tuple(shape) if isinstance(shape, list) and all(type(n) is int for n in shape) else None
+def _unexpected(archive: Archive, expected: str, found: object) -> BadFile:
+    return BadFile(f"{archive.path}: expected {expected}, found {found!s:.200}; {_TRUST}")
 
 
-def described_num_actions(data: Mapping[str, Any]) -> int | None:
-    """Returns the number of discrete actions that an archive's readable attributes give, or None."""
-    n = _entry(data, "action_space").get("n")
-    return int(n) if isinstance(n, int | str) and re.fullmatch(r"[0-9]{1,9}", str(n)) else None
-
-
-def described_kind(data: Mapping[str, Any], space: str) -> str | None:
-    """Returns the class of a space, such as `Box`, or None."""
-    found = re.search(r"(\w+)'>$", text(_entry(data, space).get(":type:")))
-    return found[1] if found else None
-
-
-def text(value: Any) -> str:
-    """Returns a text as it is and anything else by its kind: the text of nested lists could be endless."""
-    return value if isinstance(value, str) else f"a {type(value).__name__}"
-
-
-def _entry(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    entry = data.get(name)
-    return entry if isinstance(entry, dict) else {}
-
-
-def _checked_kwargs(archive: Archive) -> Mapping[str, Any]:
-    """Returns the readable policy_kwargs of a policy that is SB3's own on spaces that are read here."""
+def _checked_kwargs(archive: Archive) -> Mapping[str, JsonValue]:
+    """Returns the readable policy_kwargs of one of SB3's own policies on supported spaces."""
     data = archive.data
     for space, expected in (("observation_space", "Box"), ("action_space", "Discrete")):
-        if (found := described_kind(data, space)) not in (None, expected):
+        if (found := data.space_kind(space)) not in (None, expected):
             raise BadFile(f"{archive.path}: expected a {expected} as {space}, found {found}; use another teacher")
-    kwargs = _entry(data, "policy_kwargs")
-    module = text(_entry(data, "policy_class").get("__module__", _POLICIES[0]))
+    kwargs = data.entry("policy_kwargs")
+    module = text(data.entry("policy_class").get("__module__", _POLICIES[0]))
     extractor = text(kwargs.get("features_extractor_class", _EXTRACTORS[0]))
     if module not in _POLICIES:
-        raise BadFile(f"{archive.path}: expected a policy of SB3, found one of {module!r:.80}; {_TRUST}")
+        raise _unexpected(archive, "a policy of SB3", f"one of {module!r}")
     if extractor not in _EXTRACTORS:
-        raise BadFile(f"{archive.path}: expected SB3's features extractor, found {extractor!r:.80}; {_TRUST}")
+        raise _unexpected(archive, "SB3's features extractor", repr(extractor))
     return kwargs
 
 
 def _family(archive: Archive) -> tuple[Algorithm, tuple[str, ...], str]:
-    """Returns the algorithm, where its features extractor may be and where its dense layers are."""
-    names, data = archive.tensors.keys(), archive.data
+    """Returns the algorithm, the possible prefixes of its features extractor and the prefix of its dense layers."""
+    names = archive.tensors.keys()
+    entries = archive.data.entries
     if any(name.startswith("lstm_") for name in names):
-        raise BadFile(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are read")
-    if "action_net.weight" in names and "cg_damping" not in data:
-        algorithm: Algorithm = "PPO" if "clip_range" in data else "A2C"
+        raise BadFile(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are supported")
+    if "action_net.weight" in names and "cg_damping" not in entries:  # which TRPO has
+        algorithm: Algorithm = "PPO" if "clip_range" in entries else "A2C"
         # before SB3 1.7 there was one extractor; since then the actor's has its own name
         return algorithm, ("pi_features_extractor.", "features_extractor."), "mlp_extractor.policy_net."
     if any(n.startswith("q_net.q_net.") for n in names):
         return "DQN", ("q_net.features_extractor.",), "q_net.q_net."
     if any(n.startswith("quantile_net.quantile_net.") for n in names):
         return "QRDQN", ("quantile_net.features_extractor.",), "quantile_net.quantile_net."
-    raise BadFile(
-        f"{archive.path}: expected a PPO, A2C, DQN or QR-DQN policy, found tensors such as {next(iter(names))!r:.80}; "
-        f"{_TRUST}"
-    )
+    raise _unexpected(archive, "a PPO, A2C, DQN or QR-DQN policy", f"tensors such as {next(iter(names))!r}")
 
 
 def _with_extractor(archive: Archive, extractors: Sequence[str], dense: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the convolutions of the first features extractor that is there, if any, and all dense layers."""
+    """Returns the convolutions of the first features extractor that exists, if any, and all dense layers."""
     extractor = next((p for p in extractors if f"{p}cnn.0.weight" in archive.tensors), None)
     if extractor is None:
         return [], dense
     return [f"{extractor}cnn.{i}." for i in (0, 2, 4)], [f"{extractor}linear.0.", *dense]
 
 
-def _layers(archive: Archive, prefix: str) -> list[str]:
-    """Returns the prefixes of a Sequential's dense layers: every second of its modules, activations between."""
+def _dense_names(archive: Archive, prefix: str) -> list[str]:
+    """Returns the prefixes of a Sequential's dense layers: every second module, with activations between them."""
     found = {n[len(prefix) :].split(".")[0] for n in archive.tensors if n.startswith(prefix)}
     numbers = sorted(found, key=lambda n: (len(n), n))
     if numbers != [str(2 * i) for i in range(len(numbers))]:
-        raise BadFile(
-            f"{archive.path}: expected dense layers {prefix}0, 2, 4..., found {', '.join(numbers)[:80]!r}; {_TRUST}"
-        )
+        raise _unexpected(archive, f"dense layers {prefix}0, 2, 4...", repr(", ".join(numbers)))
     return [f"{prefix}{n}." for n in numbers]
 
 
 def _check_all_are_read(archive: Archive, layers: Sequence[str]) -> None:
+    """Raises BadFile for a tensor that may act and would be ignored."""
     read = {f"{layer}{part}" for layer in layers for part in ("weight", "bias")}
     # SB3 saves the actor's or the shared extractor under its old name too
-    again = ("features_extractor.",) if any(name.startswith("pi_features_extractor.") for name in read) else ()
-    idle = (*_NOT_ACTING, *again)
-    unread = [name for name in archive.tensors if name not in read and not name.startswith(idle)]
+    copies = ("features_extractor.",) if any(name.startswith("pi_features_extractor.") for name in read) else ()
+    ignored = (*_NOT_ACTING, *copies)
+    unread = [name for name in archive.tensors if name not in read and not name.startswith(ignored)]
     if unread:
-        raise BadFile(
-            f"{archive.path}: expected only layers of SB3's CnnPolicy or MlpPolicy, found {unread[0]!r:.80}; {_TRUST}"
-        )
+        raise _unexpected(archive, "only layers of SB3's CnnPolicy or MlpPolicy", repr(unread[0]))
 
 
 def _tensor(archive: Archive, name: str, num_dimensions: int) -> Tensor:
     tensor = archive.tensors.get(name)
     if tensor is None or tensor.dim() != num_dimensions:
         found = "nothing" if tensor is None else tuple(tensor.shape)
-        raise BadFile(f"{archive.path}: {name} expected in {num_dimensions} dimensions, found {found}; {_TRUST}")
+        raise _unexpected(archive, f"{name} in {num_dimensions} dimensions", found)
     return tensor
 
 
-def _dense_tensors(archive: Archive, layers: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the weights and biases of dense layers that fit each other."""
-    weights = [_tensor(archive, f"{layer}weight", 2) for layer in layers]
-    biases = [_tensor(archive, f"{layer}bias", 1) for layer in layers]
-    inputs = [w.shape[1] for w in weights[1:]]
-    for layer, weight, bias, width in zip(layers, weights, biases, [*inputs, None], strict=True):
+def _layers(archive: Archive, convolutions: Sequence[str], dense: Sequence[str]) -> _Layers:
+    """Returns the parameters of layers by their prefixes; the dense ones fit each other and share no numbers."""
+    kernels = [(_tensor(archive, f"{p}weight", 4), _tensor(archive, f"{p}bias", 1)) for p in convolutions]
+    linear = [(_tensor(archive, f"{p}weight", 2), _tensor(archive, f"{p}bias", 1)) for p in dense]
+    next_inputs = [weight.shape[1] for weight, _ in linear[1:]]
+    for prefix, (weight, bias), width in zip(dense, linear, [*next_inputs, None], strict=True):
         if len(weight) != len(bias) or width not in (None, len(weight)):
-            found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-            raise BadFile(f"{archive.path}: {layer} expected weight and bias of {width or len(bias)}, found {found}")
-    if len({t.data_ptr() for t in [*weights, *biases]}) < 2 * len(layers):
+            shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            raise _unexpected(archive, f"weight and bias of {width or len(bias)} at {prefix}", shapes)
+    # A small file could otherwise name one tensor hundreds of times, and every copy of the network would be large.
+    if len({t.data_ptr() for pair in linear for t in pair}) < 2 * len(linear):
         raise BadFile(f"{archive.path}: unsafe archive, two layers share their numbers; do not use it")
-    return weights, biases
+    return _Layers(tuple(kernels), tuple(linear))
 
 
-def _mean_over_quantiles(
-    archive: Archive, kwargs: Mapping[str, Any], weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the last layer that gives mean Q-values: the mean of linear layers is a linear layer."""
-    num_actions = described_num_actions(archive.data)
-    num_quantiles = kwargs.get("n_quantiles", archive.data.get("n_quantiles", 200))
+def _mean_over_quantiles(archive: Archive, kwargs: Mapping[str, JsonValue], layers: _Layers) -> _Layers:
+    """Returns the layers with a last one that gives mean Q-values: the mean of linear layers is a linear layer."""
+    num_actions = archive.data.num_actions
+    num_quantiles = kwargs.get("n_quantiles", archive.data.entries.get("n_quantiles", _DEFAULT_QUANTILES))
+    *hidden, (weight, bias) = layers.dense
     if num_actions is None or type(num_quantiles) is not int or num_actions * num_quantiles != len(bias):
-        raise BadFile(
-            f"{archive.path}: expected n_quantiles times the number of actions ({num_actions}), as its `data` says, "
-            f"found {len(bias)} outputs; {_TRUST}"
-        )
-    return (
+        expected = f"n_quantiles times the number of actions ({num_actions}), as its `data` says"
+        raise _unexpected(archive, expected, f"{len(bias)} outputs")
+    mean = (
         weight.reshape(num_quantiles, num_actions, -1).mean(dim=0),
         bias.reshape(num_quantiles, num_actions).mean(dim=0),
     )
+    return _Layers(layers.kernels, (*hidden, mean))
 
 
-def _activation(archive: Archive, kwargs: Mapping[str, Any], default: type[nn.Module]) -> type[nn.Module]:
+def _network(
+    archive: Archive, kwargs: Mapping[str, JsonValue], layers: _Layers, *, default: type[nn.Module]
+) -> ConvNet | MLP:
+    """Returns the network of these layers; nothing is copied.
+
+    Args:
+        archive: for its description, and for errors.
+        kwargs: its policy_kwargs.
+        layers: parameters.
+        default: activation of SB3's policy class.
+    """
+    activation = _activation(archive, kwargs, default)
+    net: ConvNet | MLP
+    if layers.kernels:
+        net, state = _conv_net(archive, kwargs, layers, activation)
+    else:
+        net, state = _mlp(archive, layers, activation)
+    for i, (weight, bias) in enumerate(layers.dense):
+        state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
+    for name, expected in net.state_dict().items():
+        if state[name].shape != expected.shape:
+            raise _unexpected(archive, f"{name} of {tuple(expected.shape)}", tuple(state[name].shape))
+    net.load_state_dict(state, assign=True)
+    return net.to(memory_format=torch.channels_last) if layers.kernels else net  # type: ignore[call-overload]
+
+
+def _activation(archive: Archive, kwargs: Mapping[str, JsonValue], default: type[nn.Module]) -> type[nn.Module]:
     """Returns the activation that the archive's readable policy_kwargs name, or SB3's default."""
     if "activation_fn" not in kwargs:
         return default
     found = text(kwargs["activation_fn"])
     named = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", found)
     if named is None or named[1] not in _ACTIVATIONS:
-        raise BadFile(
-            f"{archive.path}: expected an activation of {', '.join(_ACTIVATIONS)}, found {found!r:.80}; {_TRUST}"
-        )
+        raise _unexpected(archive, f"an activation of {', '.join(_ACTIVATIONS)}", repr(found))
     return _ACTIVATIONS[named[1]]
 
 
-def _network(
-    archive: Archive,
-    kwargs: Mapping[str, Any],
-    convolutions: Sequence[str],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    default: type[nn.Module],
-) -> ConvNet | MLP:
-    activation = _activation(archive, kwargs, default)
-    if convolutions:
-        return _conv_net(archive, kwargs, convolutions, weights, biases, activation)
-    return _mlp(archive, weights, biases, activation)
-
-
 def _conv_net(
-    archive: Archive,
-    kwargs: Mapping[str, Any],
-    convolutions: Sequence[str],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    activation: type[nn.Module],
-) -> ConvNet:
-    kernels = [_tensor(archive, f"{layer}weight", 4) for layer in convolutions]
-    shape, kind = described_shape(archive.data), text(_entry(archive.data, "observation_space").get("dtype", "uint8"))
-    if shape not in (None, ATARI_OBS_SHAPE) or kind != "uint8":
-        raise BadFile(
-            f"{archive.path}: expected observations uint8 {ATARI_OBS_SHAPE}, found {kind!r:.20} {shape}; {_TRUST}"
-        )
+    archive: Archive, kwargs: Mapping[str, JsonValue], layers: _Layers, activation: type[nn.Module]
+) -> tuple[ConvNet, dict[str, Tensor]]:
+    """Returns SB3's NatureCNN without memory for its weights, and the tensors before its dense layers."""
+    kernels = [kernel for kernel, _ in layers.kernels]
+    shape = archive.data.obs_shape
+    dtype = archive.data.obs_dtype or "uint8"
+    if shape not in (None, ATARI_OBS_SHAPE) or dtype != "uint8":
+        raise _unexpected(archive, f"observations uint8 {ATARI_OBS_SHAPE}", f"{dtype!r:.20} {shape}")
     if tuple(tuple(k.shape[2:]) for k in kernels) != _KERNELS or kernels[0].shape[1] != ATARI_OBS_SHAPE[0]:
         shapes = ", ".join(str(tuple(k.shape)) for k in kernels)
-        raise BadFile(f"{archive.path}: expected SB3's NatureCNN on 4 stacked 84x84 frames, found {shapes}; {_TRUST}")
-    if len(weights) > 2 and activation is not nn.ReLU:
-        raise BadFile(
-            f"{archive.path}: expected ReLU between the dense layers after the convolutions, found "
-            f"{activation.__name__}; {_TRUST}"
-        )
+        raise _unexpected(archive, "SB3's NatureCNN on 4 stacked 84x84 frames", shapes)
+    if len(layers.dense) > 2 and activation is not nn.ReLU:
+        expected = "ReLU between the dense layers after the convolutions"
+        raise _unexpected(archive, expected, activation.__name__)
     with torch.device("meta"):
-        net = ConvNet([len(k) for k in kernels], [len(b) for b in biases[:-1]], len(biases[-1]))
+        net = ConvNet([len(k) for k in kernels], layers.widths[:-1], layers.widths[-1])
     scale = 1.0 if kwargs.get("normalize_images") is False else 255.0
     state = {"centre": torch.zeros(()), "scale": torch.tensor(scale)}
-    for i, (layer, kernel) in enumerate(zip(convolutions, kernels, strict=True), start=1):
-        state |= {f"conv{i}.weight": kernel, f"conv{i}.bias": _tensor(archive, f"{layer}bias", 1)}
-    _fill(archive, net, state, weights, biases)
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    for i, (kernel, bias) in enumerate(layers.kernels, start=1):
+        state |= {f"conv{i}.weight": kernel, f"conv{i}.bias": bias}
+    return net, state
 
 
-def _mlp(archive: Archive, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: type[nn.Module]) -> MLP:
-    shape, found = described_shape(archive.data), weights[0].shape[1]
-    if shape not in (None, (found,)):
-        raise BadFile(f"{archive.path}: expected observations {shape} as its `data` says, found {(found,)}; {_TRUST}")
+def _mlp(archive: Archive, layers: _Layers, activation: type[nn.Module]) -> tuple[MLP, dict[str, Tensor]]:
+    shape = archive.data.obs_shape
+    obs_size = layers.dense[0][0].shape[1]
+    if shape not in (None, (obs_size,)):
+        raise _unexpected(archive, f"observations {shape}, as its `data` says", (obs_size,))
     with torch.device("meta"):
-        net = MLP(found, [len(b) for b in biases[:-1]], len(biases[-1]), activation=activation)
-    _fill(archive, net, {}, weights, biases)
-    return net
-
-
-def _fill(
-    archive: Archive, net: nn.Module, state: dict[str, Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> None:
-    """Makes the tensors the network's own; nothing is copied."""
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
-    for name, expected in net.state_dict().items():
-        if state[name].shape != expected.shape:
-            raise BadFile(
-                f"{archive.path}: {name} expected {tuple(expected.shape)}, found {tuple(state[name].shape)}; {_TRUST}"
-            )
-    net.load_state_dict(state, assign=True)
+        return MLP(obs_size, layers.widths[:-1], layers.widths[-1], activation=activation), {}

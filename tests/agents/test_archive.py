@@ -42,18 +42,18 @@ def unpacked(path: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda p: None, "cannot be read"),
-    "an empty folder": (lambda p: p.mkdir(), "cannot be read"),
+    "missing": (lambda p: None, "No such file"),
+    "an empty folder": (lambda p: p.mkdir(), "No such file"),
     "empty": (lambda p: p.write_bytes(b""), "not an SB3"),
     "text": (lambda p: p.write_text("hello"), "not an SB3"),
-    "a foreign zip": (lambda p: write(p, [("readme.txt", b"")]), "holds no 'data'"),
-    "no weights": (lambda p: write(p, [DATA]), "holds no 'policy.pth'"),
+    "a foreign zip": (lambda p: write(p, [("readme.txt", b"")]), "no 'data'"),
+    "no weights": (lambda p: write(p, [DATA]), "no 'policy.pth'"),
     "no JSON": (lambda p: write(p, [("data", b"{"), POLICY]), "`data`"),
     "no text": (lambda p: write(p, [("data", b"\xff\xff"), POLICY]), "`data`"),
-    "a list": (lambda p: write(p, [("data", b"[]"), POLICY]), "not an SB3 description"),
-    "no state dict": (lambda p: write(p, [DATA, ("policy.pth", pth([1]))]), "no state dict"),
-    "an empty state dict": (lambda p: write(p, [DATA, ("policy.pth", pth({}))]), "no state dict"),
-    "a list of weights": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": [torch.zeros(3)]}))]), "no state dict"),
+    "a list": (lambda p: write(p, [("data", b"[]"), POLICY]), "`data`: invalid"),
+    "not a state dict": (lambda p: write(p, [DATA, ("policy.pth", pth([1]))]), "not a state dict"),
+    "an empty state dict": (lambda p: write(p, [DATA, ("policy.pth", pth({}))]), "not a state dict"),
+    "a list of weights": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": [torch.zeros(3)]}))]), "not a state dict"),
     "half precision": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.zeros(3).half()}))]), "HalfStorage"),
     "of before torch 1.6": (
         lambda p: write(p, [DATA, ("policy.pth", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")]), "not a zip"
@@ -89,7 +89,7 @@ def test_tensors_are_those_of_torch(tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert torch.equal(found.tensors[name], tensor)
         assert found.tensors[name].stride() == tensor.stride()
-    assert found.data == {"clip_range": 0.2, "zzz": {":serialized:": "", "n": 3}}
+    assert found.data.entries == {"clip_range": 0.2, "zzz": {":serialized:": "", "n": 3}}
 
 
 def test_a_module_s_state_dict_is_read_as_torch_saves_it(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_folder_is_held_to_the_same_limits(member: str, tmp_path: Path) -> Non
     folder = unpacked(write(tmp_path / "agent.zip", [DATA, POLICY]))
     with (folder / member).open("ab") as file:
         file.truncate(MAX_MEMBER[member] + 1)
-    with pytest.raises(ValueError, match=f"{member}: .* more than a policy can need"):
+    with pytest.raises(ValueError, match=f"{member}: larger than {MAX_MEMBER[member]:,} bytes"):
         read_archive(folder)
     (folder / member).unlink()
-    with pytest.raises(ValueError, match=f"{member}: cannot be read"):
+    with pytest.raises(ValueError, match=f"{member}: No such file"):
         read_archive(folder)
 
 
