@@ -1,4 +1,7 @@
-"""A network as a list of layers, each with what it takes and gives: the form that every exporter walks."""
+"""A network as a flat list of layers: the form that every exporter walks.
+
+ONNX, NumPy and C each translate the ten operators below; none of them looks at torch modules.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,67 +16,70 @@ Operator = Literal["conv", "average_pool", "max_pool", "relu", "elu", "leaky_rel
 
 @dataclass(frozen=True)
 class Layer:
-    """One step from an observation to scores.
+    """One operation on the way from an observation to the network's outputs.
 
-    Frames come as uint8 `(batch, 4, 84, 84)` and are cast to float32 first; the input scaling is already in the first
-    convolution, which has no padding. Vectors come as float32.
+    Frames are uint8 `(batch, 4, 84, 84)` and are cast to float32 first; the input scaling is folded into the first
+    convolution, which has no padding. Vectors are float32.
     """
 
     operator: Operator
-    """`flatten` goes channel by channel: (C, H, W)"""
+    """`flatten` orders features as (channels, height, width)"""
     takes: tuple[str, ...]
-    """`obs`, or what earlier layers give; two names for `add`"""
+    """names of the inputs: `obs`, or another layer's `gives`; two for `add`"""
     gives: str
-    """of the last layer `scores`"""
+    """name of the output; `scores` for the last layer"""
     name: str = ""
-    """of its weights, as in the state dict: `conv1`, `dense.0`"""
+    """name of the weights, as in the state dict: `conv1`, `dense.0`"""
     weight: Tensor | None = None
-    """of conv `(out, in / groups, kernel, kernel)`, of dense `(out, in)`; float32 on the CPU, contiguous, detached"""
+    """conv `(out, in / groups, kernel, kernel)`, dense `(out, in)`; float32, CPU, contiguous, detached"""
     bias: Tensor | None = None
-    """`(out,)`; none where a low-rank layer's first factor has none"""
+    """`(out,)`; None for the first factor of a low-rank layer"""
     kernel: int = 0
-    """of a pool"""
+    """side of a pool's window"""
     stride: int = 1
     padding: int = 0
-    """zeros at every side; of max_pool, minus infinity"""
+    """zeros on every side; minus infinity for max_pool"""
     groups: int = 1
     alpha: float = 0.0
-    """of elu and leaky_relu"""
+    """slope or scale of elu and leaky_relu"""
 
 
 @torch.no_grad()
 def layers_of(net: nn.Module) -> list[Layer]:
-    """Returns a network's layers in the order in which they are computed; the weights are copies.
+    """Returns a network's layers in the order of their computation; the weights are copies.
 
     Raises:
-        ValueError: a module whose layers policykd does not know.
+        ValueError: a module of the user's, whose layers are unknown.
     """
     if not isinstance(net, FrameNet | MLP):
         module = net.module if isinstance(net, UserNet) else net
         raise ValueError(
-            f"{type(module).__name__}: the layers of a module of your own are not known; export it by to_onnx, or"
-            " take one of policykd's networks"
+            f"{type(module).__name__}: a module of your own has no known layers; export it as onnx, or use one of"
+            " policykd's networks"
         )
     chain = _Chain([])
     if isinstance(net, ConvNet):
-        _convolutions(chain, net)
+        _add_convolutions(chain, net)
     elif isinstance(net, ImpalaNet):
-        _stages(chain, net)
-    activation, settings = _activation(net.activation) if isinstance(net, MLP) else ("relu", {})
-    if isinstance(net, FrameNet):
+        _add_stages(chain, net)
+    if isinstance(net, MLP):
+        activation, alpha = _activation(net.activation)
+    else:
+        activation, alpha = "relu", 0.0
         chain.add("flatten")
     for i, dense in enumerate(net.dense):
         assert isinstance(dense, nn.Linear)
         chain.add_weights("dense", f"dense.{i}", dense.weight, dense.bias)
-        if dense.bias is not None and i < len(net.dense) - 1:  # without a bias: the first of two factors
-            chain.add(activation, **settings)
+        # The first of two low-rank factors has no bias and no activation; nor has the output layer an activation.
+        if dense.bias is not None and i < len(net.dense) - 1:
+            chain.add(activation, alpha=alpha)
     chain.layers[-1] = replace(chain.layers[-1], gives="scores")
     return chain.layers
 
 
 @dataclass
 class _Chain:
-    """Layers so far; each takes what the last one gave, unless told otherwise."""
+    """Layers so far; each takes the previous one's output, and `others`."""
 
     layers: list[Layer]
 
@@ -85,44 +91,46 @@ class _Chain:
         self.layers.append(Layer(operator, (self.last, *others), f"x{len(self.layers) + 1}", **settings))
 
     def add_weights(self, operator: Operator, name: str, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
-        self.add(operator, name=name, weight=_plain(weight), bias=None if bias is None else _plain(bias), **settings)
+        self.add(operator, name=name, weight=_copy(weight), bias=None if bias is None else _copy(bias), **settings)
 
-    def add_conv(self, name: str, conv: nn.Conv2d, *folded: Tensor) -> None:
-        weight, bias = folded or (conv.weight, conv.bias)
-        geometry = {"stride": conv.stride[0], "padding": int(conv.padding[0]), "groups": conv.groups}
-        self.add_weights("conv", name, weight, bias, **geometry)
+    def add_conv(self, name: str, conv: nn.Conv2d, net: FrameNet) -> None:
+        # The first convolution gets (pixel - centre) / scale folded into its weights, so that runtimes need no scaling.
+        weight, bias = net.first_layer() if conv is net.first else (conv.weight, conv.bias)
+        padding = int(conv.padding[0])
+        self.add_weights("conv", name, weight, bias, stride=conv.stride[0], padding=padding, groups=conv.groups)
 
 
-def _plain(weight: Tensor) -> Tensor:
+def _copy(weight: Tensor) -> Tensor:
     return weight.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _convolutions(chain: _Chain, net: ConvNet) -> None:
+def _add_convolutions(chain: _Chain, net: ConvNet) -> None:
     if net.design == "half":
         chain.add("average_pool", kernel=2, stride=2)
     for i, conv in enumerate(net.convolutions, start=1):
-        chain.add_conv(f"conv{i}", conv, *(net.first_layer() if conv is net.first else ()))
+        chain.add_conv(f"conv{i}", conv, net)
         chain.add("relu")
 
 
-def _stages(chain: _Chain, net: ImpalaNet) -> None:
+def _add_stages(chain: _Chain, net: ImpalaNet) -> None:
+    """Adds the residual stages of IMPALA (Espeholt et al., 2018, figure 3)."""
     for i, stage in enumerate(net.stages):
         assert isinstance(stage, Stage)
-        chain.add_conv(f"stages.{i}.conv", stage.conv, *(net.first_layer() if stage.conv is net.first else ()))
+        chain.add_conv(f"stages.{i}.conv", stage.conv, net)
         chain.add("max_pool", kernel=3, stride=2, padding=1)
         for j, block in enumerate(stage.blocks):
             assert isinstance(block, ResidualBlock)
-            came_in = chain.last
+            skip = chain.last
             for k, conv in enumerate((block.conv1, block.conv2), start=1):
                 chain.add("relu")
-                chain.add_conv(f"stages.{i}.blocks.{j}.conv{k}", conv)
-            chain.add("add", came_in)
+                chain.add_conv(f"stages.{i}.blocks.{j}.conv{k}", conv, net)
+            chain.add("add", skip)
     chain.add("relu")
 
 
-def _activation(module: nn.Module) -> tuple[Operator, dict[str, float]]:
+def _activation(module: nn.Module) -> tuple[Operator, float]:
     if isinstance(module, nn.ELU):
-        return "elu", {"alpha": module.alpha}
+        return "elu", module.alpha
     if isinstance(module, nn.LeakyReLU):
-        return "leaky_relu", {"alpha": module.negative_slope}
-    return ("tanh" if isinstance(module, nn.Tanh) else "relu"), {}
+        return "leaky_relu", module.negative_slope
+    return ("tanh" if isinstance(module, nn.Tanh) else "relu"), 0.0

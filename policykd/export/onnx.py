@@ -1,5 +1,9 @@
-"""Our networks as ONNX files: one file, frames in bytes or vectors in, scores out, any batch."""
+"""Networks as ONNX files: uint8 frames or float vectors in, logits or Q-values out, any batch size, one file."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +13,9 @@ from torch import nn
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, FrameNet, UserNet
 from policykd.export.layers import Layer, layers_of
 
-_OPSET, _IR_VERSION = 20, 9  # ONNX Runtime reads them since 1.17, of January 2024
+# ONNX Runtime reads both since 1.17, of January 2024.
+_OPSET = 20
+_IR_VERSION = 9
 _OPERATORS = {
     "conv": "Conv",
     "max_pool": "MaxPool",
@@ -25,47 +31,43 @@ _OPERATORS = {
 
 @torch.no_grad()
 def to_onnx(net: nn.Module) -> bytes:
-    """Returns a network as an ONNX model that `OnnxPolicy` reads, the same bytes for the same weights.
+    """Returns a network as an ONNX model that `OnnxPolicy` reads; the same bytes for the same weights.
 
-    Its input `obs` is uint8 `(batch, 4, 84, 84)`, with the scaling inside the first convolution, or float32
-    `(batch, features)`; its output `scores` is float32 `(batch, num_actions)`. The convolutions stay as they are:
-    turned into 2 by 2 ones on blocks of 4 by 4 pixels, ONNX Runtime takes 1.5 times as long. What it is slow at, the
-    average of pixels and depthwise convolutions, is written as convolutions with zeros in them: docs/students.md.
+    The input `obs` is uint8 `(batch, 4, 84, 84)`, with the scaling inside the first convolution, or float32
+    `(batch, features)`. The output `scores`, float32 `(batch, num_actions)`, holds logits or Q-values.
 
     Args:
-        net: one of policykd's networks, or a student's `folded_net()`; a module of the user's goes through
-            `torch.onnx.export`.
+        net: one of policykd's networks, such as a student's `folded_net()`; a module of the user's (`UserNet`) goes
+            through `torch.onnx.export`.
 
     Raises:
-        ValueError: the package onnx is missing (for a user's module, onnxscript too), or torch cannot export it.
+        ValueError: the package onnx is not installed (for a user's module, onnxscript too), or torch cannot export it.
     """
     try:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
         raise ValueError("ONNX export needs another package: pip install 'policykd[onnx]'") from error
     if isinstance(net, UserNet):
-        from policykd.export.onnx_trace import traced_onnx
-
-        return traced_onnx(net)
-    layers, on_frames = [_without_groups(layer) for layer in layers_of(net)], isinstance(net, FrameNet)
+        return _traced(net)
+    layers = [_without_groups(layer) for layer in layers_of(net)]
     assert isinstance(net, FrameNet | MLP)
-    nodes, frames = [], "frames" if on_frames else "obs"
-    if on_frames:
-        nodes.append(helper.make_node("Cast", ["obs"], [frames], to=TensorProto.FLOAT))
-    tensors = []
+    on_frames = isinstance(net, FrameNet)
+    # Frames are cast once; every layer that takes `obs` then takes the floats.
+    first_input = "frames" if on_frames else "obs"
+    nodes = [helper.make_node("Cast", ["obs"], ["frames"], to=TensorProto.FLOAT)] if on_frames else []
+    initializers = []
     for layer in layers:
-        named = {"weight": layer.weight, "bias": layer.bias}
-        weights = {f"{layer.name}.{kind}": tensor for kind, tensor in named.items() if tensor is not None}
-        tensors += [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights.items()]
-        taken = [frames if name == "obs" else name for name in layer.takes]
-        nodes.append(
-            helper.make_node(_OPERATORS[layer.operator], [*taken, *weights], [layer.gives], **_attributes(layer))
-        )
-    kind = TensorProto.UINT8 if on_frames else TensorProto.FLOAT
-    obs = helper.make_tensor_value_info("obs", kind, ("batch", *net.obs_shape))
+        inputs = [first_input if name == "obs" else name for name in layer.takes]
+        for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+            if tensor is not None:
+                initializers.append(numpy_helper.from_array(tensor.numpy(), f"{layer.name}.{kind}"))
+                inputs.append(f"{layer.name}.{kind}")
+        nodes.append(helper.make_node(_OPERATORS[layer.operator], inputs, [layer.gives], **_attributes(layer)))
+    obs_type = TensorProto.UINT8 if on_frames else TensorProto.FLOAT
+    obs = helper.make_tensor_value_info("obs", obs_type, ("batch", *net.obs_shape))
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ("batch", net.num_actions))
     model = helper.make_model(
-        helper.make_graph(nodes, "policy", [obs], [scores], tensors),
+        helper.make_graph(nodes, "policy", [obs], [scores], initializers),
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,
         producer_name="policykd",
@@ -75,11 +77,15 @@ def to_onnx(net: nn.Module) -> bytes:
 
 
 def _without_groups(layer: Layer) -> Layer:
-    """Returns a layer that looks at each channel alone as the convolution of all channels that gives the same."""
+    """Returns a pool or depthwise convolution as the equivalent ordinary convolution, other layers unchanged.
+
+    ONNX Runtime takes 32 microseconds for an average pool of the frames and 49 for a depthwise convolution, but 11 to
+    24 for ordinary ones that do the same with zeros in their weights (docs/log.md, 2026-11-27).
+    """
     if layer.operator == "average_pool":
-        num_channels, area = ATARI_OBS_SHAPE[0], layer.kernel**2
         assert layer.takes == ("obs",)
-        weight = torch.eye(num_channels)[:, :, None, None].repeat(1, 1, layer.kernel, layer.kernel) / area
+        area = layer.kernel**2
+        weight = torch.eye(ATARI_OBS_SHAPE[0])[:, :, None, None].repeat(1, 1, layer.kernel, layer.kernel) / area
         return replace(layer, operator="conv", name="pool", weight=weight)
     if layer.groups == 1:
         return layer
@@ -89,11 +95,64 @@ def _without_groups(layer: Layer) -> Layer:
 
 
 def _attributes(layer: Layer) -> dict[str, Any]:
-    square = {"strides": [layer.stride] * 2} | ({"pads": [layer.padding] * 4} if layer.padding else {})
-    if layer.operator == "conv":
-        return square
-    if layer.operator == "max_pool":
-        return {**square, "kernel_shape": [layer.kernel] * 2}
     if layer.operator in ("elu", "leaky_relu"):
         return {"alpha": layer.alpha}
-    return {"transB": 1} if layer.operator == "dense" else {}
+    if layer.operator == "dense":
+        return {"transB": 1}
+    attributes: dict[str, Any] = {}
+    if layer.operator in ("conv", "max_pool"):
+        attributes["strides"] = [layer.stride] * 2
+        if layer.padding:
+            attributes["pads"] = [layer.padding] * 4
+    if layer.operator == "max_pool":
+        attributes["kernel_shape"] = [layer.kernel] * 2
+    return attributes
+
+
+def _traced(net: UserNet) -> bytes:
+    """Returns a user's module as an ONNX model with the inputs and outputs of `to_onnx`, traced by torch.
+
+    Raises:
+        ValueError: the package onnxscript is not installed, or torch cannot export the module.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("ONNX export of a module needs another package: pip install 'policykd[onnx]'") from error
+    was_training = net.training
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                net.eval(),
+                (net.blank_obs(2),),
+                input_names=["obs"],
+                output_names=["scores"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=_OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        assert program is not None
+        content: bytes = program.model_proto.SerializeToString(deterministic=True)
+        return content
+    except Exception as error:
+        name = type(net.module).__name__
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{name}: torch.onnx.export fails ({reason}); use operators that it supports") from error
+    finally:
+        net.train(was_training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences torch's exporter, which warns about deprecations of its own."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
