@@ -10,7 +10,7 @@ import numpy as np
 
 from policykd.agents.student import Student, packed_weights
 from policykd.compression.fine_tuning import FineTuning
-from policykd.export.int8 import quantise, quantise_weights
+from policykd.export.int8 import quantize_static, quantize_weights
 from policykd.export.onnx import to_onnx
 from policykd.io.files import write_atomically
 
@@ -32,7 +32,7 @@ def export_student(student: Student, folder: Path, precision: Precision, tuning:
         path = folder / "policy.onnx"
     else:
         path = folder / "policy.int8.onnx"
-        quantize = quantise if precision == "int8" else quantise_weights
+        quantize = quantize_static if precision == "int8" else quantize_weights
         content = quantize(content, tuning.calibration_states(CALIBRATION_STATES).numpy())
     write_atomically(path, content)
     return path

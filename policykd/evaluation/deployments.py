@@ -1,25 +1,25 @@
 """A policy as the file that each runtime opens, or the reason why there is none."""
 
-import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from policykd.agents.archive import read_archive
-from policykd.agents.networks import MLP, FrameNet, Net
 from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.actions import action_names
 from policykd.evaluation.runtimes import RuntimeName
 from policykd.io.signals import check_interrupted
+
+if TYPE_CHECKING:
+    from policykd.export import ExportSource
 
 NOT_MADE = (ValueError, ImportError, OSError, RuntimeError, ArithmeticError, subprocess.TimeoutExpired)
 COMPILED_WITH = ("-std=c99", "-O3", "-march=native")
@@ -39,7 +39,7 @@ class Deployment:
     """of what a user would ship; None where that is not a file of its own"""
     why_not: str = ""
     int8: str = ""
-    """what is int8 in it: weights, or weights and activations"""
+    """which part of the file is int8: weights"""
 
 
 @dataclass(frozen=True)
@@ -61,40 +61,11 @@ class Workshop:
     """for int8"""
 
     @cached_property
-    def net(self) -> Net:
-        """The network whose outputs are the policy's scores.
+    def source(self) -> "ExportSource":
+        """The policy as the exporters take it."""
+        from policykd.export import ExportSource
 
-        Raises:
-            ValueError: it is none of ours.
-        """
-        net = self.policy.folded_net() if isinstance(self.policy, Student) else self.policy.net
-        if not isinstance(net, Net):
-            raise ValueError("not a network that policykd rebuilt")
-        return net
-
-    @property
-    def layered_net(self) -> FrameNet | MLP:
-        """The same, if its layers are known.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if not isinstance(self.net, FrameNet | MLP):
-            raise ValueError("a module of the user's, whose layers are not known; onnx can have it")
-        return self.net
-
-    @cached_property
-    def onnx(self) -> bytes:
-        """The network as ONNX.
-
-        Raises:
-            ValueError: it cannot be exported, or the package is missing.
-        """
-        if isinstance(self.policy, Teacher) and self.policy.algorithm == "ONNX":
-            return self.policy.path.read_bytes()
-        from policykd.export.onnx import to_onnx
-
-        return to_onnx(self.net)
+        return ExportSource(self.policy, self.game, action_names(self.game))
 
     def write(self, name: str, content: bytes) -> Deployment:
         """Puts a file into the folder."""
@@ -168,48 +139,41 @@ def _sb3_of(teacher: Teacher) -> Any:
 
 
 def _onnx(workshop: Workshop) -> Deployment:
-    _needs_onnx_runtime()
-    return workshop.write("policy.onnx", workshop.onnx)
+    from policykd.export import check_format
+    from policykd.export.onnx import to_onnx
+
+    check_format(workshop.source, "onnx")
+    policy = workshop.policy
+    if isinstance(policy, Teacher) and policy.algorithm == "ONNX":
+        return workshop.write("policy.onnx", policy.path.read_bytes())
+    return workshop.write("policy.onnx", to_onnx(workshop.source.net))
 
 
 def _int8(workshop: Workshop) -> Deployment:
-    """Makes the very file that scripts/export.py writes, which chooses what is int8 and tries it on real states."""
-    _needs_onnx_runtime()
-    from policykd.export import Subject, export
+    """Makes the very file that `policykd export` writes, validated on real states."""
+    from policykd.export import check_format, export
 
+    check_format(workshop.source, "int8")
     if workshop.states is None:
-        raise ValueError("no real states to fit it to and to try it on")
-    subject = Subject(workshop.net, workshop.game, {}, action_names(workshop.game))
-    states = workshop.states
-    done = export(subject, "int8", workshop.folder, states.tried, states.calibration, written={})
-    manifest = json.loads((workshop.folder / f"{done.path.name}.json").read_text())
-    return Deployment(done.path, done.num_bytes, int8=manifest["int8"])
-
-
-def _needs_onnx_runtime() -> None:
-    if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-        raise ValueError("needs other packages: pip install 'policykd[onnx]'")
+        raise ValueError("no real states to calibrate int8 on")
+    done = export(workshop.source, "int8", workshop.folder, workshop.states.tried, workshop.states.calibration)
+    return Deployment(done.path, done.manifest.num_bytes, int8="weights")
 
 
 def _numpy(workshop: Workshop) -> Deployment:
     from policykd.export.numpy_file import to_npz
 
-    return workshop.write("policy.npz", to_npz(workshop.layered_net))
+    return workshop.write("policy.npz", to_npz(workshop.source.layered_net))
 
 
 def _c(workshop: Workshop) -> Deployment:
-    compiler = which("cc") or which("gcc") or which("clang")
-    if compiler is None:
-        raise ValueError("no C compiler is installed (cc, gcc, clang)")
     from policykd.export.c99 import to_c
+    from policykd.export.formats import compile_c
 
-    workshop.write("policy.h", to_c(workshop.layered_net).encode())
+    workshop.write("policy.h", to_c(workshop.source.layered_net).encode())
     workshop.write("policy.c", _LIBRARY)
     library = workshop.folder / "policy.so"
-    command = [compiler, *COMPILED_WITH, "-shared", "-fPIC", "policy.c", "-o", library.name, "-lm"]
-    done = subprocess.run(command, cwd=workshop.folder, capture_output=True, text=True, check=False, timeout=300)
-    if done.returncode:
-        raise ValueError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()}")
+    compile_c(*COMPILED_WITH, "-shared", "-fPIC", "policy.c", "-o", library.name, "-lm", folder=workshop.folder)
     return Deployment(library, _size(library))
 
 

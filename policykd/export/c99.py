@@ -112,7 +112,7 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
 def check_prefix(prefix: str) -> None:
     """Raises ValueError for what no name in C may begin with."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", prefix):
-        raise ValueError(f"prefix {prefix!r} is no C identifier; give a letter, then letters, digits and underscores")
+        raise ValueError(f"prefix {prefix!r} is not a C identifier; use a letter, then letters, digits, underscores")
 
 
 def stack_bytes(header: str) -> int:

@@ -1,204 +1,233 @@
-"""The formats: how each makes a policy's file, and how that file is run as a user would run it."""
+"""The five formats: how each makes its file, and how that file is run in its own runtime."""
 
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from policykd.agents.card import TeacherRecord
 from policykd.agents.networks import MLP, FrameNet, Net
-from policykd.agents.policy import Policy
+from policykd.agents.policy import Policy, log_policy
 from policykd.agents.student import Student
+from policykd.agents.teacher import Teacher
 from policykd.export.c99 import check_prefix, stack_bytes, to_c
-from policykd.export.numpy_file import runtime, to_npz
+from policykd.export.numpy_file import numpy_runtime, to_npz
 from policykd.export.onnx import to_onnx
-from policykd.io.signals import check_interrupted
 
-Format = Literal["onnx", "int8", "numpy", "c", "sb3"]
+FormatName = Literal["onnx", "int8", "numpy", "c", "sb3"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
-_INT8_SURELY = 0.993
-"""of every fourth calibration state, so that those of the validation will seldom fall below what is needed"""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is exported."""
-
-    net: Net
-    """gives logits (or Q-values)"""
-    game: str
-    about: Mapping[str, Any]
-    """where it comes from, for the manifest"""
-    actions: Sequence[str] = ()
-    """what they are called"""
-    student: Student | None = None
-    """where it is one: for an SB3 archive"""
-    stem: str = "student"
-    """of the files' names"""
-    prefix: str = "policykd"
-    """of the names in the C header"""
-
-
-@dataclass(frozen=True)
-class Made:
-    """One format's files in a folder, not yet tried."""
-
-    name: str
-    """of the file that is the policy"""
-    score: Callable[[Tensor], np.ndarray]
-    """runs that file as a user would: scores of `(batch, *obs_shape)`"""
-    beside: Sequence[str] = ()
-    """other files that belong to it"""
-    said: Mapping[str, Any] = field(default_factory=dict)
-    """for the manifest"""
-    is_normalised: bool = False
-    """whether its scores are log-probabilities"""
-    otherwise: Callable[[str], "Made"] | None = None
-    """makes the file in a safer way if this one fails its trial, told why; it replaces this one"""
-
-
-@torch.inference_mode()
-def scores_of(policy: Policy, obs: Tensor, is_normalised: bool) -> np.ndarray:
-    """Returns a policy's scores as numbers, or its log-probabilities."""
-    check_interrupted()
-    scores_BA = policy(obs).float()
-    return (scores_BA.log_softmax(dim=-1) if is_normalised else scores_BA).numpy()
-
-
-def _onnx(subject: Subject, folder: Path, calibration: Tensor) -> Made:
-    return _of_onnx(folder / f"{subject.stem}.onnx", to_onnx(subject.net))
-
-
-def _int8(subject: Subject, folder: Path, calibration: Tensor) -> Made:
-    """Makes int8 arithmetic if that keeps the policy on every fourth calibration state, else int8 weights alone."""
-    from policykd.export.int8 import quantise, quantise_weights
-
-    plain, held_out = to_onnx(subject.net), calibration[::4]
-    fitted_to = np.delete(calibration.numpy(), slice(None, None, 4), axis=0)
-    best = scores_of(subject.net, held_out, False).argmax(axis=1)
-    path, num = folder / f"{subject.stem}.int8.onnx", {"num_calibration_states": len(fitted_to)}
-
-    def weights_alone(why: str) -> Made:
-        made = _of_onnx(path, quantise_weights(plain, fitted_to))
-        return replace(made, said={"int8": "weights", **num, "why": why, **made.said})
-
-    made = _of_onnx(path, quantise(plain, fitted_to))
-    kept = float((made.score(held_out).argmax(axis=1) == best).mean())
-    if kept < _INT8_SURELY:
-        return weights_alone(f"with activations too, {kept:.2%} of {len(held_out)} actions are the same")
-    said = {"int8": "weights and activations", **num, **made.said}
-    return replace(made, said=said, otherwise=lambda why: weights_alone(f"with activations too: {why}"))
-
-
-def _of_onnx(path: Path, content: bytes) -> Made:
-    from policykd.agents.onnx_policy import OnnxPolicy
-
-    path.write_bytes(content)
-    policy = OnnxPolicy(path)
-    return Made(path.name, lambda obs: scores_of(policy, obs, False), said={"runtime": policy.backend})
-
-
-def _numpy(subject: Subject, folder: Path, calibration: Tensor) -> Made:
-    path, module = folder / f"{subject.stem}.npz", folder / "numpy_policy.py"
-    path.write_bytes(to_npz(_known(subject.net), actions=subject.actions))
-    module.write_bytes(runtime())
-    spec = importlib.util.spec_from_file_location("numpy_policy", module)
-    assert spec
-    assert spec.loader
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
-    policy = copied.load(path)
-    return Made(path.name, lambda obs: policy(obs.numpy()), beside=(module.name,))
-
-
-def _c(subject: Subject, folder: Path, calibration: Tensor) -> Made:
-    compiler = _compiler()
-    text = to_c(_known(subject.net), prefix=subject.prefix, actions=subject.actions)
-    path, program = folder / f"{subject.stem}.h", folder / "program"
-    path.write_text(text)
-    command = [compiler, "-std=c99", "-O2", f"-D{subject.prefix.upper()}_MAIN", "-x", "c", str(path)]
-    done = subprocess.run([*command, "-o", str(program), "-lm"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = " ".join(done.stderr.split())[:200]
-        raise ValueError(f"c: {compiler} does not compile the header ({reason}); take another compiler")
-
-    def score(obs: Tensor) -> np.ndarray:
-        check_interrupted()
-        ran = subprocess.run([str(program)], input=obs.numpy().tobytes(), capture_output=True, check=True)
-        return np.frombuffer(ran.stdout, np.float32).reshape(-1, subject.net.num_actions)
-
-    said = {"stack_bytes": stack_bytes(text), "prefix": subject.prefix, "compiler": Path(compiler).name}
-    return Made(path.name, score, said=said)
-
-
-def _sb3(subject: Subject, folder: Path, calibration: Tensor) -> Made:
-    student = _student(subject)
-    from stable_baselines3 import PPO
-
-    from policykd.agents.trusted import Sb3Scores
-    from policykd.rl.sb3_archive import write_teacher
-
-    path = folder / f"{subject.stem}.zip"
-    write_teacher(student.to_sb3(), path)
-    policy = PPO.load(path, device="cpu").policy.eval()
-    scores = Sb3Scores(policy, "PPO", student.shape.obs_shape, subject.net.num_actions)
-    said = {"needs": "stable_baselines3 and policykd; opens with PPO.load"}
-    return Made(path.name, lambda obs: scores_of(scores, obs, True), said=said, is_normalised=True)
-
-
-def check_format(subject: Subject, kind: Format) -> None:
-    """Finds out before any work whether a policy can be had in a format here.
-
-    Raises:
-        ValueError: it cannot, or a package or a compiler is missing.
-    """
-    for package in _NEEDS.get(kind, ()):
-        if not importlib.util.find_spec(package):
-            extra = "sb3" if kind == "sb3" else "onnx"
-            raise ValueError(f"{kind}: {package} is not installed; pip install 'policykd[{extra}]'")
-    if kind == "sb3":
-        _student(subject)
-    if kind in ("numpy", "c"):
-        _known(subject.net)
-    if kind == "c":
-        check_prefix(subject.prefix)
-        _compiler()
-
-
-def _compiler() -> str:
-    if compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
-        return compiler
-    raise ValueError("c: no compiler (cc, gcc or clang) to try the header with; install one, or leave c out")
-
-
-def _student(subject: Subject) -> Student:
-    if subject.student is None:
-        raise ValueError("sb3: only a student becomes an SB3 archive; a teacher is one already")
-    return subject.student
-
-
-def _known(net: Net) -> FrameNet | MLP:
-    if not isinstance(net, FrameNet | MLP):
-        raise ValueError(f"{type(net).__name__}: a module of your own has no layers that are known; export it as onnx")
-    return net
-
-
-_NEEDS: dict[Format, tuple[str, ...]] = {
+_PACKAGES: Mapping[FormatName, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime"),
     "int8": ("onnx", "onnxruntime"),
     "sb3": ("stable_baselines3",),
 }
-MAKERS: dict[Format, Callable[[Subject, Path, Tensor], Made]] = {
-    "onnx": _onnx,
-    "int8": _int8,
-    "numpy": _numpy,
-    "c": _c,
-    "sb3": _sb3,
-}
-FORMATS = tuple(MAKERS)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A policy to export, with what its manifests record about it."""
+
+    policy: Student | Teacher
+    game: str
+    action_names: tuple[str, ...] = ()
+    """meaning of each action, such as `policykd.envs.actions.action_names(game)`"""
+    teacher: TeacherRecord | None = None
+    """teacher of a student"""
+    c_prefix: str = "policykd"
+    """prefix of the names in the C header"""
+
+    @cached_property
+    def net(self) -> Net:
+        """Network whose outputs are the policy's logits or Q-values.
+
+        Raises:
+            ValueError: a teacher that was not rebuilt from an SB3 archive.
+        """
+        net = self.policy.folded_net() if isinstance(self.policy, Student) else self.policy.net
+        if not isinstance(net, Net):
+            path = self.policy.path if isinstance(self.policy, Teacher) else ""
+            raise ValueError(f"{path}: only teachers read from an SB3 archive are exported; give one")
+        return net
+
+    @property
+    def layered_net(self) -> FrameNet | MLP:
+        """The same network, if its layers are known.
+
+        Raises:
+            ValueError: a module of the user's.
+        """
+        if not isinstance(self.net, FrameNet | MLP):
+            raise ValueError("a module of your own has no known layers; export it as onnx")
+        return self.net
+
+    @property
+    def file_stem(self) -> str:
+        """Name of the files without their suffixes."""
+        return "student" if isinstance(self.policy, Student) else "teacher"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One format's files, not validated yet."""
+
+    path: Path
+    """the file that holds the policy"""
+    run: Callable[[Tensor], np.ndarray]
+    """runs that file in its own runtime: outputs `(batch, num_actions)` of observations `(batch, *obs_shape)`"""
+    extra_files: tuple[Path, ...] = ()
+    """files that are needed in addition"""
+    manifest: Mapping[str, str | int] = field(default_factory=dict)
+    """what the manifest records about this format"""
+    gives_log_probabilities: bool = False
+    """whether outputs are normalised log-probabilities instead of the network's own outputs"""
+
+
+def check_format(source: ExportSource, format_name: FormatName) -> None:
+    """Raises ValueError if a policy cannot be exported in a format on this machine, before any work is done."""
+    for package in _PACKAGES.get(format_name, ()):
+        if not importlib.util.find_spec(package):
+            extra = "sb3" if format_name == "sb3" else "onnx"
+            raise ValueError(f"{format_name}: {package} is not installed; pip install 'policykd[{extra}]'")
+    if format_name == "sb3" and not isinstance(source.policy, Student):
+        raise ValueError("sb3: a teacher is an SB3 archive already; export students")
+    if format_name in ("numpy", "c", "sb3"):
+        _ = source.layered_net
+    if format_name == "c":
+        check_prefix(source.c_prefix)
+        _ = find_c_compiler()
+
+
+def make_artifact(source: ExportSource, format_name: FormatName, folder: Path, calibration: Tensor) -> Artifact:
+    """Writes one format's files into a folder, without validation; `export` validates them.
+
+    Args:
+        source: the policy.
+        format_name: the format.
+        folder: an existing folder.
+        calibration: visited states `(n, *obs_shape)` that int8 is calibrated on; other formats ignore them.
+
+    Raises:
+        ValueError: the policy cannot be exported in this format, or a package or compiler is missing.
+    """
+    check_format(source, format_name)
+    stem = folder / source.file_stem
+    if format_name == "onnx":
+        return _onnx_artifact(stem.with_suffix(".onnx"), to_onnx(source.net))
+    if format_name == "int8":
+        return _int8_artifact(source, stem.with_suffix(".int8.onnx"), calibration)
+    if format_name == "numpy":
+        return _numpy_artifact(source, stem.with_suffix(".npz"))
+    if format_name == "c":
+        return _c_artifact(source, stem.with_suffix(".h"))
+    return _sb3_artifact(source, stem.with_suffix(".zip"))
+
+
+@torch.inference_mode()
+def outputs_of(policy: Policy, obs: Tensor) -> np.ndarray:
+    """Returns a policy's outputs, float32 `(batch, num_actions)`."""
+    outputs: np.ndarray = policy(obs).float().numpy()
+    return outputs
+
+
+@torch.inference_mode()
+def log_probabilities(outputs: np.ndarray) -> np.ndarray:
+    """Returns log softmax(outputs), float32 `(batch, num_actions)`."""
+    return log_policy(torch.from_numpy(outputs)).numpy()
+
+
+def _onnx_artifact(path: Path, content: bytes) -> Artifact:
+    from policykd.agents.onnx_policy import OnnxPolicy
+
+    path.write_bytes(content)
+    policy = OnnxPolicy(path)
+    return Artifact(path, lambda obs: outputs_of(policy, obs), manifest={"runtime": policy.backend})
+
+
+def _int8_artifact(source: ExportSource, path: Path, calibration: Tensor) -> Artifact:
+    from policykd.export.int8 import quantize_weights
+
+    artifact = _onnx_artifact(path, quantize_weights(to_onnx(source.net), calibration.numpy()))
+    details: dict[str, str | int] = {"int8": "weights", "num_calibration_states": len(calibration)}
+    return replace(artifact, manifest={**artifact.manifest, **details})
+
+
+def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
+    path.write_bytes(to_npz(source.layered_net, actions=source.action_names))
+    module_path = path.with_name("numpy_policy.py")
+    module_path.write_bytes(numpy_runtime())
+    # Runs the copy that is shipped, not the module that is installed here.
+    spec = importlib.util.spec_from_file_location("numpy_policy", module_path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    policy = module.load(path)
+    return Artifact(path, lambda obs: policy(obs.numpy()), extra_files=(module_path,))
+
+
+def _c_artifact(source: ExportSource, path: Path) -> Artifact:
+    header = to_c(source.layered_net, prefix=source.c_prefix, actions=source.action_names)
+    path.write_text(header)
+    # With this macro the header is a program that maps observations on standard input to outputs.
+    program = path.with_name("program")
+    flags = ("-std=c99", "-O2", f"-D{source.c_prefix.upper()}_MAIN", "-x", "c")
+    compiler = compile_c(*flags, str(path), "-o", str(program), "-lm")
+
+    def run(obs: Tensor) -> np.ndarray:
+        done = subprocess.run([str(program)], input=obs.numpy().tobytes(), capture_output=True, check=True)
+        return np.frombuffer(done.stdout, np.float32).reshape(-1, source.net.num_actions)
+
+    details: dict[str, str | int] = {
+        "stack_bytes": stack_bytes(header),
+        "prefix": source.c_prefix,
+        "compiler": Path(compiler).name,
+    }
+    return Artifact(path, run, manifest=details)
+
+
+def _sb3_artifact(source: ExportSource, path: Path) -> Artifact:
+    from stable_baselines3 import PPO
+
+    from policykd.agents.trusted import Sb3Scores
+
+    assert isinstance(source.policy, Student)
+    source.policy.to_sb3().save(path)
+    model = PPO.load(path, device="cpu")
+    policy = Sb3Scores(model.policy.eval(), "PPO", source.net.obs_shape, source.net.num_actions)
+    details = {"needs": "stable_baselines3 and policykd; opens with PPO.load"}
+    return Artifact(path, lambda obs: outputs_of(policy, obs), manifest=details, gives_log_probabilities=True)
+
+
+def find_c_compiler() -> str:
+    """Returns the path of a C compiler.
+
+    Raises:
+        ValueError: none is installed.
+    """
+    for name in ("cc", "gcc", "clang"):
+        if compiler := shutil.which(name):
+            return compiler
+    raise ValueError("c: no compiler found (cc, gcc, clang); install one, or leave c out")
+
+
+def compile_c(*arguments: str, folder: Path | None = None) -> str:
+    """Runs the C compiler in a folder and returns its path.
+
+    Raises:
+        ValueError: no compiler is installed, or it reports an error.
+    """
+    compiler = find_c_compiler()
+    done = subprocess.run([compiler, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[:200]
+        raise ValueError(f"c: {compiler} fails ({reason}); try another compiler")
+    return compiler

@@ -113,15 +113,11 @@ def _traced(net: UserNet) -> bytes:
     """Returns a user's module as an ONNX model with the inputs and outputs of `to_onnx`, traced by torch.
 
     Raises:
-        ValueError: the package onnxscript is not installed, or torch cannot export the module.
+        ValueError: onnxscript is not installed, or torch cannot export the module.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError("ONNX export of a module needs another package: pip install 'policykd[onnx]'") from error
     was_training = net.training
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 net.eval(),
                 (net.blank_obs(2),),
@@ -136,6 +132,8 @@ def _traced(net: UserNet) -> bytes:
         assert program is not None
         content: bytes = program.model_proto.SerializeToString(deterministic=True)
         return content
+    except ImportError as error:
+        raise ValueError("ONNX export of a module needs another package: pip install 'policykd[onnx]'") from error
     except Exception as error:
         name = type(net.module).__name__
         reason = " ".join(str(error).split())[:150] or type(error).__name__
@@ -145,14 +143,13 @@ def _traced(net: UserNet) -> bytes:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences torch's exporter, which warns about deprecations of its own."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Silences warnings, logged or raised, of exporters and quantizers about their own deprecations and defaults."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)

@@ -23,7 +23,7 @@ from policykd.evaluation.deployments import Deployment, RealStates, deploy
 from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.profile import _add_ratios, _asked, _compare_actions, _started, profile, table
 from policykd.evaluation.runtimes import OBS_BYTES, RUNTIMES, RuntimeName, race
-from policykd.export import Subject, export
+from policykd.export import ExportSource, export
 from policykd.io.signals import handle_signals
 
 QUICK: tuple[RuntimeName, ...] = ("onnx",)
@@ -142,39 +142,28 @@ def test_a_runtime_that_plays_otherwise_is_seen() -> None:
     assert rows == {"onnx": {"same_actions": 0.75}, "torch": {"same_actions": 0.5}}
 
 
-@pytest.mark.parametrize(("surely", "kind"), [(0.0, "weights and activations"), (1.1, "weights")])
 def test_int8_is_the_file_that_an_export_writes(
-    surely: float, kind: str, student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the export's own choice, which the row names."""
-    monkeypatch.setattr("policykd.export.formats._INT8_SURELY", surely)
-    monkeypatch.setattr("policykd.export.INT8_AGREEMENT", 0.0)
+    monkeypatch.setattr("policykd.export.artifacts.INT8_AGREEMENT", 0.0)
     generator = torch.Generator().manual_seed(0)
     some = [torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, generator=generator) for n in (32, 16)]
     made = deploy(student, tmp_path, ["int8"], game="Pong", states=RealStates(*some))["int8"]
-    assert (made.int8, made.why_not) == (kind, "")
-    (tmp_path / "out").mkdir()
-    subject = Subject(student.folded_net(), "Pong", {}, action_names("Pong"))
-    written = export(subject, "int8", tmp_path / "out", some[1], some[0], written={})
+    assert (made.int8, made.why_not) == ("weights", "")
+    source = ExportSource(student, "Pong", action_names("Pong"))
+    written = export(source, "int8", tmp_path / "out", some[1], some[0])
     assert made.file is not None
     assert made.file.read_bytes() == written.path.read_bytes()
-    row = {"num_bytes": 1, "int8": kind, "median_us": 1.0, "p99_us": 1.0, "least_us": 1.0, "states_per_second": 1.0}
-    row |= {"start_seconds": 1.0, "peak_megabytes": 1.0, "same_actions": 1.0}
-    policies: dict[str, Any] = {"s": {"num_parameters": 1, "num_macs": 1, "runtimes": {"int8": row}}}
-    _add_ratios(policies)
-    machine = {"load_before": [0.0], "load_after": [0.0], "num_cores": 1, "processor": "x"}
-    found = {"ratios_against": "s", "how": {"batch": 256}, "policies": policies, "machine": machine}
-    assert f"| ONNX Runtime, int8 {kind} |" in table(found)
 
 
 def test_an_int8_that_an_export_would_refuse_is_no_row(
     student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("policykd.export.INT8_AGREEMENT", 1.1)
+    monkeypatch.setattr("policykd.export.artifacts.INT8_AGREEMENT", 1.1)
     some = torch.zeros((4, 4, 84, 84), dtype=torch.uint8)
     made = deploy(student, tmp_path, ["int8"], game="Pong", states=RealStates(some, some))["int8"]
     assert made.file is None
-    assert "it takes the float32 policy's action in" in made.why_not
+    assert "it takes torch's action in" in made.why_not
 
 
 def test_one_runtime_that_fails_does_not_stop_the_others(student: Student, obs: np.ndarray, tmp_path: Path) -> None:

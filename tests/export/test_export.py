@@ -1,8 +1,7 @@
-"""Files appear under their names once they score as torch does, with a manifest, or not at all."""
+"""Artifacts get their names after they match torch on real states, with a manifest, or not at all."""
 
 import hashlib
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,116 +13,102 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.card import Provenance, TeacherRecord
-from policykd.agents.student import Student, load_student, make_student, save_student
+from policykd.agents.networks import Net
+from policykd.agents.student import Student, load_student, make_student, packed_weights, save_student
 from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import on_policy_states
-from policykd.export import FORMATS, Format, Made, Subject, export, validate
+from policykd.cli.main import execute
+from policykd.export import FORMATS, Artifact, ExportSource, FormatName, Manifest, check_format, export, validate
+from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile
+from policykd.io.typed import read_json
 
-ROOT = Path(__file__).parents[2]
-WRITTEN = {"command": "a test", "versions": {}}
+TEACHER = TeacherRecord(ref="bundled:ppo", sha256="abc")
 
 
 @pytest.fixture(scope="module")
-def frames() -> Tensor:
-    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 192, seed=8)
-
-
-@pytest.fixture
 def student(frames: Tensor) -> Student:
+    """One with outputs in the tens, as those of a student with a low temperature are."""
     student = make_student("1%", 6, seed=1)
     student.fit_input_normalization(frames[:, -1])
+    last = [module for module in student.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
-        scores_BA, last = student(frames), [m for m in student.modules() if isinstance(m, nn.Linear)][-1]
+        outputs_BA = student(frames)
         last.weight.mul_(30.0)
-        last.bias.sub_(30.0 * scores_BA.mean(0))
+        last.bias.sub_(30.0 * outputs_BA.mean(0))
     return student.eval()
 
 
-@pytest.fixture
-def subject(student: Student) -> Subject:
-    return Subject(student.folded_net(), "Pong", {"student": "abc"}, ("NOOP",) * 6, student)
+@pytest.fixture(scope="module")
+def source(student: Student) -> ExportSource:
+    return ExportSource(student, "Pong", ("NOOP",) * 6, TEACHER)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_each_format_is_written_with_its_manifest(
-    kind: Format, subject: Subject, frames: Tensor, tmp_path: Path
+    format_name: FormatName, source: ExportSource, student: Student, frames: Tensor, tmp_path: Path
 ) -> None:
-    done = export(subject, kind, tmp_path, frames[1::2], frames[::2], written=WRITTEN)
-    manifest = json.loads((tmp_path / f"{done.path.name}.json").read_text())
-    assert manifest["sha256"] == hashlib.sha256(done.path.read_bytes()).hexdigest()
-    assert (manifest["format"], manifest["game"], manifest["command"]) == (kind, "Pong", "a test")
-    assert manifest["input"]["shape"] == ["batch", 4, 84, 84]
-    assert manifest["validation"]["num_states"] == 96
-    assert manifest["validation"]["agreement"] >= (0.99 if kind == "int8" else 1.0)
-    named = {done.path.name, f"{done.path.name}.json", *manifest["beside"]}
-    assert {path.name for path in tmp_path.iterdir()} == named
+    done = export(source, format_name, tmp_path, frames[1::2], frames[::2], "a test")
+    manifest = read_json(Manifest, tmp_path / f"{done.path.name}.json")
+    assert manifest == done.manifest
+    assert manifest.sha256 == hashlib.sha256(done.path.read_bytes()).hexdigest()
+    assert manifest.source.student == hashlib.sha256(packed_weights(student)).hexdigest()
+    assert (manifest.format, manifest.game, manifest.command) == (format_name, "Pong", "a test")
+    assert manifest.source.teacher == TEACHER
+    assert manifest.input.shape == ("batch", 4, 84, 84)
+    assert manifest.validation.num_states == 64
+    assert manifest.validation.agreement >= (0.99 if format_name == "int8" else 1.0)
+    expected = {done.path.name, f"{done.path.name}.json", *manifest.extra_files}
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
-@pytest.mark.parametrize("kind", ["onnx", "int8"])
-def test_what_does_not_score_alike_is_not_written(
-    kind: Format, subject: Subject, frames: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("format_name", ["onnx", "int8"])
+def test_a_file_that_differs_from_torch_is_not_written(
+    format_name: FormatName, source: ExportSource, frames: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = make_student("1%", 6, seed=9).folded_net()
-    from policykd.export import onnx as onnx_export
-
-    right = onnx_export.to_onnx
-    export(subject, kind, tmp_path, frames[1::2], frames[::2], written=WRITTEN)
+    export(source, format_name, tmp_path, frames[1::2], frames[::2])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("policykd.export.formats.to_onnx", lambda net: right(other))
-    with pytest.raises(FloatingPointError, match=rf"{kind}: on 96 real states .* not written"):
-        export(subject, kind, tmp_path, frames[1::2], frames[::2], written=WRITTEN)
+    other = make_student("1%", 6, seed=9).folded_net()
+    monkeypatch.setattr("policykd.export.formats.to_onnx", lambda net: to_onnx(other))
+    with pytest.raises(FloatingPointError, match=rf"{format_name}: on 64 real states .* not written"):
+        export(source, format_name, tmp_path, frames[1::2], frames[::2])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_int8_falls_back_to_weights_alone_where_the_validation_refuses_more(
-    subject: Subject, frames: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calibration states that say nothing: black ones, on which every way keeps the action."""
-    monkeypatch.setattr("policykd.export.formats._INT8_SURELY", 0.0)
-    done = export(subject, "int8", tmp_path, frames[1::2], torch.zeros_like(frames[::2]), written=WRITTEN)
-    manifest = json.loads((tmp_path / f"{done.path.name}.json").read_text())
-    assert manifest["int8"] == "weights"
-    assert manifest["why"].startswith("with activations too: int8: on 96 real states it takes the float32 policy's")
-    assert manifest["validation"]["agreement"] >= 0.99
+def shifted(net: Net, difference: float) -> Callable[[Tensor], np.ndarray]:
+    return lambda obs: np.asarray(net(obs).detach().numpy() + np.float32(difference))
 
 
-def test_large_scores_may_differ_by_a_share_of_the_largest(subject: Subject, frames: Tensor) -> None:
-    def off_by(difference: float) -> Callable[[Tensor], np.ndarray]:
-        return lambda obs: np.asarray(net(obs).detach().numpy() + np.float32(difference))
-
-    net = subject.net
-    largest = float(net(frames).detach().abs().max())
+def test_the_tolerance_is_relative_to_the_largest_output(source: ExportSource, frames: Tensor) -> None:
+    largest = float(source.net(frames).detach().abs().max())
     assert largest > 10.0
-    tried = validate(subject, "onnx", Made("x", off_by(0.5e-4 * largest)), frames)
-    assert tried.tolerance == pytest.approx(1e-4 * largest)
+    validation = validate(Artifact(Path("x"), shifted(source.net, 0.5e-4 * largest)), "onnx", source, frames)
+    assert validation.allowed_difference == pytest.approx(1e-4 * largest)
     with pytest.raises(FloatingPointError, match="is allowed"):
-        validate(subject, "onnx", Made("x", off_by(2e-4 * largest)), frames)
+        validate(Artifact(Path("x"), shifted(source.net, 2e-4 * largest)), "onnx", source, frames)
 
 
-@pytest.mark.parametrize("wrong", ["by a little", "nan", "shape", "alone"])
-def test_a_wrong_score_is_noticed(wrong: str, subject: Subject, frames: Tensor) -> None:
-    def score(obs: Tensor) -> np.ndarray:
-        with torch.inference_mode():
-            scores: np.ndarray = subject.net(obs).numpy().copy()
-        if wrong == "by a little":
-            scores[-1, 2] += 3e-4 * max(1.0, np.abs(scores).max())
-        elif wrong == "nan":
-            scores[0, 0] = np.nan
-        elif wrong == "alone" and len(obs) == 1:
-            scores += 1e-2
-        return scores[:, :5] if wrong == "shape" else scores
+@pytest.mark.parametrize("fault", ["one output", "nan", "shape", "single observation"])
+def test_validation_notices(fault: str, source: ExportSource, frames: Tensor) -> None:
+    def run(obs: Tensor) -> np.ndarray:
+        outputs: np.ndarray = source.net(obs).detach().numpy().copy()
+        if fault == "one output":
+            outputs[-1, 2] += 3e-4 * np.abs(outputs).max()
+        elif fault == "nan":
+            outputs[0, 0] = np.nan
+        elif fault == "single observation" and len(obs) == 1:
+            outputs += 1.0
+        return outputs[:, :5] if fault == "shape" else outputs
 
     with pytest.raises(FloatingPointError, match="not written"):
-        validate(subject, "onnx", Made("x", score), frames)
+        validate(Artifact(Path("x"), run), "onnx", source, frames)
 
 
 @pytest.mark.slow
-def test_an_archive_opens_in_sb3_and_our_own_reader_unpickles_nothing(
-    subject: Subject, student: Student, frames: Tensor, tmp_path: Path
+def test_the_archive_opens_in_sb3_and_is_no_teacher(
+    source: ExportSource, student: Student, frames: Tensor, tmp_path: Path
 ) -> None:
-    """In a fresh process; our reader rebuilds SB3's own networks alone, and refuses a student in one line."""
-    done = export(subject, "sb3", tmp_path, frames[1::2], frames[::2], written=WRITTEN)
+    """In a fresh process; policykd's own reader, which unpickles nothing, refuses it in one line."""
+    done = export(source, "sb3", tmp_path, frames[1::2], frames[::2])
     np.save(tmp_path / "obs.npy", frames[:64].numpy())
     code = (
         "import sys, numpy; from stable_baselines3 import PPO\n"
@@ -135,81 +120,64 @@ def test_an_archive_opens_in_sb3_and_our_own_reader_unpickles_nothing(
     with torch.inference_mode():
         expected = student(frames[:64]).argmax(-1).tolist()
     assert np.load(tmp_path / "actions.npy").tolist() == expected
-    with pytest.raises(BadFile, match=r"student\.zip: policy\.pth is no state dict"):
+    with pytest.raises(BadFile, match=r"student\.zip: "):
         load_teacher(done.path)
 
 
-@pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def run_here(*args: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["export.py", *args])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / "export.py"), run_name="__main__")
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, "\n".join(capfd.readouterr())
-
-    return run_here
-
-
-def test_the_command_exports_a_run(run_here: Callable[..., tuple[int, str]], student: Student, tmp_path: Path) -> None:
-    save_student(student, tmp_path, Provenance(game="Pong", teacher=TeacherRecord(ref="bundled:ppo", sha256="")))
-    few = ("--states", "64", "--calibration", "16", "--formats")
-    code, said = run_here(str(tmp_path), *few, "onnx", "numpy", "onnx")
-    assert code == 0, said
-    assert said.count("student.onnx: ") == 1
-    assert "warning: --states 64 is few to try a file on" in said
+def test_the_command_exports_a_run(student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_student(student, tmp_path, Provenance(game="Pong", teacher=TEACHER))
+    few_states = ["--states", "64", "--calibration", "16"]
+    execute("export", [str(tmp_path), *few_states, "--formats", "onnx", "numpy", "onnx"])
+    printed = capsys.readouterr()
+    assert printed.out.count("student.onnx: ") == 1
+    assert "warning: --states 64 is few" in printed.err
     files = {path.name for path in (tmp_path / "export").iterdir()}
     assert files == {"student.onnx", "student.onnx.json", "student.npz", "student.npz.json", "numpy_policy.py"}
-    manifest = json.loads((tmp_path / "export" / "student.npz.json").read_text())
-    assert manifest["actions"]["2"] == "RIGHT"
-    assert manifest["source"]["student"] == json.loads((tmp_path / "student.json").read_text())["sha256"]
-    assert load_student(tmp_path).shape == student.shape
+    manifest = read_json(Manifest, tmp_path / "export" / "student.npz.json")
+    assert manifest.actions[2] == "RIGHT"
+    assert manifest.source.student == json.loads((tmp_path / "student.json").read_text())["sha256"]
 
 
-def test_the_command_says_what_is_wrong_in_one_line(run_here: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    code, said = run_here(str(tmp_path))
-    assert (code, said.count("error:")) == (2, 1)
-    assert "not the folder of a run; a teacher needs --game and --out" in said
-    for wrong, why in (
-        (["--fromats", "onnx"], "--fromats"),
-        (["--seed", "99999999999999999999999"], "--seed must be at least 0 and at most 4294967295"),
-    ):
-        code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path), *wrong)
-        assert (code, said.strip().count("\n"), why in said) == (2, 0, True), said
-    code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path), "--states", "0")
-    assert code == 2
-    teacher = ("bundled:ppo", "--game", "Pong", "--out", str(tmp_path))
-    code, said = run_here(*teacher, "--states", "8", "--calibration", "8", "--formats", "sb3")
-    assert code == 2
-    assert "a teacher is one already" in said
-    assert "visiting" not in said
-    code, said = run_here(*teacher, "--prefix", "9a")
-    assert (code, "visiting" in said) == (2, False)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "not the folder of a run; a teacher needs --game and --out"),
+        (["bundled:ppo", "--fromats", "onnx"], "--fromats"),
+        (["bundled:ppo", "--seed", "99999999999999999999999"], "--seed must be at least 0 and at most 4294967295"),
+        (["bundled:ppo", "--states", "0"], "--states must be at least 1"),
+        (["bundled:ppo", "--game", "Pong", "--out", "FOLDER", "--formats", "sb3"], "sb3: a teacher is an SB3 archive"),
+        (["bundled:ppo", "--game", "Pong", "--out", "FOLDER", "--formats", "c", "--prefix", "9a"], "prefix '9a'"),
+        (["bundled:ppo", "--game", "Pong", "--out", "FOLDER/file"], "file: not a folder"),
+    ],
+)
+def test_the_command_refuses_before_it_plays(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    code, said = run_here("bundled:ppo", "--game", "Pong", "--out", str(tmp_path / "file"))
-    assert (code, "file: not a folder" in said, "visiting" in said) == (2, True, False)
+    with pytest.raises(ValueError, match=message):
+        execute("export", [word.replace("FOLDER", str(tmp_path)) for word in words])
+    assert "collecting" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class Own(nn.Module):
-    """A user's."""
+    """A module of the user's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(4 * 84 * 84, 6)
 
     def forward(self, obs: Tensor) -> Tensor:
-        scores: Tensor = self.head(obs.flatten(1) / 255.0)
-        return scores
+        outputs: Tensor = self.head(obs.flatten(1) / 255.0)
+        return outputs
 
 
-def test_a_module_of_ones_own_is_exported_from_python(
-    run_here: Callable[..., tuple[int, str]], frames: Tensor, tmp_path: Path
-) -> None:
+def test_a_module_of_the_users_is_exported_from_python(frames: Tensor, tmp_path: Path) -> None:
     save_student(Student.of(Own(), num_actions=6), tmp_path, Provenance(game="Pong"))
-    code, said = run_here(str(tmp_path))
-    assert code == 2
-    assert "load_student(path, module=Own()) in Python, then export(Subject(...)); docs/export.md has the lines" in said
-    net = load_student(tmp_path, module=Own()).folded_net()
-    done = export(Subject(net, "Pong", {}), "onnx", tmp_path / "export", frames[1::2], frames[::2], written=WRITTEN)
-    assert done.path.is_file()
+    with pytest.raises(ValueError, match=r"your own module; export it from Python, see docs/export\.md"):
+        execute("export", [str(tmp_path)])
+    source = ExportSource(load_student(tmp_path, module=Own()), "Pong")
+    assert export(source, "onnx", tmp_path / "export", frames[1::2], frames[::2]).path.is_file()
+    for format_name in ("numpy", "c", "sb3"):
+        with pytest.raises(ValueError, match="a module of your own has no known layers"):
+            check_format(source, format_name)

@@ -105,7 +105,7 @@ def test_a_residual_block_is_the_papers() -> None:
 def test_a_module_of_the_users_has_no_layers_that_are_known() -> None:
     mine = nn.Sequential(nn.Linear(4, 2))
     for net in (mine, UserNet(mine, (4,), 2)):
-        with pytest.raises(ValueError, match=r"^Sequential: the layers of a module of your own are not known; export"):
+        with pytest.raises(ValueError, match=r"^Sequential: a module of your own has no known layers; export"):
             layers_of(net)
 
 

@@ -1,4 +1,4 @@
-"""The runtime of NumPy alone scores as torch does, also where there is no torch, and refuses what is not its input."""
+"""The NumPy runtime gives torch's outputs, also where torch is not installed, and refuses invalid files and inputs."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,11 @@ from torch import Tensor, nn
 
 from policykd.agents.networks import MLP
 from policykd.agents.student import Size, Student, make_student
-from policykd.agents.teacher import load_teacher
-from policykd.evaluation.real_states import on_policy_states
-from policykd.export.numpy_file import runtime, to_npz
+from policykd.export.numpy_file import numpy_runtime, to_npz
 from policykd.export.numpy_policy import Policy, load
 
+MakeStudent = Callable[[Size], Student]
 DESIGNS: tuple[Size, ...] = ("7%", "1%", "strided", "depthwise", "half", "impala")
-
-
-@pytest.fixture(scope="module")
-def frames() -> Tensor:
-    return on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 48, seed=5)
-
-
-def away_from_the_start(size: Size, frames: Tensor) -> Student:
-    """Returns a student with every number away from where it begins, the input scaling too."""
-    student, generator = make_student(size, 6), torch.Generator().manual_seed(1)
-    student.fit_input_normalization(frames[:, -1])
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def loaded(net: nn.Module, folder: Path) -> Policy:
@@ -45,8 +30,8 @@ def loaded(net: nn.Module, folder: Path) -> Policy:
 
 
 @pytest.mark.parametrize("size", DESIGNS)
-def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
-    net = away_from_the_start(size, frames).folded_net()
+def test_outputs_equal_torchs(size: Size, frames: Tensor, random_student: MakeStudent, tmp_path: Path) -> None:
+    net = random_student(size).folded_net()
     policy, obs = loaded(net, tmp_path), frames.numpy()
     with torch.inference_mode():
         expected = net(frames).numpy()
@@ -54,7 +39,7 @@ def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> 
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
     np.testing.assert_allclose(policy(obs[7]), expected[7], atol=1e-4, rtol=1e-5)
-    np.testing.assert_array_equal(policy(obs), found)  # nothing is kept from call to call
+    np.testing.assert_array_equal(policy(obs), found)  # a call does not change the policy
     np.testing.assert_allclose(policy(np.asfortranarray(obs)[::-1]), expected[::-1], atol=1e-4, rtol=1e-5)
     assert policy.act(obs[7]) == found[7].argmax()
     none = policy(obs[:0])
@@ -62,7 +47,7 @@ def test_it_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ELU, nn.LeakyReLU, nn.ReLU])
-def test_vectors_too(activation: type[nn.Module], tmp_path: Path) -> None:
+def test_vectors(activation: type[nn.Module], tmp_path: Path) -> None:
     net, obs = MLP(4, (16, 16), 2, activation=activation), torch.randn(20, 4)
     policy = loaded(net, tmp_path)
     np.testing.assert_allclose(policy(obs.double().numpy()), net(obs).detach().numpy(), atol=1e-5)
@@ -71,15 +56,15 @@ def test_vectors_too(activation: type[nn.Module], tmp_path: Path) -> None:
             policy(np.array([0.0, bad, 0.0, 0.0]))
 
 
-def test_actions_are_drawn_from_the_policy(frames: Tensor, tmp_path: Path) -> None:
-    net = away_from_the_start("1%", frames).folded_net()
+def test_actions_are_sampled_from_the_policy(frames: Tensor, random_student: MakeStudent, tmp_path: Path) -> None:
+    net = random_student("1%").folded_net()
     policy, obs = loaded(net, tmp_path), np.repeat(frames[:1].numpy(), 600, axis=0)
     drawn = policy.act(obs, deterministic=False, rng=np.random.default_rng(0))
     shares = np.bincount(drawn, minlength=6) / len(drawn)
     with torch.inference_mode():
         np.testing.assert_allclose(shares, net(frames[:1]).softmax(-1)[0].numpy(), atol=0.08)
     assert len(set(drawn)) > 1
-    with pytest.raises(ValueError, match="need a source of chance: rng="):
+    with pytest.raises(ValueError, match="sampling needs a generator: rng="):
         policy.act(obs[0], deterministic=False)
 
 
@@ -99,10 +84,12 @@ def test_other_observations_are_refused(frames: Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["7%", "half"])
-def test_it_needs_neither_torch_nor_the_package(size: Size, frames: Tensor, tmp_path: Path) -> None:
-    net = away_from_the_start(size, frames).folded_net()
+def test_neither_torch_nor_policykd_is_needed(
+    size: Size, frames: Tensor, random_student: MakeStudent, tmp_path: Path
+) -> None:
+    net = random_student(size).folded_net()
     (tmp_path / "student.npz").write_bytes(to_npz(net))  # type: ignore[arg-type]
-    (tmp_path / "numpy_policy.py").write_bytes(runtime())
+    (tmp_path / "numpy_policy.py").write_bytes(numpy_runtime())
     np.save(tmp_path / "obs.npy", frames.numpy())
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnxruntime', 'onnx', 'policykd', 'cv2']))\n"
@@ -119,7 +106,7 @@ def test_it_needs_neither_torch_nor_the_package(size: Size, frames: Tensor, tmp_
         np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), net(frames).numpy(), atol=1e-4, rtol=1e-5)
 
 
-def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
     content = to_npz(make_student("1%", 6).folded_net())  # type: ignore[arg-type]
     path, generator = tmp_path / "student.npz", np.random.default_rng(0)
     cases = [b"", b"hello", content[:1000], content[:-30]]
@@ -135,7 +122,7 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path) -> None:
         except ValueError as error:
             lines.append(str(error))
     assert len(lines) > 50
-    assert all(line.startswith(f"{path}: not an intact policy of policykd (") and "\n" not in line for line in lines)
+    assert all(line.startswith(f"{path}: not a valid policy of policykd (") and "\n" not in line for line in lines)
 
 
 def test_a_file_with_code_or_a_bomb_in_it_is_refused(tmp_path: Path) -> None:
@@ -146,7 +133,7 @@ def test_a_file_with_code_or_a_bomb_in_it_is_refused(tmp_path: Path) -> None:
         load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("about.npy", bytes(65 << 20))
-    with pytest.raises(ValueError, match=r"68,157,440 bytes, a policy has at most"):
+    with pytest.raises(ValueError, match=r"68,157,440 bytes, the maximum is"):
         load(path)
     with pytest.raises(OSError, match=r"none\.npz"):
         load(tmp_path / "none.npz")
@@ -155,15 +142,15 @@ def test_a_file_with_code_or_a_bomb_in_it_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format": 2}, "its format is 2, this numpy_policy.py reads 1"),
-        ({"num_actions": 5}, r"scores of \(1, 6\), expected \(1, 5\)"),
-        ({"obs_shape": [4, 80, 80]}, "not an intact policy of policykd"),
-        ({"obs_shape": [4, 20000, 20000]}, "observations of a shape that no policy has"),
-        ({"obs_shape": [4, -84, -84]}, "observations of a shape that no policy has"),
-        ({"obs_shape": [4, 500, 500], "stride": 1}, "a layer of a size that no policy has"),
+        ({"format": 2}, "format 2, this numpy_policy.py reads 1"),
+        ({"num_actions": 5}, r"outputs of shape \(1, 6\), expected \(1, 5\)"),
+        ({"obs_shape": [4, 80, 80]}, "not a valid policy of policykd"),
+        ({"obs_shape": [4, 20000, 20000]}, "observations of shape"),
+        ({"obs_shape": [4, -84, -84]}, "observations of shape"),
+        ({"obs_shape": [4, 500, 500], "stride": 1}, "a layer that is too large"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_an_invalid_description_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
     path = tmp_path / "student.npz"
     path.write_bytes(to_npz(make_student("1%", 6).folded_net()))  # type: ignore[arg-type]
     with np.load(path) as arrays:

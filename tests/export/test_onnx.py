@@ -1,6 +1,7 @@
 """Our networks as ONNX files, and run by ONNX Runtime: they score as torch does."""
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,30 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.networks import MLP, ConvNet, ImpalaNet, Net
+from policykd.agents.networks import MLP, ConvNet, Net
 from policykd.agents.onnx_policy import OnnxPolicy
-from policykd.agents.student import SIZES, Size, make_student
+from policykd.agents.student import SIZES, Size, Student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.envs.atari import make_atari
+from policykd.evaluation.real_states import on_policy_states
 from policykd.export import compiled
 from policykd.export.compiled import compile_net, compile_policy
 from policykd.export.onnx import to_onnx
 
+MakeStudent = Callable[[Size], Student]
 TEACHERS = ["bundled:ppo", "bundled:dqn"]
-
-
-def visited(num: int) -> Tensor:
-    """Returns observations of Pong under random play."""
-    envs, generator = make_atari("Pong", 16, seed=0), torch.Generator().manual_seed(0)
-    obs = [envs.reset()]
-    while 16 * len(obs) < num:
-        obs.append(envs.step(torch.randint(6, (16,), generator=generator)).obs)
-    return torch.cat(obs)
-
-
-@pytest.fixture(scope="module")
-def frames() -> Tensor:
-    return visited(256)
 
 
 def teacher_net(name: str) -> ConvNet:
@@ -41,19 +29,7 @@ def teacher_net(name: str) -> ConvNet:
     return net
 
 
-def trained_student(size: Size, frames: Tensor) -> ConvNet | ImpalaNet:
-    """Returns a student with every number away from where it begins, the input scaling too."""
-    student = make_student(size, 6)
-    student.fit_input_normalization(frames[:, -1])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    assert isinstance(student.net, ConvNet | ImpalaNet)
-    return student.net
-
-
-def scores_agree(net: ConvNet | ImpalaNet, frames: Tensor, path: Path) -> None:
+def outputs_agree(net: Net, frames: Tensor, path: Path) -> None:
     """Asserts that file and network score alike, and take the same action outside ties."""
     path.write_bytes(to_onnx(net))
     policy = OnnxPolicy(path)
@@ -71,23 +47,23 @@ def scores_agree(net: ConvNet | ImpalaNet, frames: Tensor, path: Path) -> None:
 @pytest.mark.parametrize("name", TEACHERS)
 def test_an_exported_teacher_scores_as_torch_does(name: str, frames: Tensor, tmp_path: Path) -> None:
     """X01, the short form."""
-    scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
+    outputs_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
 
 
 @pytest.mark.parametrize("size", ["7%", "1%", "strided", "depthwise", "half", "impala"])
-def test_an_exported_student_scores_as_torch_does(size: Size, frames: Tensor, tmp_path: Path) -> None:
+def test_an_exported_student_scores_as_torch_does(
+    size: Size, frames: Tensor, random_student: MakeStudent, tmp_path: Path
+) -> None:
     """X01, the short form."""
-    scores_agree(trained_student(size, frames), frames, tmp_path / "student.onnx")
+    outputs_agree(random_student(size).net, frames, tmp_path / "student.onnx")
 
 
 @pytest.mark.slow
-def test_ten_thousand_states_are_scored_as_torch_does(tmp_path: Path) -> None:
+def test_ten_thousand_states_are_scored_as_torch_does(random_student: MakeStudent, tmp_path: Path) -> None:
     """X01, the long form."""
-    frames = visited(10_000)
-    for name in TEACHERS:
-        scores_agree(teacher_net(name), frames, tmp_path / "teacher.onnx")
-    for size in SIZES:
-        scores_agree(trained_student(size, frames[:256]), frames, tmp_path / "student.onnx")
+    frames = on_policy_states(load_teacher("bundled:ppo", game="Pong"), "Pong", 10_000, seed=0)
+    for net in (*map(teacher_net, TEACHERS), *(random_student(size).net for size in SIZES)):
+        outputs_agree(net, frames, tmp_path / "policy.onnx")
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU])
@@ -133,8 +109,10 @@ def test_a_compiled_teacher_gives_the_same_bits_at_every_call(frames: Tensor) ->
     assert torch.equal(compile_policy(teacher, frames[:64], num_threads=2)(frames), expected_BA)
 
 
-def test_a_network_that_is_compiled_wrongly_is_refused(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = trained_student("1%", frames)
+def test_a_network_that_is_compiled_wrongly_is_refused(
+    frames: Tensor, random_student: MakeStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = random_student("1%").net
 
     def broken(net: Net) -> bytes:
         content: bytes = to_onnx(net)
@@ -149,9 +127,9 @@ def test_a_network_that_is_compiled_wrongly_is_refused(frames: Tensor, monkeypat
         compile_net(net, frames)
 
 
-def test_a_compiled_network_refuses_other_observations(frames: Tensor) -> None:
+def test_a_compiled_network_refuses_other_observations(frames: Tensor, random_student: MakeStudent) -> None:
     """X02."""
-    net = compile_net(trained_student("1%", frames), frames)
+    net = compile_net(random_student("1%").net, frames)
     with pytest.raises(ValueError, match=r"observations are \(84, 84, 4\), expected a batch of \(4, 84, 84\)"):
         net(frames.movedim(1, -1))
     with pytest.raises(ValueError, match=r"observations are torch.float32, expected uint8 frames from 0 to 255"):
@@ -163,7 +141,7 @@ def test_a_compiled_network_refuses_other_observations(frames: Tensor) -> None:
         mlp(torch.full((1, 4), torch.nan))
 
 
-def test_without_the_extra_torch_goes_on(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_torch_stays(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_teacher("bundled", game="Pong")
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:

@@ -1,0 +1,128 @@
+"""`policykd export`: writes a policy as files that run without policykd."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from policykd.agents.student import load_student, read_student_card
+from policykd.agents.teacher import TEACHER_HELP, load_teacher
+from policykd.cli.groups import Positive, SeedArgs
+from policykd.envs.actions import action_names
+from policykd.envs.games import canonical_name
+from policykd.evaluation.real_states import on_policy_states
+from policykd.export import FORMATS, Export, ExportSource, FormatName, check_format, export
+from policykd.io.files import BadFile
+from policykd.io.machine import prepare_device
+from policykd.runs.groups import check_flags
+
+FEW_STATES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs(SeedArgs):
+    """Writes a policy as files that run without policykd, each validated on real states before it gets its name.
+
+    onnx: float32 for ONNX Runtime; int8: the same in a quarter of the bytes; numpy: an .npz and a module that needs
+    NumPy alone; c: a C99 header; sb3: an archive for PPO.load. docs/export.md shows how to run each.
+
+    Examples:
+      policykd export runs/Pong/pong
+      policykd export runs/Pong/pong --formats numpy c --out folder
+      policykd export bundled:ppo --game Pong --out folder
+    """
+
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"folder of a run, or a teacher: {TEACHER_HELP}")]
+    formats: tuple[FormatName, ...] = ()
+    """formats to write; by default all that the policy can be exported in"""
+    out: Path | None = None
+    """folder for the files; by default `export` in the run's folder"""
+    game: str = ""
+    """game of a teacher; a run records its own"""
+    states: Positive = 10_000
+    """real states that each file is validated on"""
+    calibration: Positive = 2_000
+    """other real states, which int8 is calibrated on"""
+    prefix: str = "policykd"
+    """prefix of the names in the C header"""
+    threads: int = 1
+    """CPU threads; 0 takes as many as torch finds"""
+    debug: bool = False
+    """print the traceback of an error"""
+
+
+def run(args: ExportArgs) -> None:
+    """Collects states, then writes each format.
+
+    Raises:
+        ValueError: an invalid flag, or formats that could not be written.
+        FloatingPointError: files that failed their validation.
+    """
+    check_flags(args)
+    prepare_device("cpu", args.threads)
+    source, folder = _load_source(args)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: not a folder; give another")
+    formats = tuple(dict.fromkeys(args.formats)) or tuple(f for f in FORMATS if f != "sb3" or _is_student(source))
+    # Before the games: a wrong flag or a missing compiler should not take a minute to be reported.
+    for format_name in args.formats:
+        check_format(source, format_name)
+    if args.states < FEW_STATES:
+        print(f"warning: --states {args.states} is few; 10,000 reach 1,250 steps into a game", file=sys.stderr)
+    print(f"collecting {args.states:,} states of {source.game} to validate the files on ...", flush=True)
+    states = on_policy_states(source.policy, source.game, args.states, seed=2 * args.seed)
+    calibration = on_policy_states(source.policy, source.game, args.calibration, seed=2 * args.seed + 1)
+
+    failures: list[Exception] = []
+    for format_name in formats:
+        try:
+            done = export(source, format_name, folder, states, calibration, shlex.join(sys.argv))
+        except (FloatingPointError, ValueError) as error:
+            failures.append(error)
+            print(f"{format_name}: not written: {error}", file=sys.stderr, flush=True)
+            continue
+        print(_summary(done), flush=True)
+    if failures:
+        # A failed validation decides the exit code: it is the news, a missing package is not.
+        first = next((error for error in failures if isinstance(error, FloatingPointError)), failures[0])
+        raise type(first)(f"{len(failures)} of {len(formats)} formats were not written; the first: {first}")
+
+
+def _load_source(args: ExportArgs) -> tuple[ExportSource, Path]:
+    """Returns the policy to export, and the folder for its files."""
+    path = Path(args.policy)
+    run_folder = path.parent if path.name == "student.json" else path
+    if (run_folder / "student.json").is_file():
+        card = read_student_card(run_folder / "student.json")
+        if card.shape.module:
+            raise ValueError(f"{run_folder}: a student of your own module; export it from Python, see docs/export.md")
+        game = canonical_name(args.game or card.game)
+        student = load_student(run_folder)
+        source = ExportSource(student, game, action_names(game), card.teacher, args.prefix)
+        folder = args.out or run_folder / "export"
+    else:
+        if not args.game or args.out is None:
+            raise ValueError(f"{args.policy}: not the folder of a run; a teacher needs --game and --out")
+        game = canonical_name(args.game)
+        source = ExportSource(load_teacher(args.policy, game=game), game, action_names(game), c_prefix=args.prefix)
+        folder = args.out
+    if len(source.action_names) != source.net.num_actions:
+        expected = f"{game} has {len(source.action_names)}"
+        raise BadFile(f"{args.policy}: {source.net.num_actions} actions, {expected}; give another --game")
+    return source, folder
+
+
+def _is_student(source: ExportSource) -> bool:
+    return source.file_stem == "student"
+
+
+def _summary(done: Export) -> str:
+    validation = done.manifest.validation
+    return (
+        f"{done.path}: {done.manifest.num_bytes:,} bytes; on {validation.num_states:,} real states outputs within"
+        f" {validation.max_difference:.1e} of torch's, the same action in {validation.agreement:.2%}"
+        f" ({validation.num_ties} ties)"
+    )
