@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import tyro
 
@@ -35,11 +35,12 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_quantity_rule)
     complaint = io.StringIO()
-    more = {} if default is None else {"default": default}
+    more: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with registry, redirect_stderr(complaint):
             expanded = expand_shorthand(kind, words, default)
-            args: T = tyro.cli(kind, args=expanded, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,), **more)
+            config = (tyro.conf.CascadeSubcommandArgs,)
+            args = cast(T, tyro.cli(kind, args=expanded, prog=prog, config=config, **more))
     except SystemExit as ended:
         if ended.code in (0, None):  # --help
             raise
@@ -73,8 +74,8 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
             options[field] += [word] if joined else [word, next(remaining, "")]
         else:
             subcommands[field] = [word]
-    for field, given in options.items():
-        if given and not subcommands[field]:
+    for field in ("loss", "states"):
+        if options[field] and not subcommands[field]:
             subcommands[field] = [f"{field}:{_kebab(type(_default(default or kind, field)))}"]
     return [*flags, *subcommands["loss"], *subcommands["states"], *options["loss"], *options["states"]]
 
@@ -87,7 +88,7 @@ def _default(kind: Any, field: str) -> object:
     return declared.default if declared.default is not MISSING else declared.default_factory()
 
 
-def _choices(kind: Any, field: str) -> dict[str, type]:
+def _choices(kind: Any, field: str) -> dict[str, Any]:
     """Returns the dataclasses that a field may hold, by their short name; none if it is not a union of dataclasses."""
     if not is_dataclass(kind) or field not in [f.name for f in fields(kind)]:
         return {}
@@ -100,7 +101,7 @@ def _kebab(kind: Any) -> str:
     return re.sub("([a-z])(?=[A-Z])", r"\1-", kind.__name__).lower()
 
 
-def _subcommand(field: str, given: str, choices: dict[str, type]) -> list[str]:
+def _subcommand(field: str, given: str, choices: dict[str, Any]) -> list[str]:
     name, has_path, path = given.partition(":")
     takes_path = {name: any(f.name == "path" for f in fields(kind)) for name, kind in choices.items()}
     if name not in choices or takes_path[name] != bool(path) or bool(has_path) != bool(path):

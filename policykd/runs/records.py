@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
@@ -101,12 +102,14 @@ class RunLogger:
         for name, value in zip(_ARRAYS, new, strict=True):
             self._evaluations[name].append(value)
         buffer = io.BytesIO()
-        np.savez(buffer, **{name: np.array(rows) for name, rows in self._evaluations.items()})  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {name: np.array(rows) for name, rows in self._evaluations.items()}
+        np.savez(buffer, **arrays)
         write_atomically(self.folder / EVALUATIONS, buffer.getvalue())
 
     def seconds(self) -> dict[str, float]:
         """Returns the wall-clock seconds of all rounds, by phase."""
-        return {phase: sum(float(row[phase]) for row in self._timings) for phase in PHASES}  # type: ignore[arg-type]
+        numbers = {phase: [row[phase] for row in self._timings] for phase in PHASES}
+        return {phase: float(np.sum(numbers[phase])) for phase in PHASES}  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
@@ -189,7 +192,7 @@ def _to_lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _read_evaluations(path: Path, num_updates: int) -> dict[str, list[object]]:
+def _read_evaluations(path: Path, num_updates: int) -> dict[str, list[Any]]:
     """Returns the rows of `evaluations.npz` up to a number of updates."""
     if not path.is_file():
         return {name: [] for name in _ARRAYS}

@@ -1,0 +1,57 @@
+"""`policykd distill`: one distillation run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from policykd.cli.arguments import parse_args
+from policykd.io.typed import read_json
+from policykd.runs.config import DistillRunConfig
+from policykd.runs.distill_run import distill_run
+from policykd.runs.folder import RunRecord, pin_teacher_revision
+from policykd.runs.settings import from_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillArgs(DistillRunConfig):
+    """Distils a trained Stable-Baselines3 Atari agent into a compact student, and measures what that cost.
+
+    Writes runs/GAME/NAME/ with config.json, TensorBoard curves, metrics.jsonl, evaluations.npz, checkpoints/,
+    student.safetensors + student.json, results.json, report.html and student.gif.
+
+    Examples:
+      policykd distill --game Pong
+      policykd distill --game Breakout --teacher hub:dqn --student 1% --loss two-sided-kl --loss.temperature linear:4:1
+      policykd distill --config runs/Pong/NAME/config.json --seed 1
+      policykd resume runs/Pong/NAME
+    """
+
+    config: Path | None = None
+    """config.json of a run to repeat under another --name; further flags override it"""
+
+
+def parse(words: Sequence[str], prog: str) -> DistillArgs:
+    """Returns the arguments; those of `--config FILE` are the defaults of the others.
+
+    Raises:
+        BadFile: FILE is not found, or not the config of a run.
+        ValueError: an invalid flag.
+    """
+    default = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, joined, value = word.partition("=")
+        if flag == "--config":
+            default = _load_config(Path(value if joined else following))
+    return parse_args(DistillArgs, words, prog=prog, default=default)
+
+
+def run(args: DistillArgs) -> None:
+    """Runs the distillation."""
+    distill_run(DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)}))
+
+
+def _load_config(path: Path) -> DistillArgs:
+    record = read_json(RunRecord, path, next_step="give the config.json of a run of policykd distill")
+    config = from_settings(DistillArgs, record.settings, path)
+    teacher = pin_teacher_revision(config.teacher, record)
+    return replace(config, teacher=teacher, name="", resume=False)

@@ -1,0 +1,63 @@
+"""`policykd resume`: continues an interrupted run, or lengthens it."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from policykd.cli.main import load_command
+from policykd.io.machine import DeviceName
+from policykd.runs.folder import load_run_config
+from policykd.runs.settings import from_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeArgs:
+    """Continues an interrupted run from its last checkpoint, with the flags that it was started with.
+
+    A larger budget lengthens the run, also a finished one: its schedules then follow the new budget.
+
+    Examples:
+      policykd resume runs/Pong/NAME
+      policykd resume runs/Pong/NAME --rounds 20 --eval-episodes 100
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of the run, FOLDER/GAME/NAME"""
+    rounds: int | None = None
+    """rounds in total, at least as many as before (distill)"""
+    steps: int | None = None
+    """agent steps in total, at least as many as before (distill-rl, train-teacher)"""
+    eval_episodes: int | None = None
+    """full episodes per protocol in the final evaluation"""
+    teacher: str | None = None
+    """where the same teacher is now, if it was moved"""
+    device: DeviceName | None = None
+    """device to compute on; by default as before"""
+    threads: int | None = None
+    """CPU threads per batch and number of emulator processes; by default as before"""
+    debug: bool = False
+    """print the traceback of an error"""
+
+
+def run(args: ResumeArgs) -> None:
+    """Resumes the run with the command that started it.
+
+    Raises:
+        ValueError: a flag that the run's command does not have, or the folder's parent is not named after the game.
+        BadFile: not the folder of a run.
+    """
+    folder = args.run.resolve()
+    record = load_run_config(folder)
+    kind, run_command = load_command(record.subcommand)
+    config = from_settings(kind, record.settings, folder / "config.json")
+    if folder.parent.name != record.settings.get("game"):
+        raise ValueError(f"{args.run}: move the folder of a run to FOLDER/{record.settings.get('game')}/NAME first")
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "run"}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if unknown := changes.keys() - record.settings.keys():
+        flag = min(unknown).replace("_", "-")
+        raise ValueError(f"--{flag}: not a flag of policykd {record.subcommand}, which started the run; leave it out")
+    place: dict[str, Any] = {"name": folder.name, "folder": folder.parent.parent, "resume": True}
+    run_command(replace(config, **changes, **place))

@@ -1,0 +1,332 @@
+"""A whole distillation run: teacher, training, evaluations, checkpoints, results, report.
+
+`distill_run` is what `policykd distill` does. It reads top to bottom; the training itself is `policykd.loop.distill`.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from policykd.agents.card import Provenance
+from policykd.agents.ensemble import load_teachers
+from policykd.agents.student import Student, make_student, save_student
+from policykd.agents.teacher import Teacher
+from policykd.envs.atari import make_atari
+from policykd.envs.games import canonical_name
+from policykd.envs.vector import VectorEnv
+from policykd.evaluation.evaluate import periodic_evaluation
+from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
+from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
+from policykd.export.compiled import compile_policy
+from policykd.io.machine import prepare_device, versions
+from policykd.io.signals import deferred_signals
+from policykd.loop import Round, distill
+from policykd.losses import LogitHuber, LogitMSE, LossFn
+from policykd.methods.auxiliary import AuxiliaryLosses
+from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return
+from policykd.runs.finish import finish_run
+from policykd.runs.folder import (
+    CHECKPOINTS,
+    FINAL_EVALUATION,
+    Machine,
+    RunRecord,
+    check_resumable,
+    ensure_run_dir_exists,
+    lengthen_run,
+    load_run_config,
+    lock_folder,
+    pin_teacher_revision,
+    resume_command,
+    should_resume,
+    write_run_config,
+)
+from policykd.runs.records import RunLogger
+from policykd.runs.results import RunResult, load_results
+from policykd.runs.settings import to_settings
+from policykd.states import BlendedStates, DatasetStates
+from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
+from policykd.storage.dataset import open_dataset
+from policykd.storage.generations import has_generations
+from policykd.storage.manifest import Origin, TeacherRef
+from policykd.storage.offline import label_preloaded, open_replay
+from policykd.train_state import TrainState, make_train_state
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one run need."""
+
+    run: Path
+    """the run's folder"""
+    config: DistillRunConfig
+    device: torch.device
+    threads: int
+    teacher: Teacher
+    envs: VectorEnv
+
+
+def distill_run(config: DistillRunConfig) -> RunResult:
+    """Distils a teacher into a student, from the teacher's reference to the report, and returns the results.
+
+    The run has a folder, `run_folder(config)`. With `config.resume` an interrupted run continues from its last
+    checkpoint, with the same bits as without the interruption; a finished one returns its results.
+
+    Args:
+        config: the settings of the run; the flags of `policykd distill`.
+
+    Raises:
+        ValueError: invalid settings, or other ones than those of the run to resume.
+        BadFile: a teacher or a file of the run that is damaged, or a teacher that is no better than a random policy.
+        OSError: disk, network or permissions, or another process works in the folder.
+        FloatingPointError: too many teacher outputs or updates are not finite.
+        KeyboardInterrupt: SIGINT or SIGTERM; the message names the command that resumes the run.
+    """
+    config = replace(config, game=canonical_name(config.game))
+    check_config(config)
+    device = prepare_device(config.device, config.threads)
+    check_device(config, device)
+    run = run_folder(config)
+    with lock_folder(run), _single_torch_thread() as threads:
+        try:
+            return _run_in_folder(run, config, device, threads)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; the rounds before it are saved in {run}") from error
+        except KeyboardInterrupt:
+            advice = f"what was finished is saved; resume with: {resume_command(run)}"
+            raise KeyboardInterrupt(advice) from None
+
+
+def run_folder(config: DistillRunConfig) -> Path:
+    """Returns the folder of a run; without a name, one made of the student's size, the seed and the time."""
+    name = f"{config.student.replace('%', 'pct')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config.folder / canonical_name(config.game) / (config.name or name)
+
+
+def check_device(config: DistillRunConfig, device: torch.device) -> None:
+    """Raises ValueError for settings that this device does not support, or only ten times more slowly."""
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs --device cuda, this is {device}; leave it out")
+    if config.bf16 and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        raise ValueError("--bf16: this CPU has no bfloat16 arithmetic and would take ten times as long; leave it out")
+
+
+@contextmanager
+def _single_torch_thread() -> Iterator[int]:
+    """Yields torch's number of threads, and sets it to 1: the trainer's own threads share each batch instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, threads: int) -> RunResult:
+    """Does the steps of a run in order; each of them is skipped or repeated on resume as its result requires."""
+    # 1. Load the teacher and start the environments.
+    started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    teacher = _load_teacher(config, started, device)
+    num_envs = 1 if config.is_offline else config.num_envs
+    num_workers = 0 if config.is_offline else threads
+    with closing(make_atari(config.game, num_envs, config.seed, num_workers=num_workers)) as envs:
+        check_fits(teacher, envs, config.teacher, config.game)
+        job = _Job(run, config, device, threads, teacher, envs)
+
+        # 2. Resume only what is the same run; a finished one is shown again.
+        record = _record(job)
+        if started:
+            check_resumable(run, started, record, may_change=_may_change(config))
+            started = lengthen_run(run, started, record, "rounds")
+            if result := _finished(job):
+                print(result.summary())
+                return result
+
+        # 3. Check the teacher once per run. Nothing is written before: a wrong archive leaves no folder.
+        check = started.teacher_check if started else None
+        check = check or check_teacher(teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher)
+        state, loss_fn = _make_state(job, check)
+        if started is None:
+            print(f"warning: the teacher {check.warning}" if check.warning else f"the teacher plays {check}")
+            write_run_config(run, replace(record, teacher_check=check))
+
+        # 4. Restore the last checkpoint, train, and log every round.
+        label_preloaded(state.replay, teacher)
+        _restore(job, state, is_resumed=started is not None)
+        with closing(RunLogger(run, state.round)) as logger:
+            _train(job, state, loss_fn, logger)
+            seconds = logger.seconds()
+
+        # 5. Save the student, play the final games, write the results and the report.
+        return _finish(job, state, seconds)
+
+
+def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
+    """Returns the teacher on the device, with the fastest backend that is installed; from the Hub, at one commit."""
+    teacher = load_teachers(
+        pin_teacher_revision(config.teacher, started),
+        config.teacher_weights,
+        game=config.game,
+        trust_pickle=config.trust_pickle,
+        measure=lambda member: measured_return(member, config.game, seed=config.seed),
+    )
+    with closing(make_atari(config.game, 1, config.seed)) as envs:
+        return compile_policy(teacher.to(device), envs.reset().to(device))
+
+
+def _record(job: _Job) -> RunRecord:
+    """Returns what identifies the run, but for the check of its teacher."""
+    inputs: dict[str, str] = {}
+    if isinstance(job.config.states, DatasetStates | BlendedStates):
+        inputs["dataset"] = open_dataset(job.config.states.path).sha256
+    return RunRecord(
+        subcommand="distill",
+        settings=to_settings(job.config),
+        machine=Machine(device=str(job.device), threads=job.threads, teacher_backend=job.teacher.backend),
+        teacher=job.teacher.record,
+        inputs=inputs,
+    )
+
+
+def _may_change(config: DistillRunConfig) -> frozenset[str]:
+    """Returns the settings that may differ on resume: all that do not decide what is learned."""
+    return RESUMABLE_CHANGES - ({"eval_every"} if depends_on_return(config) else set())
+
+
+def _finished(job: _Job) -> RunResult | None:
+    """Returns the results of a run that has reached its budget, also of the final evaluation; else None."""
+    result = load_results(job.run)
+    if result is None or (result.num_updates or 0) < job.config.rounds * job.config.updates_per_round:
+        return None
+    num_episodes = min(protocol.num_episodes for protocol in result.student.protocols.values())
+    return result if num_episodes >= job.config.eval_episodes else None
+
+
+def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
+    """Returns the training state at the start of the run, and its loss function.
+
+    Raises:
+        ValueError: settings that do not fit the teacher, the environments or the stored states.
+    """
+    config = job.config
+    teacher = job.teacher
+    student = make_student(
+        config.student,
+        job.envs.num_actions,
+        seed=config.seed,
+        value="value" in config.auxiliary.active,
+        temperature=student_temperature(config, teacher),
+    ).to(job.device)
+    loss_fn: LossFn = config.policy_loss
+    if config.auxiliary.active:
+        loss_fn = AuxiliaryLosses(config.policy_loss, config.auxiliary, student, teacher, seed=config.seed)
+    room = 0 if config.is_offline else config.rounds * config.states_per_round
+    replay = open_replay(config.states, teacher, config.game, room=room, num_envs=config.num_envs, device=job.device)
+    state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
+    state.teacher_return, state.random_return = check.goal(config.game)
+    if depends_on_return(config):
+        _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
+    return state, loss_fn
+
+
+def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:
+    """Returns the divisor of the student's outputs that gives logits.
+
+    A student that regresses on Q-values has outputs in their units, and plays them with the loss's temperature.
+    """
+    if not isinstance(config.loss, LogitMSE | LogitHuber):
+        return 1.0
+    return config.loss.temperature or config.temperature or teacher.temperature
+
+
+def _restore(job: _Job, state: TrainState, *, is_resumed: bool) -> None:
+    """Restores the newest intact checkpoint, if there is one."""
+    folder = job.run / CHECKPOINTS
+    if has_generations(folder):
+        restore_checkpoint(state, folder)
+    elif is_resumed:
+        print(f"warning: {job.run}: no checkpoint yet; the run starts from the beginning", file=sys.stderr)
+    # The last round of a run collects no states for a next one. If the run was lengthened, the loop collects them now.
+    is_lengthened = state.round < job.config.rounds and state.rollout and state.rollout.first == len(state.replay)
+    if is_lengthened and not job.config.is_offline:
+        state.rollout = None
+
+
+def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> None:
+    """Runs the loop; saves and logs every round, and evaluates every few."""
+    config = job.config
+    teacher_ref = TeacherRef(algorithm=job.teacher.algorithm, sha256=job.teacher.sha256)
+    origin = Origin(source=f"the run {job.run.absolute().name}", game=config.game, teacher=teacher_ref)
+    temperature = config.temperature or job.teacher.temperature
+    print(
+        f"{job.run}: {config.game} from {job.teacher.algorithm} {job.teacher.ref}; watch it with: tensorboard --logdir"
+        f" {config.folder}"
+    )
+    # A run that was stopped between a checkpoint and its evaluation evaluates first.
+    _evaluate_if_due(job, state, logger)
+    rounds = distill(
+        job.teacher, state.student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, state=state
+    )
+    with tqdm(rounds, total=config.rounds, initial=state.round, unit="round", desc=config.game) as bar:
+        for r in bar:
+            with deferred_signals():  # so that logs and checkpoint belong to the same round
+                logger.add_round(r, temperature)
+                save_checkpoint(state, job.run / CHECKPOINTS, origin)
+            _evaluate_if_due(job, state, logger)
+            bar.set_postfix_str(_progress_line(r))
+
+
+def _evaluate_if_due(job: _Job, state: TrainState, logger: RunLogger) -> None:
+    """Evaluates the student every `eval_every` rounds; schedules may follow these returns."""
+    config = job.config
+    is_due = config.eval_every and state.round and state.round % config.eval_every == 0
+    if not is_due:
+        return
+    if not logger.has_evaluation(state.num_updates):
+        student = _as_student(state.student)
+        evaluation = periodic_evaluation(student, config.game, seed=config.seed, num_workers=job.threads)
+        logger.add_evaluation(evaluation, job.teacher.reported_return)
+    state.student_returns = logger.evaluation_returns(state.num_updates)
+
+
+def _progress_line(r: Round) -> str:
+    """Returns the measurements that the progress bar shows."""
+    episodes = r.collected.episodes
+    parts = [f"kl={r.train['kl']:.4f}", f"agree={r.train['action_agreement']:.1%}"]
+    parts.append(f"student={r.collected.student_fraction:.0%}")
+    if episodes:
+        parts.append(f"score={sum(e.episodic_return for e in episodes) / len(episodes):.1f}")
+    return ", ".join(parts)
+
+
+def _finish(job: _Job, state: TrainState, seconds: dict[str, float]) -> RunResult:
+    """Saves the student, plays the final games, and writes everything that a finished run has."""
+    config = job.config
+    student = _as_student(state.student)
+    command = shlex.join(sys.argv)
+    ensure_run_dir_exists(job.run)
+    save_student(student, job.run, Provenance(game=config.game, teacher=job.teacher.record, command=command))
+    options = FinalEvaluationOptions(num_episodes=config.eval_episodes, seed=config.seed, threads=job.threads)
+    final = final_evaluation(student, job.teacher, config.game, job.run / FINAL_EVALUATION, options)
+    result = RunResult(
+        **vars(final),
+        num_states_labelled=state.replay.num_states,
+        num_updates=state.num_updates,
+        wall_seconds=seconds | {"evaluate": final.evaluation_seconds},
+        versions=versions(),
+        command=command,
+    )
+    finish_run(job.run, result, student, job.teacher, game=config.game, seed=config.seed)
+    return result
+
+
+def _as_student(module: nn.Module) -> Student:
+    assert isinstance(module, Student)
+    return module

@@ -1,0 +1,37 @@
+"""The last files of a run: table, film, report, results."""
+
+import json
+from pathlib import Path
+
+from policykd.agents.student import Student
+from policykd.agents.teacher import Teacher
+from policykd.io.files import write_atomically
+from policykd.io.typed import to_json, write_json
+from policykd.report import write_report
+from policykd.runs.folder import ensure_run_dir_exists
+from policykd.runs.results import RESULTS, RunResult
+from policykd.viewer.animation import play_to_gif
+
+
+def finish_run(run: Path, result: RunResult, student: Student, teacher: Teacher, *, game: str, seed: int) -> None:
+    """Writes student.gif, results.md, report.html and results.json into a run's folder, and prints the table.
+
+    results.json comes last: a run is finished once it is there.
+
+    Args:
+        run: folder of the run.
+        result: its result.
+        student: the run's student.
+        teacher: its teacher.
+        game: what both play.
+        seed: of the films.
+
+    Raises:
+        OSError: no space left or no permission; the run can be resumed.
+    """
+    play_to_gif(student, game, run / "student.gif", seed=seed)
+    ensure_run_dir_exists(run)
+    write_atomically(run / "results.md", result.summary().encode())
+    write_report(run, json.loads(to_json(result)), student, teacher, game, seed=seed)
+    write_json(run / RESULTS, result)
+    print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")
