@@ -265,7 +265,7 @@ def test_a_teacher_that_plays_at_random_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow  # test_distill_rl.py runs the same machinery as a command
+@pytest.mark.slow  # test_distill_rl_run.py runs the same machinery as a command
 def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
     """Stopped by a signal, it ends as the training that was left alone; test_sb3_checkpoints.py stops it anywhere."""
     hyperparams = ["--hyperparams", "n_steps:32", "n_epochs:1", "batch_size:32"]

@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import Field as Bounds
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from policykd.agents.sb3_student import to_sb3
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.cli.groups import SeedArgs
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation, StudentDrivenMethod
 from policykd.rl.teacher_mixin import TeacherMixin
+from policykd.rl.training import TrainingArgs
+from policykd.runs.groups import SeedArgs
 from policykd.schedules import Linear, Progress, Quantity, ReturnGap, check_bounds, resolve
 
 MethodName = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
@@ -82,7 +84,7 @@ MAX_LEARNING_STARTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodArgs(SeedArgs):
+class MethodArgs(TrainingArgs, SeedArgs):
     """The method and what it learns by."""
 
     method: MethodName = "ppd"
@@ -90,22 +92,20 @@ class MethodArgs(SeedArgs):
     weight: Quantity | None = None
     """weight of the distillation, a number or a schedule such as linear:1:0 or gap:3; None is 1, for kickstarting
     linear:1:0, for qdagger gap:3"""
-    reward_weight: float | None = None
+    reward_weight: Annotated[float | None, Bounds(ge=0)] = None
     """factor of the game's rewards, for on-policy, n-distill and expected-entropy (default 0); the others use the
     rewards as they are"""
-    entropy_weight: float | None = None
+    entropy_weight: Annotated[float | None, Bounds(ge=0, le=1)] = None
     """entropy that n-distill and expected-entropy subtract: 1 (default) minimises KL divergences, 0 the cross-entropies
     of the paper"""
-    temperature: float = 0.0
+    temperature: Annotated[float, Bounds(ge=0)] = 0.0
     """temperature of the teacher's outputs; 0 is the teacher's own (1 for PPO and A2C, 0.01 for DQN), but 0.1 for
     qdagger with a DQN teacher, which also divides the student's Q-values"""
-    offline_steps: int | None = None
+    offline_steps: Annotated[int | None, Bounds(ge=0)] = None
     """agent steps of the teacher that qdagger trains on first (default 50,000)"""
-    offline_updates: int | None = None
+    offline_updates: Annotated[int | None, Bounds(ge=0)] = None
     """gradient steps on them (default 12,500)"""
-    steps: int = 1_000_000
-    """agent steps (4 frames each) of the student over all environments; schedules follow it"""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, Bounds(ge=0)] = 0.0
     """initial learning rate of Adam, which falls linearly to 0; 0 is 1e-3, for qdagger 1e-4"""
 
 

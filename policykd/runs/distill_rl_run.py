@@ -32,7 +32,7 @@ from policykd.io.typed import to_json, write_json
 from policykd.report import write_report
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
-from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs
+from policykd.rl.training import RESUMABLE_CHANGES, Training
 from policykd.runs.folder import (
     FINAL_EVALUATION,
     Machine,
@@ -47,7 +47,6 @@ from policykd.runs.folder import (
 from policykd.runs.groups import (
     EvaluationArgs,
     MachineArgs,
-    NotNegative,
     Positive,
     RunArgs,
     TeacherArgs,
@@ -63,7 +62,7 @@ NUM_SCALING_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRLConfig(MethodArgs, TrainingArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunArgs):
+class DistillRLConfig(MethodArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunArgs):
     """Distils an Atari agent into a compact student inside reinforcement learning, and measures what that cost.
 
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
@@ -77,8 +76,6 @@ class DistillRLConfig(MethodArgs, TrainingArgs, EvaluationArgs, MachineArgs, Tea
     """size, see policykd distill --help"""
     num_envs: Positive = 16
     """environments that the student plays in parallel"""
-    eval_every: NotNegative = 250_000
-    """agent steps between periodic evaluations (16 episodes, no-op starts, sampled actions); 0 for none"""
 
 
 def check_config(config: DistillRLConfig) -> DistillRLConfig:

@@ -328,7 +328,7 @@ def test_the_value_head_learns_the_return_of_whole_episodes_and_their_own_cost()
     buffer = model.rollout_buffer
     obs, returns = (torch.as_tensor(array) for array in (buffer.observations, buffer.returns))
     with torch.no_grad():
-        student_log_NA = model.policy.get_distribution(obs).distribution.logits  # type: ignore[union-attr]
+        student_log_NA = model.policy.get_distribution(obs).distribution.logits
         cost_ET = method.cost_B(student_log_NA, obs[:, :2].log_softmax(dim=1)).view(num_envs, -1)
     num_episodes = 0
     for env in range(num_envs):
