@@ -77,6 +77,7 @@ class FrameReplayBuffer(ReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         """Appends a step of every environment; `next_obs` is the next call's `obs`, and unused after a `done`."""
+        # The newest frame of each stack; the older ones are in the ring already, or zeros.
         now = self.pos
         self.frames_TE[now] = obs[:, -1] if self.stack > 1 else obs
         if self.num_added:
@@ -93,11 +94,13 @@ class FrameReplayBuffer(ReplayBuffer):
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """Returns a uniform batch of steps whose frames and successors are all in the ring."""
+        # The stacks of the oldest steps and the successors of the newest ones are not complete.
         oldest = max(0, self.num_added - self.buffer_size)
         first = oldest + self.stack - 1 if oldest else 0
         return self._get_samples(np.random.randint(first, self.num_added - self.n_steps, size=batch_size))
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        # NumPy's global generator, in SB3's order: the same draws as SB3's own buffers.
         envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds))
         steps = (batch_inds[:, None] + np.arange(self.n_steps)) % self.buffer_size
         # A reward counts if no earlier step of the n ended the episode.

@@ -53,6 +53,7 @@ _A2C = {
     "policy_kwargs": {"share_features_extractor": False},
 }
 _DQN = {
+    # One update per four steps as in DQN (Mnih et al., 2015), three-step returns as in Rainbow (Hessel et al., 2018).
     "buffer_size": 100_000,
     "train_freq": 4,
     "batch_size": 32,
@@ -168,6 +169,7 @@ def make_model(
         "seed": args.seed,
         "device": device,
     }
+    # What depends on the environments, or on the flags of one method.
     if method.loss:
         settings["method"] = method.loss(**{name: getattr(args, name) for name in method.flags})
     elif method.algorithm is QDagger:

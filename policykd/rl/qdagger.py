@@ -60,6 +60,7 @@ class QDagger(TeacherMixin, DQN):
             distillation_end_fraction: fraction of the run after which the weight is 0.
             **kwargs: SB3's other arguments; `n_steps` for n-step returns.
         """
+        # Logits are played at 1, so they are compared at 1; Q-values are compared more softly than they are played.
         has_logits = getattr(kwargs.get("teacher"), "temperature", None) == 1.0
         if student_temperature is None:
             student_temperature = Q_VALUE_TEMPERATURE if has_logits else teacher_temperature or Q_VALUE_TEMPERATURE
@@ -98,6 +99,7 @@ class QDagger(TeacherMixin, DQN):
         Raises:
             FloatingPointError: training has diverged.
         """
+        # As at the start of `learn`, so that schedules and the weight have their first values.
         self._setup_learn(num_steps, tb_log_name=f"{type(self).__name__}-offline")
         self._current_progress_remaining = 1.0
         print_line(f"collecting {num_steps:,} steps of the teacher")
@@ -154,10 +156,13 @@ class QDagger(TeacherMixin, DQN):
 
     def _losses(self, batch: ReplayBufferSamples) -> tuple[Tensor, Tensor]:
         """Returns the n-step TD loss (Huber) and the KL divergence, both means over the batch."""
+        # SB3's TD target; an n-step replay buffer brings gamma^n with each row.
         discount = self.gamma if batch.discounts is None else batch.discounts
         with torch.no_grad():
             best_B1 = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
             target_B1 = batch.rewards + (1 - batch.dones) * discount * best_B1
+
+        # One forward pass serves both losses.
         q_BA = self.q_net(batch.observations)
         taken_B1 = q_BA.gather(1, batch.actions.long())
         teacher_log_BA = self.teacher_log_policy(batch.observations)

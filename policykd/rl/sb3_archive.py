@@ -66,6 +66,7 @@ def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> No
     net = teacher.net
     if not isinstance(net, ConvNet) or (net.widths, net.hidden) != ((32, 64, 64), (512,)) or net.scale != 255.0:
         raise ValueError(f"--start-from {teacher.ref}: not SB3's NatureCNN on frames in [0, 1]; give another teacher")
+    # By position in SB3's NatureCNN: a layer with weights, then a ReLU.
     for extractor in [module for module in policy.modules() if isinstance(module, NatureCNN)]:
         layers = [extractor.cnn[0], extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]
         for layer, source in zip(layers, [net.conv1, net.conv2, net.conv3, net.dense[0]], strict=True):
@@ -81,6 +82,7 @@ def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> No
 
 def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[str, Tensor]:
     """Returns the state dict of a policy with a centred input as that of a plain policy, which is the same function."""
+    # w (grey - centre) / scale = (w 255 / scale) (grey / 255) - w centre / scale
     state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
     for name in [name for name in state if name.endswith("cnn.0.weight")]:
         bias = name.removesuffix("weight") + "bias"
@@ -100,6 +102,7 @@ def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = Inpu
     Raises:
         OSError: no space left or no permission; no partial file is left.
     """
+    # SB3's own archive, in memory.
     buffer = io.BytesIO()
     model.save(buffer, exclude=TRAINING_ONLY)
     # Equal tensors are stored once: a target network is written as its network, since no training follows.
@@ -114,6 +117,7 @@ def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = Inpu
         "policy.pth": policy,
         "policy.optimizer.pth": {**model.policy.optimizer.state_dict(), "state": {}},
     }
+    # Written again member by member, without timestamps.
     archive = io.BytesIO()
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(archive, "w") as out:
         for name in whole.namelist():

@@ -67,10 +67,12 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     num_saved = max((shard.first_row + shard.num_rows for shard in shards.values()), default=0)
     new_rows: Arrays = {}
     if buffer:
+        # Shards whose last step has left the ring are dropped.
         oldest = buffer.num_added - buffer.buffer_size
         shards = {name: s for name, s in shards.items() if s.first_row + s.num_rows > oldest}
         new_rows = buffer.arrays(num_saved) if buffer.num_added > num_saved else {}
 
+    # Weights, optimizer, and the global random streams, from which SB3 draws actions and minibatches.
     tensors: dict[str, Tensor] = {f"policy.{name}": p for name, p in model.policy.named_parameters()}
     tensors |= optimizer_tensors(model.policy.optimizer)
     tensors["torch_random"] = torch.get_rng_state()
@@ -113,12 +115,14 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
         for parameter, weight in model.policy.named_parameters():
             weight.copy_(tensors[f"policy.{parameter}"])
     restore_optimizer(model.policy.optimizer, tensors)
+    # SB3's attributes between two rollouts; `learn(reset_num_timesteps=False)` leaves them as they are.
     for counter, number in progress.counters.items():
         setattr(model, counter, number)
     model.ep_info_buffer = deque(progress.episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     model._last_obs = envs.restore(progress.envs).numpy()
     model._last_episode_starts = np.array(progress.episode_starts)
+    # The random streams last, because building environments and networks has drawn from them.
     kind, position, has_gauss, gauss = progress.numpy_random
     np.random.set_state((kind, tensors["numpy_random"].numpy().astype(np.uint32), position, has_gauss, gauss))
     model.action_space.np_random.bit_generator.state = progress.action_random

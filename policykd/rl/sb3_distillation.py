@@ -112,6 +112,7 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
 
     def _loss(self, batch: TeacherRolloutSamples, weight: float) -> tuple[Tensor, dict[str, float]]:
         """Returns PPO's loss on a minibatch plus `weight` times the distillation term, and the metrics."""
+        # One forward pass gives values, probabilities of the actions taken, and the whole policy.
         actions_B = batch.actions.long().flatten()
         values_B1, log_prob_B, entropy_B = self.policy.evaluate_actions(batch.observations, actions_B)
         student_log_BA = last_action_logits(self.policy)
@@ -133,6 +134,7 @@ class DistillationPPO(OnPolicyTeacherMixin, PPO):
         value_loss = mse_loss(batch.returns, value_B)
         entropy_loss = -entropy_B.mean()
 
+        # The teacher's term, weighted: the only difference from SB3's loss.
         distillation = self.distillation_B(student_log_BA, batch.teacher_log_BA, ratio_B, clip).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss + weight * distillation
         with torch.no_grad():
@@ -193,6 +195,7 @@ class StudentDriven(OnPolicyTeacherMixin, A2C):
 
     def train(self) -> None:
         """Takes one gradient step on a rollout."""
+        # The costs of the states are subtracted from the rewards before the advantages are computed.
         weight = self._prepare_training()
         self._subtract_distillation_cost(weight)
         (batch,) = self.rollout_buffer.get(batch_size=None)
@@ -227,10 +230,12 @@ class StudentDriven(OnPolicyTeacherMixin, A2C):
     def _subtract_distillation_cost(self, weight: float) -> None:
         """Subtracts the cost of each state from the rollout's rewards, and computes the advantages again."""
         buffer = self.rollout_buffer
+        # `rewards` is (steps, environments), the flattened rows are environment by environment.
         self.policy.get_distribution(buffer.to_torch(buffer.swap_and_flatten(buffer.observations)))
         cost_N = self.method.cost_B(last_action_logits(self.policy), buffer.to_torch(buffer.teacher_log_NA))
         buffer.rewards -= weight * cost_N.cpu().numpy().reshape(buffer.n_envs, -1).T
         assert self._last_obs is not None
+        # SB3 has computed them from the rewards alone when it collected the rollout.
         last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))
         buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
 

@@ -53,6 +53,7 @@ class TeacherMixin(BaseAlgorithm):
         Raises:
             ValueError: no teacher, an unsupported space, or an invalid temperature or weight.
         """
+        # SB3's `load` builds the object first and sets the teacher afterwards.
         if teacher is None and kwargs.get("_init_setup_model", True):
             raise ValueError(f"{type(self).__name__} has no teacher; give teacher=, a function of observations")
         if teacher_temperature is None:
@@ -107,6 +108,7 @@ class TeacherMixin(BaseAlgorithm):
 
     def current_weight(self) -> float:
         """Returns the distillation weight at the current progress of the run and return of the student."""
+        # SB3 keeps the last 100 episodes.
         returns = [float(episode["r"]) for episode in self.ep_info_buffer or []]
         random_return, teacher_return = self.reference_returns
         student_return = float(np.mean(returns)) if returns else None
@@ -132,6 +134,7 @@ class TeacherMixin(BaseAlgorithm):
 
     def check_weights(self) -> None:
         """Raises FloatingPointError if a weight is not finite."""
+        # A sum per tensor: NaN and infinity survive it, and one synchronisation with the device is enough.
         sums = torch.stack([weight.detach().sum() for weight in self.policy.parameters()])
         if not sums.isfinite().all():
             raise FloatingPointError(diverged("weights", self.num_timesteps))
@@ -160,6 +163,7 @@ class TeacherRolloutBuffer(RolloutBuffer):
 
     def add_teacher_labels(self, agent: TeacherMixin) -> None:
         """Evaluates the agent's teacher on every state of the rollout."""
+        # In SB3's order of rows, in batches that bound the memory of large rollouts.
         obs_N = self.swap_and_flatten(self.observations)
         pieces = np.array_split(obs_N, math.ceil(len(obs_N) / LABEL_BATCH_SIZE))
         labels = [agent.teacher_log_policy(self.to_torch(piece)).cpu().numpy() for piece in pieces]
@@ -181,6 +185,7 @@ def optimizer_step(policy: nn.Module, loss: Tensor, max_grad_norm: float) -> Non
     optimizer: Any = policy.optimizer
     optimizer.zero_grad()
     loss.backward()
+    # Checked before the step, so that the last finite weights stay.
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     if not torch.stack([loss.detach(), norm]).isfinite().all():
         raise FloatingPointError(diverged(f"loss ({loss.item():g}) or gradient ({norm.item():g})"))

@@ -47,18 +47,8 @@ from policykd.runs.groups import MachineArgs, NotNegative, Positive, RunArgs, Se
 from policykd.runs.settings import to_settings
 
 AlgorithmFlag = Literal["ppo", "a2c", "dqn", "qrdqn"]
-ALGORITHMS: dict[AlgorithmFlag, tuple[Algorithm, type[BaseAlgorithm]]] = {
-    "ppo": ("PPO", PPO),
-    "a2c": ("A2C", A2C),
-    "dqn": ("DQN", DQN),
-    "qrdqn": ("QRDQN", QRDQN),
-}
-_REPLAY: dict[str, Any] = {
-    "buffer_size": 100_000,
-    "learning_starts": 100_000,
-    "train_freq": 4,
-    "gradient_steps": 1,
-}
+ALGORITHMS: dict[AlgorithmFlag, Any] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}
+_REPLAY = {"buffer_size": 100_000, "learning_starts": 100_000, "train_freq": 4, "gradient_steps": 1}
 ZOO: dict[AlgorithmFlag, dict[str, Any]] = {
     "ppo": {
         "n_steps": 128,
@@ -86,7 +76,6 @@ ZOO: dict[AlgorithmFlag, dict[str, Any]] = {
 }
 """rl-baselines3-zoo's hyperparameters for Atari; QR-DQN's buffer and first random steps are DQN's, because the zoo's
 need ten times the memory"""
-DEFAULT_NUM_ENVS: dict[AlgorithmFlag, int] = {"ppo": 8, "a2c": 16, "dqn": 8, "qrdqn": 8}
 EVALUATION_SEED_OFFSET = 1000
 """keeps the card's episodes apart from those of the training"""
 
@@ -131,7 +120,7 @@ def train_teacher(config: TrainTeacherConfig) -> Card:
     """
     check_flags(config)
     check_name(config.name)
-    num_envs = config.num_envs or DEFAULT_NUM_ENVS[config.algo]
+    num_envs = config.num_envs or (16 if config.algo == "a2c" else 8)
     config = replace(config, game=canonical_name(config.game), num_envs=num_envs)
     device = prepare_device(config.device, config.threads)
     run = config.folder / config.game / (config.name or f"{config.algo}-seed{config.seed}")
@@ -164,7 +153,7 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         write_run_config(run, record)
 
     # 3. Training from the last checkpoint on, then the archive and its card.
-    algorithm, _ = ALGORITHMS[config.algo]
+    algorithm: Algorithm = ALGORITHMS[config.algo].__name__
 
     def evaluate() -> Evaluation:
         scores = Sb3Scores(model.policy.eval(), algorithm, envs.envs.obs_shape, envs.envs.num_actions)
@@ -192,17 +181,15 @@ def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device
         # One gradient step per train_freq steps of any environment, as with the zoo's single environment.
         settings["gradient_steps"] *= envs.num_envs
         settings["replay_buffer_class"] = FrameReplayBuffer
-        settings["replay_buffer_kwargs"] = {
-            "n_steps": settings.pop("n_steps", 1),
-            "gamma": settings.get("gamma", 0.99),
-        }
-    _, algorithm = ALGORITHMS[config.algo]
-    make: Any = algorithm
+        n_steps = settings.pop("n_steps", 1)
+        settings["replay_buffer_kwargs"] = {"n_steps": n_steps, "gamma": settings.get("gamma", 0.99)}
+    # SB3 checks values with assertions, and unknown names fail as unexpected arguments.
     try:
-        model: BaseAlgorithm = make("CnnPolicy", envs, seed=config.seed, device=device, **settings)
+        model: BaseAlgorithm = ALGORITHMS[config.algo]("CnnPolicy", envs, seed=config.seed, device=device, **settings)
     except (TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--hyperparams: unknown to {config.algo}, or an invalid value ({reason})") from error
+    # The faster memory format for convolutions on the CPU.
     model.policy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
@@ -223,6 +210,7 @@ def measure_scaling(game: str, seed: int) -> InputScaling:
     """Returns the median and the standard deviation of the pixels that a random policy sees, in grey levels."""
     generator = torch.Generator().manual_seed(seed)
     with closing(make_atari(game, 8, seed)) as envs:
+        # After 100 steps the games are under way, and differ.
         obs = envs.reset()
         for _ in range(100):
             obs = envs.step(torch.randint(envs.num_actions, (8,), generator=generator)).obs

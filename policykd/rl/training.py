@@ -56,15 +56,15 @@ class Training(BaseCallback):
         evaluate: Callable[[], Evaluation],
         first_curve_step: int = 1,
     ) -> None:
-        """Restores the model from the run's newest checkpoint, if there is one.
+        """Restores a new model and its environments from the run's newest checkpoint, if there is one.
 
         Args:
-            model: PPO, A2C, DQN or QR-DQN, new.
-            envs: its environments, new.
+            model: PPO, A2C, DQN or QR-DQN.
+            envs: its environments.
             run: folder of the run.
             args: length and intervals.
             evaluate: plays the episodes of a periodic evaluation.
-            first_curve_step: of a new run; what an interrupted start has logged from here on is removed.
+            first_curve_step: x of the first point of a new run's curves.
 
         Raises:
             BadFile: the checkpoints are damaged.

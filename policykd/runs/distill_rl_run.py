@@ -153,6 +153,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     if not started:
         write_run_config(run, replace(record, teacher_check=checked))
 
+    # The student as the policy of an SB3 agent, and its training.
     temperature = METHODS[config.method].student_temperature
     student = make_student(config.student, envs.num_actions, seed=config.seed, temperature=temperature)
     student.fit_input_normalization(frames)
@@ -166,6 +167,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     num_updates = config.offline_updates or 0
     training = Training(model, envs, run, config, evaluate, first_curve_step=-num_updates)
     with training.resume_hint():
+        # Saved at its end, and not repeated by a resumed run.
         if isinstance(model, QDagger) and num_updates and not training.is_resumed:
             model.learn_offline(_offline_steps(config), num_updates, print_line=lambda line: print(line, flush=True))
             training.save()
