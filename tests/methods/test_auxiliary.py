@@ -59,9 +59,9 @@ def cart_pole(tmp_path: Path) -> Teacher:
     return load_teacher(tmp_path / "agent.zip")
 
 
-def stored(obs: Tensor, capacity: int = 0) -> Replay:
+def stored(obs: Tensor, capacity: int = 0, num_actions: int = 6) -> Replay:
     """Returns a buffer whose states are independent observations."""
-    replay = Replay(max(capacity, len(obs)), 1, 6, tuple(obs.shape[1:]), dtype=obs.dtype)
+    replay = Replay(max(capacity, len(obs)), 1, num_actions, tuple(obs.shape[1:]), dtype=obs.dtype)
     replay.frames[1 : 1 + len(obs)] = obs
     replay.size = len(obs)
     return replay
@@ -129,9 +129,10 @@ def test_a_state_costs_one_pass_of_each_network(frames: Tensor) -> None:
     teacher, fresh = load_teacher("bundled:ppo", game="Pong"), make_student("1%", 6, value=True)
     assert isinstance(teacher.net, ConvNet)
     assert isinstance(fresh.net, ConvNet)
-    of_teacher, of_student = forward_calls(teacher.net.conv2), forward_calls(fresh.net.conv2)
     replay = stored(frames[:8])
-    losses = prepared(ALL, fresh, teacher, replay)
+    losses = AuxiliaryLosses(ForwardKL(), ALL, fresh, teacher)
+    of_teacher, of_student = forward_calls(teacher.net.conv2), forward_calls(fresh.net.conv2)
+    losses.prepare(replay, 8)
     losses.prepare(replay, 8)  # labels nothing twice
     assert of_teacher == [256]
     losses(fresh, make_batch(replay, torch.arange(8)))
@@ -199,7 +200,7 @@ def test_a_seed_decides_the_projection(ppo: Teacher, student: Student) -> None:
 def test_each_loss_falls_when_it_is_trained(name: str, share: float, cart_pole: Teacher) -> None:
     fresh = make_student((32,), 2, (4,), value=True)
     obs = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
-    replay = stored(obs)
+    replay = stored(obs, num_actions=2)
     losses = prepared(AuxiliaryLossWeights(**{name: 1.0}), fresh, cart_pole, replay)
     batch = make_batch(replay, torch.arange(128))
     optimizer = torch.optim.Adam([*fresh.parameters(), *losses.parameters()], lr=1e-2)
