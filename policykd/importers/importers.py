@@ -109,18 +109,17 @@ def read_sb3_buffer(path: Path, game: str | None, *, trust_pickle: bool) -> tupl
     info = StatesInfo(stacked.shape, stacked.dtype, origin, stacked.stack, num_actions)
 
     def recordings() -> Iterator[Recording]:
-        for env, first in itertools.product(range(obs.shape[1]), range(0, len(order), CHUNK)):
-            steps = order[first : first + CHUNK]
-            starts_T = dones[steps - 1, env] > 0
-            if first == 0:
-                starts_T[0] = True
-            yield Recording(
-                obs=frames_first(obs[steps, env]),
-                actions_T=actions[steps, env].reshape(len(steps)) - first_action,
-                rewards_T=rewards[steps, env],
-                starts_T=starts_T,
-                is_cut=is_full and first == 0,
-            )
+        for env in range(obs.shape[1]):
+            steps = order
+            if is_full and stacked.shape != frames_first(obs[:1, 0]).shape[1:]:
+                # Single images whose first stacks the ring has overwritten in part: start at the next episode.
+                steps = order[int(np.argmax(dones[order, env] > 0)) + 1 :]
+            for first in range(0, len(steps), CHUNK):
+                steps_T = steps[first : first + CHUNK]
+                starts_T = dones[steps_T - 1, env] > 0
+                starts_T[0] |= first == 0
+                actions_T = actions[steps_T, env].reshape(len(steps_T)) - first_action
+                yield Recording(frames_first(obs[steps_T, env]), actions_T, rewards[steps_T, env], starts_T)
 
     return info, rows(recordings(), path)
 
@@ -144,25 +143,27 @@ def read_dqn_replay(folder: Path, game: str | None) -> tuple[StatesInfo, Iterato
 
     def recordings() -> Iterator[Recording]:
         after_end = True
+        is_lost = False
         num_black = STACK - 1
         for number in numbers:
-            is_cut = number > 0 and number - 1 not in numbers
-            after_end = after_end or is_cut
+            # After a gap the next stacks are unknown: continue with the next episode.
+            is_lost = is_lost or (number > 0 and number - 1 not in numbers)
             for frames, actions_T, rewards_T, terminals_T in _dqn_replay_chunks(folder, number):
                 kept = list[int]()
                 starts = list[bool]()
                 is_black_T = ~np.asarray(frames.any(axis=(1, 2)))
-                for t, (black, terminal) in enumerate(zip(is_black_T, terminals_T != 0, strict=True)):
-                    if after_end and black and num_black:
+                for t, (is_black, is_terminal) in enumerate(zip(is_black_T, terminals_T != 0, strict=True)):
+                    if after_end and is_black and num_black:
                         num_black -= 1
                         continue
-                    kept.append(t)
-                    starts.append(after_end)
-                    after_end = bool(terminal)
+                    if not is_lost:
+                        kept.append(t)
+                        starts.append(after_end)
+                    after_end = bool(is_terminal)
+                    is_lost = is_lost and not is_terminal
                     num_black = STACK - 1
                 if kept:
-                    yield Recording(frames[kept], actions_T[kept], rewards_T[kept], np.array(starts), is_cut)
-                    is_cut = False
+                    yield Recording(frames[kept], actions_T[kept], rewards_T[kept], np.array(starts))
 
     return StatesInfo((STACK, 84, 84), "uint8", origin, STACK, num_actions), rows(recordings(), folder)
 

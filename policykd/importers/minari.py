@@ -22,7 +22,7 @@ from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_fi
 from policykd.io.files import BadFile, sync_folder
 from policykd.io.typed import read_json
 from policykd.replay import Replay
-from policykd.storage.dataset import fill, open_dataset
+from policykd.storage.dataset import load_dataset, open_dataset
 from policykd.storage.generations import Generation
 from policykd.storage.manifest import Count, DType, Origin, Size, StatesInfo, Text
 from policykd.storage.shards import MAX_RATIO, Arrays
@@ -178,7 +178,7 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
     info = source.info
     if info.num_actions is None:
         raise ValueError(f"{dataset}: its number of actions is unknown; import it again with --game")
-    replay = fill(source, info.num_actions, keep_outputs=True)
+    replay = load_dataset(dataset)
     steps = _steps(source.generation, replay)
     episodes = _episodes(replay, steps["starts"])
 

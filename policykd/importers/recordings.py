@@ -36,8 +36,6 @@ class Recording:
     rewards_T: np.ndarray
     starts_T: np.ndarray
     """bool: first step of an episode, or of what is left of one"""
-    is_cut: bool = False
-    """whether earlier frames of the first step's episode are missing"""
 
 
 @dataclass(frozen=True)
@@ -83,46 +81,21 @@ def rows(recordings: Iterator[Recording], source: Path) -> Iterator[Arrays]:
     """
     recordings = (recording for recording in recordings if len(recording.obs))
     first = next(recordings, None)
-    if first is None:
-        return
-    recordings = itertools.chain([first], recordings)
-    if first.obs.ndim == 2:
-        yield from _rows_of_vectors(recordings)
-    elif first.obs.ndim == 3:
-        yield from _rows_of_images(recordings)
-    else:
-        yield from _rows_of_stacks(recordings, source)
+    if first is not None:
+        convert = _rows_of_stacks if first.obs.ndim == 4 else _rows_of_frames
+        yield from convert(itertools.chain([first], recordings), source)
 
 
-def _rows_of_vectors(recordings: Iterable[Recording]) -> Iterator[Arrays]:
+def _rows_of_frames(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
+    """Stacks single images as SB3 does, with zeros before the first one of an episode; vectors are not stacked."""
+    num_since_start = 0
     for r in recordings:
+        max_past = STACK - 1 if r.obs.ndim == 3 else 0
         num_past_T = np.zeros(len(r.obs), np.uint8)
-        yield {"frames": r.obs, "num_past_frames": num_past_T, **_steps(r, r.starts_T, np.arange(len(r.obs)))}
-
-
-def _rows_of_images(recordings: Iterable[Recording]) -> Iterator[Arrays]:
-    """Stacks single images as SB3 does, with zeros before the first one of an episode."""
-    num_past = -1
-    num_unknown = 0
-    is_start = False
-    for r in recordings:
-        num_past_T = np.zeros(len(r.obs), np.uint8)
-        context_only_T = np.zeros(len(r.obs), np.bool_)
-        starts_T = np.zeros(len(r.obs), np.bool_)
-        for t, start in enumerate(r.starts_T.tolist()):
-            if start:
-                num_past = -1
-                # After a gap the first stacks are incomplete: their images are context for later ones.
-                num_unknown = STACK - 1 if r.is_cut and t == 0 else 0
-                is_start = True
-            num_past = min(num_past + 1, STACK - 1)
-            num_past_T[t] = num_past
-            context_only_T[t] = num_unknown > 0
-            starts_T[t] = is_start and num_unknown <= 0
-            is_start = is_start and num_unknown > 0
-            num_unknown -= 1
-        steps = _steps(r, starts_T, np.arange(len(r.obs)))
-        yield {"frames": r.obs, "num_past_frames": num_past_T, "context_only": context_only_T, **steps}
+        for t, is_start in enumerate(r.starts_T.tolist()):
+            num_since_start = 0 if is_start else num_since_start + 1
+            num_past_T[t] = min(num_since_start, max_past)
+        yield {"frames": r.obs, "num_past_frames": num_past_T, **_steps(r, np.arange(len(r.obs)))}
 
 
 def _rows_of_stacks(recordings: Iterable[Recording], source: Path) -> Iterator[Arrays]:
@@ -167,11 +140,11 @@ def _rows_of_stacks(recordings: Iterable[Recording], source: Path) -> Iterator[A
                 frames[row - num_past : row] = obs[t, num_before - num_past : -1]
                 num_past_frames[row - num_past : row] = np.arange(num_past)
             num_past_frames[row] = num_past
-        steps = _steps(r, r.starts_T, rows_T)
+        steps = _steps(r, rows_T)
         yield {"frames": frames, "num_past_frames": num_past_frames, "context_only": context_only, **steps}
 
 
-def _steps(r: Recording, starts_T: np.ndarray, rows_T: np.ndarray) -> Arrays:
+def _steps(r: Recording, rows_T: np.ndarray) -> Arrays:
     """Returns actions, rewards and starts at the rows of their states."""
     num_rows = int(rows_T[-1]) + 1
     steps = {
@@ -179,6 +152,6 @@ def _steps(r: Recording, starts_T: np.ndarray, rows_T: np.ndarray) -> Arrays:
         "rewards": np.zeros(num_rows, np.float32),
         "starts": np.zeros(num_rows, np.bool_),
     }
-    for name, values in (("actions", r.actions_T), ("rewards", r.rewards_T), ("starts", starts_T)):
+    for name, values in (("actions", r.actions_T), ("rewards", r.rewards_T), ("starts", r.starts_T)):
         steps[name][rows_T] = values
     return steps

@@ -87,40 +87,56 @@ def _as_dataset(generation: Generation) -> Dataset:
 
 
 def load_dataset(
-    path: str | Path,
-    teacher: Teacher,
-    *,
-    game: str | None = None,
-    num_held_out: int = 0,
-    room: int = 0,
+    path: str | Path, teacher: Teacher | None = None, *, game: str | None = None, num_held_out: int = 0, room: int = 0
 ) -> Replay:
-    """Returns a replay with all states of a dataset; outputs of another teacher are left out, see `label`.
+    """Returns a replay with all states of a dataset.
 
     Args:
         path: see `open_dataset`.
-        teacher: its outputs are kept if the dataset has them.
+        teacher: outputs of another teacher are left out, see `label`; None keeps those of any.
         game: the game that the student will play.
         num_held_out: rows at the end that are never sampled.
         room: capacity for so many more states.
 
     Raises:
         BadFile: damaged, incomplete, or states of another game, shape or number of actions.
-        ValueError: too large, or no states to train on or to hold out.
+        ValueError: larger than the machine's memory, or no states to train on or to hold out.
     """
     dataset = open_dataset(path)
     info = dataset.info
-    expected = (canonical_name(game) if game else info.origin.game, teacher.obs_shape, teacher.num_actions)
-    found = (info.origin.game or expected[0], info.obs_shape, info.num_actions or teacher.num_actions)
-    for what, right, wrong in zip(("game", "observations", "number of actions"), expected, found, strict=True):
-        if wrong != right:
-            raise BadFile(f"{path}: expected {what} {right}, found {wrong}; use another dataset")
+    keep_outputs = teacher is None or (info.origin.teacher is not None and info.origin.teacher.sha256 == teacher.sha256)
+    num_actions = teacher.num_actions if teacher else info.num_actions or 1
+    if not dataset.generation.manifest.is_complete:
+        raise BadFile(
+            f"{path}: an import that is still running or was interrupted after {dataset.num_states:,} states; run the"
+            " same import again to continue it"
+        )
+    if game and info.origin.game not in (None, canonical_name(game)):
+        raise BadFile(f"{path}: expected game {canonical_name(game)}, found {info.origin.game}; use another dataset")
+    if teacher and info.obs_shape != teacher.obs_shape:
+        raise BadFile(f"{path}: expected observations {teacher.obs_shape}, found {info.obs_shape}; use another dataset")
+    if info.num_actions not in (None, num_actions):
+        raise BadFile(f"{path}: expected {num_actions} actions, found {info.num_actions}; use another dataset")
     if not 0 <= num_held_out < dataset.num_rows:
         raise ValueError(f"{path}: cannot hold out {num_held_out:,} of {dataset.num_rows:,} rows; hold out fewer")
+    num_bytes = (dataset.num_rows + room) * (info.row_bytes + 1 + 4 * num_actions)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise ValueError(
+            f"{path}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine has"
+            f" {memory / 1e9:,.1f}; import fewer with --num-states"
+        )
 
-    is_labelled = info.origin.teacher is not None and info.origin.teacher.sha256 == teacher.sha256
-    replay = fill(dataset, teacher.num_actions, keep_outputs=is_labelled, room=room)
+    shape = (dataset.num_rows + room, info.num_envs, num_actions, info.obs_shape)
+    replay = Replay(*shape, stack=info.stack, dtype=getattr(torch, info.dtype))
     replay.num_held_out = num_held_out
-    num_training = len(replay) - num_held_out
+    for name, arrays in dataset.generation.read_shards():
+        if not keep_outputs:
+            arrays.pop("teacher", None)
+        replay.extend(arrays)
+        _check_rows(replay, arrays, dataset.generation.folder / name)
+
+    num_training = dataset.num_rows - num_held_out
     num_training -= int((replay.context_only_rows < num_training).sum())
     if not num_training or (num_held_out and num_training == replay.num_states):
         raise ValueError(
@@ -130,45 +146,19 @@ def load_dataset(
     return replay
 
 
-def fill(dataset: Dataset, num_actions: int, *, keep_outputs: bool, room: int = 0) -> Replay:
-    """Returns a replay of all rows of a dataset, with capacity for `room` more.
-
-    Raises:
-        BadFile: damaged, or an incomplete import.
-        ValueError: larger than the machine's memory.
-    """
-    info = dataset.info
-    folder = dataset.generation.folder
-    if not dataset.generation.manifest.is_complete:
-        raise BadFile(
-            f"{folder}: an import that is still running or was interrupted after {dataset.num_states:,} states; run the"
-            " same import again to continue it"
-        )
-    num_bytes = (dataset.num_rows + room) * (info.row_bytes + 1 + 4 * num_actions)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > memory:
-        raise ValueError(
-            f"{folder}: {dataset.num_rows:,} rows take {num_bytes / 1e9:,.1f} GB of memory, this machine has"
-            f" {memory / 1e9:,.1f}; import fewer with --num-states"
-        )
-    shape = (dataset.num_rows + room, info.num_envs, num_actions, info.obs_shape)
-    replay = Replay(*shape, stack=info.stack, dtype=getattr(torch, info.dtype))
-    before_first = torch.full((info.num_envs,), -1, dtype=torch.int16)
-    for name, arrays in dataset.generation.read_shards():
-        first = len(replay)
-        if not keep_outputs:
-            arrays.pop("teacher", None)
-        replay.extend(arrays)
-        # A stack grows by at most one frame per step of its environment, so it never reaches another's frames.
-        previous_N = torch.cat([before_first, replay.num_past_frames_N.short()])[first : len(replay)]
-        if (arrays["num_past_frames"] > (previous_N + 1).clamp(max=info.stack - 1).numpy()).any():
-            raise BadFile(f"{folder / name}: a stack reaches back before its stream; import it again")
-        outputs = arrays.get("teacher", np.zeros(0))
-        if "teacher" in arrays and "context_only" in arrays:
-            outputs = outputs[~arrays["context_only"]]  # rows that are not states are never labelled
-        if not (np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all()):
-            raise BadFile(f"{folder / name}: holds NaN or infinite numbers; import it again")
-    return replay
+def _check_rows(replay: Replay, arrays: Arrays, path: Path) -> None:
+    """Raises BadFile for impossible numbers in the rows that were appended last."""
+    # A stack grows by at most one frame per step of its environment, so it never reaches another's frames.
+    before_first = torch.full((replay.num_envs,), -1, dtype=torch.int16)
+    previous_N = torch.cat([before_first, replay.num_past_frames_N.short()])
+    previous_N = previous_N[len(replay) - len(arrays["frames"]) : len(replay)]
+    if (arrays["num_past_frames"] > (previous_N + 1).clamp(max=replay.stack - 1).numpy()).any():
+        raise BadFile(f"{path}: a stack reaches back before its stream; import it again")
+    outputs = arrays.get("teacher", np.zeros(0))
+    if "teacher" in arrays and "context_only" in arrays:
+        outputs = outputs[~arrays["context_only"]]  # rows that are not states are never labelled
+    if not (np.isfinite(arrays["frames"]).all() and np.isfinite(outputs).all()):
+        raise BadFile(f"{path}: holds NaN or infinite numbers; import it again")
 
 
 @torch.inference_mode()
@@ -213,31 +203,36 @@ def write_dataset(
         KeyboardInterrupt: a signal has arrived; the shards so far stay.
     """
     with lock_folder(folder):
-        previous = _interrupted_import(folder, info)
+        check_free(folder)
+        previous = last(folder, "row")
+        if not previous and has_generations(folder):
+            raise BadFile(f"{folder}: its manifests are damaged; remove the folder and import again")
+        if previous and previous.manifest.states != info:
+            raise ValueError(f"{folder}: holds part of another import; use another folder, or remove it first")
         saved = list(previous.manifest.shards.items()) if previous else []
         shards: dict[str, ShardEntry] = {}
         num_rows = 0
         try:
             for arrays in _regrouped(parts, rows_per_shard):
-                if previous and len(shards) < len(saved):
-                    name, entry = saved[len(shards)]
+                if previous and saved:
+                    name, entry = saved.pop(0)
                     if _is_saved(previous, name, arrays):
                         shards[name] = entry
                         num_rows += entry.num_rows
                         continue
                     previous = None  # damaged: this shard and the following ones are written again
-                saved = []
+                    saved = []
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
                 previous = commit(folder, previous, manifest, new_rows=arrays, first_row=num_rows)
                 shards = previous.manifest.shards
-                num_rows += len(arrays["num_past_frames"])
+                num_rows += len(arrays["frames"])
         except KeyboardInterrupt:
             num_states = sum(shard.num_states for shard in shards.values())
             reason = f"{num_states:,} states are imported; run the same import again to continue it"
             raise KeyboardInterrupt(reason) from None
         if not shards:
             raise BadFile(f"{info.origin.source}: holds no states; use another source")
-        if len(shards) < len(saved):
+        if saved:
             previous = None  # fewer states are wanted than were imported before
         return _as_dataset(
             commit(folder, previous, Manifest(unit="row", position=num_rows, shards=shards, states=info))
@@ -251,16 +246,6 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder}: holds a dataset already; use another folder, or remove it first")
 
 
-def _interrupted_import(folder: Path, info: StatesInfo) -> Generation | None:
-    check_free(folder)
-    generation = last(folder, "row")
-    if generation and generation.manifest.states != info:
-        raise ValueError(f"{folder}: holds part of another import; use another folder, or remove it first")
-    if not generation and has_generations(folder):
-        raise BadFile(f"{folder}: its manifests are damaged; remove the folder and import again")
-    return generation
-
-
 def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
     """Returns whether a shard of an interrupted import is intact.
 
@@ -272,7 +257,7 @@ def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
     except BadFile as error:
         print(f"warning: {error}: this shard and the following ones are imported again", file=sys.stderr)
         return False
-    if len(saved["num_past_frames"]) > len(arrays["num_past_frames"]):
+    if len(saved["frames"]) > len(arrays["frames"]):
         return False  # fewer states are wanted now
     if saved.keys() != arrays.keys() or any(saved[key].tobytes() != arrays[key].tobytes() for key in saved):
         raise BadFile(f"{generation.folder / name}: the source has changed since; use another folder, or remove it")
@@ -303,14 +288,15 @@ def describe(replay: Replay, origin: Origin) -> StatesInfo:
 def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
     """Yields the same rows, `num_rows` at a time."""
     held: list[Arrays] = []
+    num_held = 0
     for part in parts:
         held.append(part)
-        if sum(len(p["num_past_frames"]) for p in held) < num_rows:
-            continue
-        joined = {key: np.concatenate([p[key] for p in held]) for key in part}
-        end = len(joined["num_past_frames"]) // num_rows * num_rows
-        for first in range(0, end, num_rows):
-            yield {key: array[first : first + num_rows] for key, array in joined.items()}
-        held = [{key: array[end:] for key, array in joined.items()}]
-    if held and sum(len(p["num_past_frames"]) for p in held):
+        num_held += len(part["frames"])
+        if num_held >= num_rows:
+            joined = {key: np.concatenate([p[key] for p in held]) for key in part}
+            for first in range(0, num_held - num_rows + 1, num_rows):
+                yield {key: array[first : first + num_rows] for key, array in joined.items()}
+            num_held %= num_rows
+            held = [{key: array[len(array) - num_held :] for key, array in joined.items()}]
+    if num_held:
         yield {key: np.concatenate([p[key] for p in held]) for key in held[0]}

@@ -30,7 +30,7 @@ from policykd.importers.minari import MAIN_FILE, export_to_minari
 from policykd.io.files import BadFile
 from policykd.io.signals import handle_signals
 from policykd.replay import Replay
-from policykd.storage.dataset import fill, open_dataset, save_dataset, write_dataset
+from policykd.storage.dataset import load_dataset, open_dataset, save_dataset, write_dataset
 from policykd.storage.manifest import Origin, TeacherRef
 
 gym.register_envs(ale_py)
@@ -40,10 +40,6 @@ gym.register_envs(ale_py)
 def _chunks_end_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("importers", "minari"):
         monkeypatch.setattr(f"policykd.importers.{module}.CHUNK", 33)
-
-
-def load(folder: Path, num_actions: int) -> Replay:
-    return fill(open_dataset(folder), num_actions, keep_outputs=False)
 
 
 def states(replay: Replay) -> torch.Tensor:
@@ -103,7 +99,7 @@ def test_sb3s_replay_buffer(
     if buffer.full:
         order = np.concatenate([np.arange(buffer.pos + ("optimize_memory_usage" in settings), 130), order])
         assert buffer.dones[order].sum() >= 4
-    replay = load(tmp_path / "d", 6 if game == "Pong" else 4)
+    replay = load_dataset(tmp_path / "d")
     assert (states(replay).numpy() == buffer.observations[order].swapaxes(0, 1).reshape(-1, 4, 84, 84)).all()
     assert (column(tmp_path / "d", "actions") == buffer.actions[order, :, 0].T.reshape(-1)).all()
     assert (column(tmp_path / "d", "rewards") == buffer.rewards[order].T.reshape(-1)).all()
@@ -124,7 +120,7 @@ def test_sb3s_buffer_with_the_frames_last(tmp_path: Path) -> None:
         obs = np.asarray(new).copy()
     save_to_pkl(tmp_path / "b.pkl", buffer)
     import_states(tmp_path / "b.pkl", tmp_path / "d", trust_pickle=True)
-    replay = load(tmp_path / "d", 6)
+    replay = load_dataset(tmp_path / "d")
     assert (states(replay).numpy() == np.moveaxis(buffer.observations[:50, 0], 3, 1)).all()
     assert (len(replay), len(replay.context_only_rows)) == (50, 0)
 
@@ -133,7 +129,7 @@ def test_sb3s_buffer_of_vectors(tmp_path: Path) -> None:
     agent = DQN("MlpPolicy", "CartPole-v1", learning_starts=10**6, buffer_size=64, seed=0, device="cpu").learn(100)
     agent.save_replay_buffer(tmp_path / "b.pkl")
     import_states(tmp_path / "b.pkl", tmp_path / "d", trust_pickle=True)
-    replay = load(tmp_path / "d", 2)
+    replay = load_dataset(tmp_path / "d")
     assert agent.replay_buffer is not None
     assert (states(replay).numpy() == np.roll(agent.replay_buffer.observations[:, 0], -36, axis=0)).all()
 
@@ -224,7 +220,7 @@ def test_minari(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (dataset.info.origin.game, dataset.info.num_actions) == (
         (None, 2) if shape == "vectors" else ("Breakout", 4)
     )
-    replay = load(tmp_path / "d", dataset.info.num_actions or 0)
+    replay = load_dataset(tmp_path / "d")
     found = states(replay).numpy()
     assert ((found[:, -1] if shape == "frames" else found) == seen).all()
     starts_T = column(tmp_path / "d", "starts")
@@ -335,7 +331,7 @@ def test_export_to_minari_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sum(p.stat().st_size for p in (tmp_path / "exported-v0" / "data").iterdir()) < 0.1 * by_stream.nbytes
 
     import_states(tmp_path / "exported-v0", tmp_path / "again", game="Breakout")
-    again = load(tmp_path / "again", 4)
+    again = load_dataset(tmp_path / "again")
     assert (states(again) == by_stream).all()
     with pytest.raises(ValueError, match="exists already"):
         export_to_minari(tmp_path / "d", tmp_path / "exported-v0")
@@ -374,9 +370,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, 
         write_store(folder, "action", number, actions.astype(np.int32))
         write_store(folder, "reward", number, rewards.astype(np.float32))
         write_store(folder, "terminal", number, terminals.astype(np.uint8))
-    # what follows the gap has its past in checkpoint 2: its stack is not known before three frames, or a new episode
+    # The past of what follows the gap is in checkpoint 2, so the next state is the first one of a new episode.
     after = range(260, len(rows))
-    first_known = next(k for k in after if k == 263 or stacks[k - 1] is None)
+    first_known = next(k for k in after if stacks[k - 1] is None)
     kept = [k for k in [*range(201), *range(first_known, len(rows))] if stacks[k] is not None]
     return folder, np.stack([s for k in kept if (s := stacks[k]) is not None]), np.array([rows[k][1] for k in kept])
 
@@ -384,7 +380,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, 
 def test_the_dqn_replay_dataset(logged: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     folder, stacks, actions = logged
     dataset = import_states(folder, tmp_path / "d", game="BreakoutNoFrameskip-v4")
-    replay = load(tmp_path / "d", 4)
+    replay = load_dataset(tmp_path / "d")
     assert (states(replay).numpy() == stacks).all()
     assert (column(tmp_path / "d", "actions") == actions).all()
     assert column(tmp_path / "d", "starts").sum() > 4
@@ -393,7 +389,7 @@ def test_the_dqn_replay_dataset(logged: tuple[Path, np.ndarray, np.ndarray], tmp
 
 def test_only_as_many_states_as_asked_for(logged: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     assert import_states(logged[0], tmp_path / "d", num_states=50).num_states == 50
-    replay = load(tmp_path / "d", 4)
+    replay = load_dataset(tmp_path / "d")
     assert (states(replay).numpy() == logged[1][:50]).all()
 
 

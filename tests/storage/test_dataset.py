@@ -186,7 +186,7 @@ def test_an_offline_run_has_no_states_of_its_own(tmp_path: Path) -> None:
 def test_another_shape_or_number_of_actions_is_refused(small: Path) -> None:
     with pytest.raises(ValueError, match=r"small: expected observations \(4, 84, 84\), found \(2,\)"):
         load_dataset(small, stub(2, (4, 84, 84)))
-    with pytest.raises(ValueError, match=r"small: expected number of actions 6, found 2"):
+    with pytest.raises(ValueError, match=r"small: expected 6 actions, found 2"):
         load_dataset(small, stub(6))
     with pytest.raises(ValueError, match=r"cannot hold out 40 of 40 rows"):
         load(small, num_held_out=40)
