@@ -1,18 +1,19 @@
-"""Reads an ONNX file and refuses all but the graph of a small policy, before any runtime sees it.
+"""A reader of ONNX files that refuses everything but the graph of a small policy, before any runtime sees it.
 
-An ONNX file is a program. ONNX Runtime checks that it is well formed, not that it is harmless: it opens files that it
-names, and a hundred bytes may ask for a terabyte. Here the file is read once, its operators come from a list, and the
-size of everything that it computes is known beforehand.
+An ONNX file is a program. ONNX Runtime checks that it is well formed, not that it is harmless: it opens files that the
+graph names, and a hundred bytes may ask for a terabyte. Here the file is read once, its operators come from a list, and
+the size of everything that it computes is known in advance.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policykd.io.files import BadFile
+from policykd.io.typed import one_line, read_bounded
 
 if TYPE_CHECKING:
     import onnx
@@ -21,10 +22,10 @@ MAX_BYTES = 64 << 20
 MAX_BYTES_BESIDES_WEIGHTS = 1 << 20
 """protobuf takes 50 times as much memory for small messages as they take in the file"""
 MAX_NUMBERS = 1 << 24
-"""computed on the way from one observation to its scores; SB3's NatureCNN takes 50,000"""
+"""numbers computed for one observation; SB3's NatureCNN takes 50,000"""
 OUTPUT_NAMES = ("scores", "logits", "q_values")
 
-# Nothing here makes more numbers than its inputs' shapes say: no ConstantOfShape, Expand, Tile, Range, Pad or Resize.
+# None of them makes more numbers than its inputs' shapes say: no ConstantOfShape, Expand, Tile, Range, Pad or Resize.
 _OPERATORS = (
     "Abs Add AveragePool BatchNormalization Cast CastLike Ceil Clip Concat Constant Conv DequantizeLinear Div Dropout"
     " Elu Equal Erf Exp Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool Greater HardSigmoid HardSwish"
@@ -35,7 +36,7 @@ _OPERATORS = (
 )
 OPERATORS = frozenset(_OPERATORS.split())
 
-# Where protobuf messages lie in each other (onnx.proto), and which fields hold weights: float_data and raw_data.
+# Field numbers of nested messages (onnx.proto), and of the fields that hold weights: float_data and raw_data.
 _NESTED = {
     "model": {7: "graph"},
     "graph": {1: "node", 5: "tensor"},
@@ -48,7 +49,7 @@ _WEIGHTS = {("tensor", 4), ("tensor", 9)}
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What a policy's graph takes and gives."""
+    """Inputs and outputs of a policy's graph."""
 
     content: bytes
     """the file, read once"""
@@ -56,17 +57,17 @@ class OnnxGraph:
     input_name: str
     output_name: str
     obs_shape: tuple[int, ...]
-    """of one observation, channels first"""
+    """shape of one observation, channels first"""
     num_actions: int
     num_parameters: int
     """numbers in its initialisers, without the integers that are shapes and axes"""
     takes_bytes: bool
     """whether the input is uint8 rather than float32"""
     channels_last: bool
-    one_by_one: bool
+    is_single: bool
     """whether the batch is fixed to 1"""
     divide_by: float
-    """what a float32 input wants pixels to be divided by, from the metadata `policykd.divide_by`"""
+    """divisor of pixels for a float32 input, from the metadata `policykd.divide_by`"""
 
 
 def read_onnx_graph(path: Path) -> OnnxGraph:
@@ -74,80 +75,76 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
 
     Raises:
         BadFile: missing, damaged, foreign or unsafe file; one line that names it, the reason and the next step.
+        ValueError: the package onnx is not installed.
     """
     try:
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ImportError as error:
         raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
-    try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise BadFile(f"{path}: {size:,} bytes is more than a policy can need ({MAX_BYTES:,}); do not use it")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadFile(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
-    try:
-        _check_small_messages(path, content)
-        model = onnx.load_model_from_string(content)
-        _check_nodes(path, model)
-        _check_tensors(path, model)
-        onnx.checker.check_model(model)
-        return _describe(path, content, model)
-    except (
+    content = read_bounded(path, MAX_BYTES, next_step="give the path of an .onnx file")
+    broken = (
         DecodeError,
         IndexError,
         UnicodeError,
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,
-    ) as error:
-        raise BadFile(f"{path}: truncated, or not a valid ONNX file ({one_line(error)}); export it again") from error
+    )
+    try:
+        _check_message_sizes(path, content)
+        model = onnx.load_model_from_string(content)
+        _check_nodes(path, model)
+        _check_tensors(path, model)
+        onnx.checker.check_model(model)
+        return _describe(path, content, model)
+    except broken as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise BadFile(f"{path}: truncated, or not a valid ONNX file ({reason}); export it again") from error
 
 
-def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's text, without the control characters that a file may bring in."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return "".join(letter for letter in words if letter.isprintable())[:150]
-
-
-def _check_small_messages(path: Path, content: bytes) -> None:
-    """Raises ValueError for a file of countless tiny messages, which would fill the memory when parsed."""
-    besides, parts = 0, [("model", 0, len(content))]
-    while parts:
-        kind, at, end = parts.pop()
-        while at < end:
-            key, at = _varint(content, at)
-            number, wire_type = key >> 3, key & 7
-            if wire_type == 2:
-                size, at = _varint(content, at)
-                if number in _NESTED[kind]:
-                    parts.append((_NESTED[kind][number], at, min(at + size, end)))
-                elif (kind, number) not in _WEIGHTS:
-                    besides += size
-                at += size
+def _check_message_sizes(path: Path, content: bytes) -> None:
+    """Raises BadFile for a file of countless tiny messages, which would fill the memory when parsed."""
+    num_bytes = 0
+    messages = [("model", 0, len(content))]
+    while messages:
+        kind, position, end = messages.pop()
+        while position < end:
+            key, position = _varint(content, position)
+            field, wire_type = divmod(key, 8)
+            if wire_type == 2:  # a message, text or bytes: a length, then the content
+                size, position = _varint(content, position)
+                if field in _NESTED[kind]:
+                    messages.append((_NESTED[kind][field], position, min(position + size, end)))
+                elif (kind, field) not in _WEIGHTS:
+                    num_bytes += size
+                position += size
+            elif wire_type == 0:
+                _, position = _varint(content, position)
             else:
-                at = _varint(content, at)[1] if wire_type == 0 else at + {1: 8, 5: 4}.get(wire_type, len(content))
-            besides += 16  # an empty message takes more
-            if at > end:
+                position += {1: 8, 5: 4}.get(wire_type, len(content))
+            num_bytes += 16  # an empty message takes more than that
+            if position > end:
                 raise BadFile(f"{path}: truncated, or not an ONNX file; export it again")
-            if besides > MAX_BYTES_BESIDES_WEIGHTS:
+            if num_bytes > MAX_BYTES_BESIDES_WEIGHTS:
                 raise BadFile(
                     f"{path}: unsafe, more than {MAX_BYTES_BESIDES_WEIGHTS:,} bytes are not weights; do not use it"
                 )
 
 
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """Returns a protobuf number and where it ends."""
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """Returns a protobuf integer and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
-        byte = content[at]
-        at += 1
+        byte = content[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
             break
-    return value, at
+    return value, position
 
 
 def _check_nodes(path: Path, model: "onnx.ModelProto") -> None:
+    """Raises BadFile for an operator that is not on the list, or a graph inside a node."""
     if model.functions or model.graph.sparse_initializer or model.training_info:
         raise BadFile(
             f"{path}: unsafe, it holds functions, sparse weights or a training graph; export the acting network alone"
@@ -155,32 +152,32 @@ def _check_nodes(path: Path, model: "onnx.ModelProto") -> None:
     for node in model.graph.node:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
         if name not in OPERATORS:
-            raise BadFile(f"{path}: operator {name!r} is none of a small policy's; export the acting network alone")
+            raise BadFile(f"{path}: unsupported operator {name!r}; export the acting network of a small policy alone")
         for a in node.attribute:
             if a.HasField("g") or a.graphs or a.HasField("sparse_tensor") or a.sparse_tensors:
                 raise BadFile(f"{path}: unsafe, its {name!r} holds a graph or sparse numbers; do not use it")
 
 
 def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
-    """Raises ValueError for weights in another file, of no known kind, too few for their shape, or not finite."""
+    """Raises BadFile for weights in another file, of an unknown type, too few for their shape, or not finite."""
     import numpy as np
     import onnx
 
-    kinds = onnx.TensorProto
-    known = {kinds.FLOAT, kinds.FLOAT16, kinds.DOUBLE, kinds.BOOL}
-    known |= {kinds.INT8, kinds.UINT8, kinds.INT32, kinds.INT64}
+    dtypes = onnx.TensorProto
+    known = {dtypes.FLOAT, dtypes.FLOAT16, dtypes.DOUBLE, dtypes.BOOL}
+    known |= {dtypes.INT8, dtypes.UINT8, dtypes.INT32, dtypes.INT64}
     for tensor in _tensors(model):
-        if tensor.external_data or tensor.data_location != kinds.DEFAULT:
-            raise BadFile(f"{path}: unsafe, {tensor.name!r} lies in another file; export it with external_data=False")
+        if tensor.external_data or tensor.data_location != dtypes.DEFAULT:
+            raise BadFile(f"{path}: unsafe, {tensor.name!r} is in another file; export it with external_data=False")
         if tensor.data_type not in known:
-            raise BadFile(f"{path}: {tensor.name!r} is of a kind that no policy needs; export it again as float32")
+            raise BadFile(f"{path}: {tensor.name!r} has a dtype that no policy needs; export it again as float32")
         try:
-            finite = bool(np.isfinite(onnx.numpy_helper.to_array(tensor)).all())
+            is_finite = bool(np.isfinite(onnx.numpy_helper.to_array(tensor)).all())
         except (ValueError, TypeError, OverflowError) as error:
             raise BadFile(
                 f"{path}: {tensor.name!r} claims shape {tuple(tensor.dims)} over fewer numbers; do not use it"
             ) from error
-        if not finite:
+        if not is_finite:
             raise BadFile(
                 f"{path}: {tensor.name!r} holds NaN or infinite weights; the agent is broken, take an earlier one"
             )
@@ -194,10 +191,46 @@ def _tensors(model: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
 
 
 def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph:
+    """Returns the graph's inputs and outputs, once everything that it computes is small."""
     import onnx
 
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in weights]  # old files list their weights among the inputs
+    graph_input, output_name = _only_input_and_output(path, model, weights)
+    tensor_type = graph_input.type.tensor_type
+    dims = [d.dim_value for d in tensor_type.shape.dim]  # 0 where the size is open
+    dtype = tensor_type.elem_type
+    dtypes = onnx.TensorProto
+    if dtype not in (dtypes.UINT8, dtypes.FLOAT) or len(dims) not in (2, 4) or min(dims[1:]) < 1:
+        names = {number: name for name, number in dtypes.DataType.items()}
+        raise BadFile(
+            f"{path}: unsupported input {names.get(dtype, 'unknown')} {tuple(dims)} (0 for open sizes); export it with"
+            " UINT8 or FLOAT (batch, channels, height, width), (batch, height, width, channels) or (batch, features)"
+        )
+    if dims[0] not in (0, 1):
+        raise BadFile(f"{path}: its batch is fixed to {dims[0]}; export it with an open batch, or one of 1")
+    output_shape = _checked_shapes(path, model, graph_input.name, is_batch_open=dims[0] == 0)[output_name]
+    if len(output_shape) != 2 or output_shape[0] != 1:
+        raise BadFile(f"{path}: one observation gives {output_shape}, expected (1, num_actions); export it like that")
+    channels_last = len(dims) == 4 and dims[3] < dims[1]
+    return OnnxGraph(
+        content=content,
+        sha256=hashlib.sha256(content).hexdigest(),
+        input_name=graph_input.name,
+        output_name=output_name,
+        obs_shape=(dims[3], dims[1], dims[2]) if channels_last else tuple(dims[1:]),
+        num_actions=output_shape[1],
+        num_parameters=sum(math.prod(t.dims) for t in weights.values() if t.data_type != dtypes.INT64),
+        takes_bytes=dtype == dtypes.UINT8,
+        channels_last=channels_last,
+        is_single=dims[0] == 1,
+        divide_by=_divide_by(path, model),
+    )
+
+
+def _only_input_and_output(
+    path: Path, model: "onnx.ModelProto", weights: Mapping[str, "onnx.TensorProto"]
+) -> tuple["onnx.ValueInfoProto", str]:
+    inputs = [i for i in model.graph.input if i.name not in weights]  # old files list their weights as inputs too
     outputs = list(model.graph.output)
     if len(outputs) > 1:
         outputs = [o for o in outputs if o.name in OUTPUT_NAMES]
@@ -206,35 +239,7 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
             f"{path}: expected one input and one output (or one named {', '.join(OUTPUT_NAMES)}), found"
             f" {[i.name for i in inputs]} and {[o.name for o in model.graph.output]}; export it with those alone"
         )
-    tensor_type = inputs[0].type.tensor_type
-    dims = [d.dim_value for d in tensor_type.shape.dim]  # 0 where the size is open
-    kind, kinds = tensor_type.elem_type, {number: name for name, number in onnx.TensorProto.DataType.items()}
-    if kind not in (onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT) or len(dims) not in (2, 4) or min(dims[1:]) < 1:
-        raise BadFile(
-            f"{path}: its input, {kinds.get(kind, 'unknown')} {tuple(dims)} with 0 for open sizes, is none of UINT8 or"
-            " FLOAT (batch, channels, height, width), (batch, height, width, channels) and (batch, features)"
-            "; export it so"
-        )
-    if dims[0] not in (0, 1):
-        raise BadFile(f"{path}: its batch is fixed to {dims[0]}; export it with an open batch, or one of 1")
-    scores_shape = _checked_shapes(path, model, inputs[0].name, is_batch_open=dims[0] == 0)[outputs[0].name]
-    if len(scores_shape) != 2 or scores_shape[0] != 1:
-        raise BadFile(f"{path}: one observation gives {scores_shape}, expected scores (1, num_actions); export it so")
-    channels_last = len(dims) == 4 and dims[3] < dims[1]
-    numbers = {name: math.prod(tensor.dims) for name, tensor in weights.items()}
-    return OnnxGraph(
-        content=content,
-        sha256=hashlib.sha256(content).hexdigest(),
-        input_name=inputs[0].name,
-        output_name=outputs[0].name,
-        obs_shape=(dims[3], dims[1], dims[2]) if channels_last else tuple(dims[1:]),
-        num_actions=scores_shape[1],
-        num_parameters=sum(n for name, n in numbers.items() if weights[name].data_type != onnx.TensorProto.INT64),
-        takes_bytes=kind == onnx.TensorProto.UINT8,
-        channels_last=channels_last,
-        one_by_one=dims[0] == 1,
-        divide_by=_divide_by(path, model),
-    )
+    return inputs[0], outputs[0].name
 
 
 def _checked_shapes(
@@ -243,12 +248,13 @@ def _checked_shapes(
     """Returns the shape of everything that is computed from one observation, by name.
 
     Raises:
-        BadFile: a shape that cannot be told, or more numbers than a policy needs.
+        BadFile: an unknown shape, or more numbers than a policy needs.
     """
-    shapes = _inferred_shapes(path, model, input_name, 1)
+    shapes = _inferred_shapes(path, model, input_name, batch=1)
     if is_batch_open:
-        one, two = (sum(map(math.prod, s.values())) for s in (shapes, _inferred_shapes(path, model, input_name, 2)))
-        if two > 2 * one:
+        of_one = sum(map(math.prod, shapes.values()))
+        of_two = sum(map(math.prod, _inferred_shapes(path, model, input_name, batch=2).values()))
+        if of_two > 2 * of_one:
             raise BadFile(f"{path}: unsafe, its memory grows faster than the batch; do not use it")
     return shapes
 
@@ -256,6 +262,7 @@ def _checked_shapes(
 def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batch: int) -> dict[str, tuple[int, ...]]:
     import onnx
 
+    # The file's own claims about shapes are removed, and the batch is closed.
     closed = onnx.ModelProto()
     closed.CopyFrom(model)
     del closed.graph.value_info[:]
@@ -263,19 +270,20 @@ def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batc
     for output in closed.graph.output:
         output.type.tensor_type.ClearField("shape")
     shapes: dict[str, tuple[int, ...]] = {}
-    for follow_values in (False, True):  # values of shapes only once their number is known to be small
-        inferred = onnx.shape_inference.infer_shapes(closed, strict_mode=True, data_prop=follow_values).graph
-        values = {v.name: v.type.tensor_type for v in (*inferred.value_info, *inferred.output)}
+    # The values of shapes are followed only once their number is known to be small.
+    for data_prop in (False, True):
+        inferred = onnx.shape_inference.infer_shapes(closed, strict_mode=True, data_prop=data_prop).graph
+        types = {v.name: v.type.tensor_type for v in (*inferred.value_info, *inferred.output)}
         shapes = {
             name: tuple(d.dim_value for d in t.shape.dim)
-            for name, t in values.items()
+            for name, t in types.items()
             if t.HasField("shape") and all(d.HasField("dim_value") for d in t.shape.dim)
         }
         if (numbers := sum(map(math.prod, shapes.values()))) > MAX_NUMBERS:
             raise BadFile(f"{path}: unsafe, one observation makes {numbers:,} numbers; do not use it")
     computed = [name for node in model.graph.node for name in node.output if name]
     if unknown := [name for name in computed if name not in shapes]:
-        raise BadFile(f"{path}: the size of {unknown[0]!r} cannot be told beforehand; export it with fixed sizes")
+        raise BadFile(f"{path}: the size of {unknown[0]!r} is not known in advance; export it with fixed sizes")
     return shapes
 
 

@@ -8,23 +8,41 @@ import torch
 from torch import Tensor
 
 from policykd.agents.networks import check_obs
-from policykd.agents.onnx_graph import OnnxGraph, one_line, read_onnx_graph
+from policykd.agents.onnx_graph import read_onnx_graph
 from policykd.io.files import BadFile
+from policykd.io.typed import one_line
 
 
 class OnnxPolicy:
-    """Scores actions like every `Policy`; the file is checked before anything in it runs (see `onnx_graph.py`).
+    """An ONNX file as a `Policy`; the file is checked before anything in it runs (see `onnx_graph.py`).
 
     The graph has one input, `(batch, channels, height, width)`, `(batch, height, width, channels)` or
     `(batch, features)`, and one output (or one named `scores`, `logits` or `q_values`), `(batch, num_actions)`. A uint8
-    input gets frames as they are, a float32 input gets them from 0.0 to 255.0, or divided by the number in its metadata
-    `policykd.divide_by`.
+    input gets the frames unchanged, a float32 input gets them from 0.0 to 255.0, or divided by the number in its
+    metadata `policykd.divide_by`.
     """
 
+    temperature = 1.0
+    """`load_teacher` returns a `Teacher` with the temperature of the algorithm on the file's card"""
+
     def __init__(self, path: str | Path) -> None:
+        """Reads a file and opens a session.
+
+        Raises:
+            BadFile: missing, damaged, foreign or unsafe file.
+            ValueError: the packages onnx and onnxruntime are not installed.
+        """
         self.path = Path(path)
         self._graph = read_onnx_graph(self.path)
-        self._session, self._errors = _session(self.path, self._graph)
+        try:
+            import onnxruntime.capi.onnxruntime_pybind11_state as ort  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
+        self._errors = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
+        try:
+            self._session = open_session(self._graph.content, torch.get_num_threads())
+        except self._errors as error:
+            raise BadFile(f"{path}: ONNX Runtime cannot run it ({one_line(str(error))}); export it again") from error
         self.backend = backend()
         self.sha256 = self._graph.sha256
         self.obs_shape = self._graph.obs_shape
@@ -32,38 +50,39 @@ class OnnxPolicy:
         self.num_parameters = self._graph.num_parameters
 
     def to(self, device: torch.device | str) -> "OnnxPolicy":
-        """Returns itself: the session stays on the CPU, scores go to where the observations are."""
+        """Returns the policy unchanged: the session stays on the CPU, outputs go to the observations' device."""
         return self
 
     def __call__(self, obs: Tensor, /) -> Tensor:
-        """Returns scores, float32 `(batch, num_actions)`, of uint8 frames or float vectors `(batch, *obs_shape)`.
+        """Returns logits or Q-values, float32 `(batch, num_actions)`, of uint8 frames or float vectors.
 
         Raises:
-            ValueError: observations of another shape or kind, or not finite.
-            BadFile: the graph does not give scores for this batch.
-            FloatingPointError: scores that are not finite.
+            ValueError: observations of another shape or dtype, or not finite.
+            BadFile: the graph fails on this batch, or returns another shape.
+            FloatingPointError: outputs that are not finite.
         """
         check_obs(obs, self.obs_shape)
         rows = self._rows(obs)
-        parts = np.split(rows, len(rows)) if self._graph.one_by_one else [rows]
-        takes, gives = self._graph.input_name, self._graph.output_name
+        parts = np.split(rows, len(rows)) if self._graph.is_single else [rows]
+        outputs = [self._graph.output_name]
         try:
-            scored = [self._session.run([gives], {takes: part})[0] for part in parts]
+            found = [self._session.run(outputs, {self._graph.input_name: part})[0] for part in parts]
         except self._errors as error:
-            raise BadFile(f"{self.path}: does not run on a batch of {len(rows)} ({one_line(error)})") from error
-        scores_BA = np.concatenate(scored)
-        if scores_BA.shape != (len(obs), self.num_actions):
+            reason = one_line(str(error))
+            raise BadFile(f"{self.path}: fails on a batch of {len(rows)} ({reason}); export it again") from error
+        outputs_BA = np.concatenate(found)
+        if outputs_BA.shape != (len(obs), self.num_actions):
             raise BadFile(
-                f"{self.path}: {len(obs)} observations give scores {scores_BA.shape}, expected"
+                f"{self.path}: {len(obs)} observations give {outputs_BA.shape}, expected"
                 f" {(len(obs), self.num_actions)}; export it with an open batch"
             )
-        if not np.isfinite(scores_BA).all():
-            row = int(np.isfinite(scores_BA).all(axis=1).argmin())
+        finite_B = np.isfinite(outputs_BA).all(axis=1)
+        if not finite_B.all():
             raise FloatingPointError(
-                f"{self.path}: scores of observation {row} of {len(obs)} are NaN or infinite; the agent is broken, take"
-                " another"
+                f"{self.path}: outputs of observation {int(finite_B.argmin())} of {len(obs)} are NaN or infinite; the"
+                " agent is broken, take another one"
             )
-        return torch.from_numpy(scores_BA).to(obs.device, torch.float32)
+        return torch.from_numpy(outputs_BA).to(obs.device, torch.float32)
 
     def _rows(self, obs: Tensor) -> np.ndarray:
         """Returns observations as the graph takes them."""
@@ -77,17 +96,17 @@ class OnnxPolicy:
 
 
 def backend() -> str:
-    """Returns the runtime's name and version, for the record: another runtime's scores differ in the last bits."""
-    import onnxruntime  # type: ignore[import-untyped]
+    """Returns the runtime's name and version, for the record: another one's outputs differ in the last bits."""
+    import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__}"
 
 
 def finite(obs: Tensor) -> Tensor:
-    """Returns observations as float32; NaN could become an action, since a runtime's ReLU may turn it into 0.
+    """Returns observations as float32.
 
     Raises:
-        ValueError: some are not finite.
+        ValueError: some are not finite: a runtime's ReLU may turn NaN into 0, which would become an action.
     """
     if obs.is_floating_point() and not obs.isfinite().all():
         raise ValueError("observations are NaN or infinite, expected finite numbers")
@@ -95,26 +114,13 @@ def finite(obs: Tensor) -> Tensor:
 
 
 def open_session(content: bytes, num_threads: int) -> Any:
-    """Returns ONNX Runtime's session of a graph that is known to be harmless, on the CPU."""
+    """Returns ONNX Runtime's session of a graph that `read_onnx_graph` accepted, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
-    # The runtime would read bytes that say ORTM as another format than the one that was checked.
+    # Without this the runtime reads content that says ORTM in another format than the one that was checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def _session(path: Path, graph: OnnxGraph) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Returns ONNX Runtime's session and what it raises."""
-    try:
-        import onnxruntime.capi.onnxruntime_pybind11_state as raised  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
-    errors = (raised.Fail, raised.InvalidArgument, raised.InvalidGraph, raised.NotImplemented, raised.RuntimeException)
-    try:
-        return open_session(graph.content, torch.get_num_threads()), errors
-    except errors as error:
-        raise BadFile(f"{path}: ONNX Runtime cannot run it ({one_line(error)}); export it again") from error

@@ -113,7 +113,7 @@ def test_confidence_weighs_state_by_state() -> None:
 def test_returns_weigh_by_what_is_above_chance() -> None:
     weights_MB = ReturnWeights((9.3, -0.7, -30.0), random_return=-20.7)(torch.zeros(3, 5, 2))
     torch.testing.assert_close(weights_MB, torch.tensor([[0.6], [0.4], [0.0]]))
-    with pytest.raises(ValueError, match="none above random play"):
+    with pytest.raises(ValueError, match="none is above random play"):
         ReturnWeights((-21.0, -20.8), random_return=-20.7)
 
 
@@ -243,7 +243,7 @@ def test_references_with_a_plus(tmp_path: Path) -> None:
         load_teachers("bundled:ppo+bundled:dqn", "most", game="Pong")
     with pytest.raises(ValueError, match="3 teacher weights for 2 teachers"):
         load_teachers("bundled:ppo+bundled:dqn", "1,1,1", game="Pong")
-    with pytest.raises(ValueError, match="no return is reported"):
+    with pytest.raises(ValueError, match="no reported return"):
         load_teachers(f"{path.rename(tmp_path / 'a.zip')}+bundled:dqn", "return", game="Pong")
 
 

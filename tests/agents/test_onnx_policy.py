@@ -211,7 +211,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     obs = torch.ones(3, 4)
     assert logarithm(obs).isfinite().all()
     obs[1] = -1.0
-    with pytest.raises(FloatingPointError, match=r"policy.onnx: scores of observation 1 of 3 are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=r"policy.onnx: outputs of observation 1 of 3 are NaN or infinite"):
         logarithm(obs)
 
 
@@ -328,11 +328,11 @@ def runtime_operator() -> onnx.ModelProto:
 
 
 GET_A_SESSION: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
-    "loop": (loop, "operator 'Loop' is none of a small policy's"),
-    "branch": (branch, "operator 'If' is none of a small policy's"),
-    "runtime operator": (runtime_operator, "operator 'com.microsoft.FusedMatMul' is none"),
+    "loop": (loop, "unsupported operator 'Loop'"),
+    "branch": (branch, "unsupported operator 'If'"),
+    "runtime operator": (runtime_operator, "unsupported operator 'com.microsoft.FusedMatMul'"),
     "function": (with_function, "unsafe, it holds functions"),
-    "huge constant": (huge_constant, "operator 'ConstantOfShape' is none"),
+    "huge constant": (huge_constant, "unsupported operator 'ConstantOfShape'"),
     "outer product": (outer_product, "unsafe, one observation makes 1,099,5"),
     "doubling": (doubling, "unsafe, one observation makes 2,199,0"),
     "doubling shape": (doubling_shape, "unsafe, one observation makes 2,199,0"),
@@ -342,18 +342,18 @@ GET_A_SESSION: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "infinity": (lambda: with_weight(float("inf")), "'w' holds NaN or infinite weights"),
     "two inputs": (two_inputs, r"found \['obs', 'other'\] and \['scores'\]"),
     "batch of 3": (lambda: model([node("MatMul", "obs w")], {"w": MATRIX}, obs=(3, 4)), "its batch is fixed to 3"),
-    "no batch": (lambda: model([node("MatMul", "obs w")], {"w": MATRIX}, obs=(4,), scores=(2,)), "is none of UINT8"),
+    "no batch": (lambda: model([node("MatMul", "obs w")], {"w": MATRIX}, obs=(4,), scores=(2,)), "unsupported input"),
     "int64 input": (
         lambda: model([node("Cast", "obs", "x", to=1), node("MatMul", "x w")], {"w": MATRIX}, kind=TensorProto.INT64),
-        "is none of UINT8 or FLOAT",
+        "unsupported input",
     ),
     "open features": (
         lambda: model([node("MatMul", "obs w")], {"w": MATRIX}, obs=("batch", "features")),
-        "is none of UINT8 or FLOAT",
+        "unsupported input",
     ),
     "scores of rank 3": (
         lambda: model([node("Unsqueeze", "obs one")], {"one": np.array([1])}, scores=("batch", 1, 4)),
-        r"one observation gives \(1, 1, 4\), expected scores",
+        r"one observation gives \(1, 1, 4\), expected",
     ),
 }
 
@@ -425,14 +425,14 @@ def test_another_file_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = external("secret.bin").SerializeToString()
     stolen = bare_session(content).run(None, {"obs": np.eye(4, dtype=np.float32)})
     assert np.array_equal(stolen[0], MATRIX)
-    refused(saved(tmp_path, content), "unsafe, 'w' lies in another file; export it with external_data=False")
-    refused(saved(tmp_path, external("../secret.bin")), "unsafe, 'w' lies in another file")
+    refused(saved(tmp_path, content), "unsafe, 'w' is in another file; export it with external_data=False")
+    refused(saved(tmp_path, external("../secret.bin")), "unsafe, 'w' is in another file")
     constant = linear()
     constant.graph.node.insert(
         0, helper.make_node("Constant", [], ["w"], value=external("secret.bin").graph.initializer[0])
     )
     del constant.graph.initializer[:]
-    refused(saved(tmp_path, constant), "unsafe, 'w' lies in another file")
+    refused(saved(tmp_path, constant), "unsafe, 'w' is in another file")
 
 
 def test_countless_tiny_messages_are_not_parsed(tmp_path: Path) -> None:
@@ -460,8 +460,8 @@ BROKEN: dict[str, tuple[bytes | Callable[[], onnx.ModelProto], str]] = {
     "zip": (b"PK\x03\x04" + bytes(100), "not an ONNX file|not a valid ONNX file"),
     "fewer numbers": (lambda: named("w", raw_data=bytes(8)), r"'w' claims shape \(4, 2\) over fewer numbers"),
     "no numbers": (lambda: named("w", raw_data=b""), r"'w' claims shape \(4, 2\) over fewer numbers"),
-    "complex": (lambda: named("w", data_type=TensorProto.COMPLEX64), "'w' is of a kind that no policy needs"),
-    "unknown operator": (lambda: model([node("Teleport", "obs")]), "operator 'Teleport' is none"),
+    "complex": (lambda: named("w", data_type=TensorProto.COMPLEX64), "'w' has a dtype that no policy needs"),
+    "unknown operator": (lambda: model([node("Teleport", "obs")]), "unsupported operator 'Teleport'"),
     "overflowing doubling": (lambda: doubling(66), "not a valid ONNX file.*Integer overflow"),
     "dangling": (lambda: model([node("MatMul", "obs nothing")]), "not a valid ONNX file"),
     "does not fit": (lambda: model([node("MatMul", "obs w")], {"w": MATRIX.T.copy()}), "not a valid ONNX file"),
@@ -475,10 +475,10 @@ def test_a_broken_file_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_huge_one_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "none.onnx", "cannot be read .No such file or directory.; give the path of an .onnx file")
+    refused(tmp_path / "none.onnx", "No such file or directory; give the path of an .onnx file")
     with (tmp_path / "policy.onnx").open("wb") as file:
         file.truncate((64 << 20) + 1)
-    refused(tmp_path / "policy.onnx", r"67,108,865 bytes is more than a policy can need")
+    refused(tmp_path / "policy.onnx", "larger than 67,108,864 bytes")
 
 
 def test_no_truncation_and_no_flipped_bit_ends_in_anything_but_a_line(tmp_path: Path) -> None:
