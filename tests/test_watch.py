@@ -118,7 +118,7 @@ def test_a_window_without_its_package_is_one_line(run: Path, watch: Watch, monke
             USAGE,
             "50,000 pictures take 68.1 GB of memory, the maximum",
         ),
-        (["RUN", "--scale", "17"], USAGE, "--scale must be at most 16, not 17"),
+        (["RUN", "--scale", "17"], USAGE, "--scale must be at least 1 and at most 16, not 17"),
         (["RUN", "--every", "0"], USAGE, "--every must be at least 1, not 0"),
         (["RUN", "--every", "500", "--steps", "30"], USAGE, "--every 500: only one picture in 30 steps; lower it"),
         (["RUN", "--out", "film.gif", "--every", "301"], USAGE, "--every 301: only one picture in 300 steps"),

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import torch
 import tyro
+from pydantic import Field
 
 from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.cli.command import needs_extra
-from policykd.cli.groups import SeedArgs
+from policykd.cli.errors import needs_extra
+from policykd.cli.groups import NotNegative, Positive, SeedArgs
 from policykd.evaluation.policies import (
     LoadOptions,
     NamedPolicy,
@@ -21,7 +22,6 @@ from policykd.evaluation.policies import (
     run_folder,
 )
 from policykd.io.files import write_atomically
-from policykd.runs.folder import check_at_least, check_seed
 from policykd.viewer import colours
 from policykd.viewer.animation import (
     STEPS_PER_SECOND,
@@ -38,7 +38,7 @@ ANIMATION_FORMATS: dict[str, AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
 DEFAULT_STEPS_IN_FILE = 300
 MAX_PICTURE_BYTES = 2_000_000_000
 """memory of all pictures of an animation before they are encoded"""
-MAX_SCALE = 16
+Scale = Annotated[int, Field(ge=1, le=16)]
 """a WebP has at most 16,383 pixels along each side"""
 
 
@@ -58,11 +58,11 @@ class WatchArgs(SeedArgs):
     out: Path | None = None
     """.gif or .webp file to write instead of opening a window; without a screen the default is watch.gif in the run's
     folder or the current one"""
-    steps: int = 0
+    steps: NotNegative = 0
     """agent steps to play, 15 per second; 0 is unlimited in a window and 300 in a file"""
-    every: int = 2
+    every: Positive = 2
     """agent steps per picture of an animation: 2 halves the file, 1 moves more smoothly"""
-    scale: int = 2
+    scale: Scale = 2
     """pixels per pixel of the game, along each side"""
     sticky: bool = False
     """play with sticky actions and greedily, instead of no-op starts and sampled actions"""
@@ -74,7 +74,10 @@ class WatchArgs(SeedArgs):
 
 def run(args: WatchArgs) -> None:
     """Loads the policies and shows them."""
-    _check(args)
+    if args.out and args.out.suffix.lower() not in ANIMATION_FORMATS:
+        raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(ANIMATION_FORMATS)}")
+    if args.out and not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: folder not found; create it first")
     torch.set_num_threads(1)
     game = infer_game([args.policy], args.game)
     players = [_as_player(policy) for policy in _load_policies(args, game)]
@@ -130,18 +133,6 @@ def _load_policies(args: WatchArgs, game: str) -> list[NamedPolicy]:
 def _as_player(named: NamedPolicy) -> Player:
     colour = colours.STUDENT if isinstance(named.policy, Student) else colours.TEACHER
     return Player(named.name, named.policy, named.temperature, colour)
-
-
-def _check(args: WatchArgs) -> None:
-    check_at_least(args, 0, "steps")
-    check_at_least(args, 1, "every", "scale")
-    check_seed(args.seed)
-    if args.scale > MAX_SCALE:
-        raise ValueError(f"--scale must be at most {MAX_SCALE}, not {args.scale}")
-    if args.out and args.out.suffix.lower() not in ANIMATION_FORMATS:
-        raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(ANIMATION_FORMATS)}")
-    if args.out and not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: folder not found; create it first")
 
 
 def _check_animation(players: list[Player], settings: VideoSettings) -> None:

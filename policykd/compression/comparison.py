@@ -252,7 +252,7 @@ def _return_cells(row: Row, comparison: Comparison, protocol: ProtocolName) -> l
     ours, teacher, random = (rows[name].protocols[protocol] for name in (row.recipe, "teacher", RANDOM))
     mean, low, high = difference_interval(ours.returns, teacher.returns)
     score = teacher_normalised_score(ours.mean, teacher.mean, random.mean)
-    interval = _normalised_interval(ours.returns, teacher.returns, random.returns)
+    interval = normalised_interval(ours.returns, teacher.returns, random.returns)
     return [
         _with_interval(ours.mean, ours.interval, ".2f"),
         "" if row.recipe == "teacher" else _with_interval(mean, (low, high), "+.2f"),
@@ -260,7 +260,7 @@ def _return_cells(row: Row, comparison: Comparison, protocol: ProtocolName) -> l
     ]
 
 
-def _normalised_interval(*returns: Sequence[float]) -> tuple[float, float] | None:
+def normalised_interval(*returns: Sequence[float]) -> tuple[float, float] | None:
     """Returns the 95 % bootstrap interval of a score, from the returns of row, teacher and random play.
 
     None if the teacher may be no better than random play.

@@ -84,9 +84,10 @@ def read_bounded(path: Path, max_bytes: int, *, next_step: str = "") -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadFile(_with_next_step(f"{one_line(str(path))}: {reason}", next_step)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadFile(_with_next_step(f"{path}: not a regular file", next_step))
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadFile(_with_next_step(f"{path}: not a regular file", next_step))
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise BadFile(_with_next_step(f"{path}: larger than {max_bytes:,} bytes", next_step))

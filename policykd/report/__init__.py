@@ -1,29 +1,26 @@
-"""Writes report.html: one file that says what a run lost and gained, and shows both at play."""
+"""Reports: one HTML file that shows what a run lost and gained, with a film of teacher and student."""
 
 import copy
 import io
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.compression.comparison import Row
+from policykd.compression.comparison import COMPARISON_FILE, RANDOM, Row, read_comparison
 from policykd.compression.pareto import draw_pareto
 from policykd.envs.actions import action_names
-from policykd.evaluation.real_states import on_policy_states
-from policykd.evaluation.results import ProtocolResult
-from policykd.evaluation.statistics import summarise
-from policykd.io.files import BadFile, write_atomically
-from policykd.legacy.divergences import kl_divergence_B
-from policykd.report.data import COMPRESSION, Actions, Comparison, Film, read_comparison, read_run
-from policykd.report.page import comparison_page, page
-from policykd.report.sections import compressors
+from policykd.evaluation.real_states import visited_states
+from policykd.evaluation.results import PolicyResult
+from policykd.io.files import write_atomically
+from policykd.losses import kl_divergence_B
+from policykd.report.data import read_run
+from policykd.report.page import ActionComparison, ComparedMethods, Film, comparison_page, run_page
+from policykd.runs.results import RunResult
 from policykd.viewer import colours
 from policykd.viewer.animation import (
     STEPS_PER_SECOND,
@@ -34,147 +31,132 @@ from policykd.viewer.animation import (
     truncate_webp,
 )
 
-REPORT = "report.html"
-NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""what the content of a file brings about that is not what we write"""
-MOST_BYTES = 1_500_000
-"""of a film; one that is larger ends earlier"""
+REPORT_FILE = "report.html"
+MAX_FILM_BYTES = 1_500_000
+"""a longer film is cut, which keeps the page below 3 MB"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What teacher and student play for a report."""
+
+    seed: int = 0
+    """seed of the states and the film"""
+    seconds: float = 16.0
+    """length of the film"""
+    num_states: int = 1024
+    """states of the student's own episodes on which actions are compared"""
 
 
 def write_report(
-    run: Path,
-    results: Mapping[str, Any],
-    student: Student,
-    teacher: Teacher,
-    game: str,
-    *,
-    seed: int = 0,
-    seconds: float = 16.0,
-    num_states: int = 1024,
+    run: Path, results: RunResult, student: Student, teacher: Teacher, options: ReportOptions = ReportOptions()
 ) -> Path:
-    """Writes the page of a run whose results are known, and returns its path.
-
-    It plays: some states for the shares of actions, and a film of both on the same seed.
+    """Writes `report.html` into a run's folder and returns its path.
 
     Args:
-        run: its folder, with metrics.jsonl and the like; results.json need not be there yet.
-        results: as `results.json`.
-        student: on any device.
-        teacher: on any device.
-        game: what they play.
-        seed: of the states and the film.
-        seconds: of the film.
-        num_states: that the student visits, for the shares of actions.
+        run: folder of the run; results.json need not be written yet.
+        results: content of results.json.
+        student: the run's student, on any device.
+        teacher: its teacher, on any device.
+        options: what the two play for it.
 
     Raises:
-        BadFile: a file of the run is damaged, or the results are not those of a run.
-        KeyboardInterrupt: a signal came, see `check_interrupted`; nothing is written.
+        BadFile: a file of the run is damaged.
+        OSError: no space left or no permission; a previous report stays.
     """
-    student, teacher = copy.deepcopy(student).to("cpu").eval(), teacher.to("cpu")
-    report = replace(read_run(run, results), game=game)
-    try:
-        page(report)  # before a film is played for it
-        report = replace(report, comparison=newest_comparison(run, results, teacher.sha256))
-    except NOT_OURS as error:
-        raise BadFile(f"{run}: its results are not those of a run ({error!r}); make the run again") from error
-    report = replace(
-        report,
-        actions=compared_actions(student, teacher, game, num_states, seed=seed),
-        film=filmed(student, teacher, game, seconds, seed=seed),
+    files = read_run(run, results)
+    student = copy.deepcopy(student).to("cpu").eval()
+    teacher = teacher.to("cpu")
+    page = run_page(
+        files,
+        actions=compare_actions(student, teacher, files.game, options),
+        film=render_film(student, teacher, files.game, options),
+        compared=newest_comparison(run, results.student, teacher.sha256),
     )
-    write_atomically(run / REPORT, page(report).encode())
-    return run / REPORT
+    write_atomically(run / REPORT_FILE, page.encode())
+    return run / REPORT_FILE
 
 
 def write_comparison_report(folder: Path) -> Path:
-    """Writes the page of a comparison by `policykd compress`, and returns its path.
+    """Writes `report.html` into the folder of a comparison of compression methods and returns its path.
 
     Raises:
         BadFile: compression.json is damaged.
     """
     comparison = read_comparison(folder)
-    try:
-        content = comparison_page(folder.resolve().parent.name, comparison)
-    except NOT_OURS as error:
-        reason = f"not what a comparison writes ({error!r}); make it again with policykd compress"
-        raise BadFile(f"{folder / COMPRESSION}: {reason}") from error
-    write_atomically(folder / REPORT, content.encode())
-    return folder / REPORT
+    picture = io.BytesIO()
+    if RANDOM in comparison.rows:  # else no episodes were asked for
+        draw_pareto(comparison, picture)
+    page = comparison_page(ComparedMethods(comparison, folder.resolve().name, picture.getvalue()))
+    write_atomically(folder / REPORT_FILE, page.encode())
+    return folder / REPORT_FILE
 
 
-def newest_comparison(run: Path, results: Mapping[str, Any], teacher_sha256: str) -> Comparison | None:
-    """Returns the last comparison of compressors beside a run that began with its teacher, the run in its picture.
+def newest_comparison(run: Path, student: PolicyResult, teacher_sha256: str) -> ComparedMethods | None:
+    """Returns the newest comparison of compression methods next to a run that has the run's teacher, if there is one.
 
-    One that is damaged or cannot be read is no reason for a run to fail: a warning says so, and it is passed over.
+    A damaged one is left out with a warning: it must not cost a finished run its report.
     """
-    for path in sorted(run.resolve().parent.glob(f"*/{COMPRESSION}"), key=_changed, reverse=True):
+    for path in sorted(run.resolve().parent.glob(f"*/{COMPARISON_FILE}"), key=_modified, reverse=True):
         try:
-            found = read_comparison(path.parent)
-            if found.content.settings.teacher_sha256 == teacher_sha256:
-                comparison = with_this_run(found, results["student"], run)
-                compressors(comparison)
-                return comparison
-        except (OSError, *NOT_OURS) as error:
-            print(f"warning: {path}: left out of the report ({error!r})", file=sys.stderr)
+            comparison = read_comparison(path.parent)
+            if comparison.settings.teacher_sha256 != teacher_sha256:
+                continue
+            # The bytes are those of the file, as in the comparison. The latency is left out: it was measured in torch,
+            # those of the comparison in ONNX Runtime.
+            this_run = Row(
+                recipe=f"this run: {run.resolve().name}",
+                family="this run",
+                settings=comparison.settings,
+                num_parameters=student.num_parameters,
+                num_macs=student.num_macs,
+                num_bytes=(run / "student.safetensors").stat().st_size,
+                protocols=student.protocols,
+            )
+            picture = io.BytesIO()
+            draw_pareto(comparison, picture, this_run=this_run)
+            return ComparedMethods(comparison, path.parent.name, picture.getvalue(), has_this_run=True)
+        except (OSError, ValueError) as error:
+            print(f"warning: {error}; left out of the report", file=sys.stderr)
     return None
 
 
-def _changed(path: Path) -> float:
+def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # what cannot be looked at comes last
+    except OSError:
         return 0.0
 
 
-def with_this_run(comparison: Comparison, student: Mapping[str, Any], run: Path) -> Comparison:
-    """Returns a comparison whose picture has a run's student in it.
-
-    Its bytes are those of its file, as the comparison's are; its latency stays out: it was taken in torch, those of the
-    comparison in ONNX Runtime.
-    """
-    row = Row(
-        recipe=f"this run: {run.resolve().name}",
-        family="this run",
-        settings=comparison.content.settings,
-        num_parameters=student["num_parameters"],
-        num_macs=student["num_macs"],
-        num_bytes=(run / "student.safetensors").stat().st_size,
-        protocols={
-            protocol: ProtocolResult(**asdict(summarise(played["returns"])), returns=tuple(played["returns"]))
-            for protocol, played in student["protocols"].items()
-        },
-    )
-    picture = io.BytesIO()
-    draw_pareto(comparison.content, picture, this_run=row)
-    return replace(comparison, pareto=picture.getvalue(), has_this_run=True)
-
-
 @torch.inference_mode()
-def compared_actions(student: Policy, teacher: Teacher, game: str, num_states: int, *, seed: int) -> Actions:
-    """Returns what both do in states that the student visits; both are on the CPU."""
-    obs = on_policy_states(student, game, num_states, seed=seed)
-    scores = [torch.cat([policy(part) for part in obs.split(256)]) for policy in (teacher, student)]
-    log_teacher, log_student = log_policy(scores[0], teacher.temperature), log_policy(scores[1])
-    num_actions = log_teacher.shape[1]
-    pairs = greedy(scores[0]) * num_actions + greedy(scores[1])
-    return Actions(
+def compare_actions(student: Policy, teacher: Teacher, game: str, options: ReportOptions) -> ActionComparison:
+    """Returns the actions of both policies, on the CPU, in states of the student's own episodes."""
+    obs_BCHW = visited_states(student, game, options.num_states, seed=options.seed)
+    teacher_BA = torch.cat([teacher(part) for part in obs_BCHW.split(256)])
+    student_BA = torch.cat([student(part) for part in obs_BCHW.split(256)])
+    log_teacher_BA = log_policy(teacher_BA, teacher.temperature)
+    log_student_BA = log_policy(student_BA)
+    num_actions = teacher_BA.shape[1]
+    pairs_B = greedy(teacher_BA) * num_actions + greedy(student_BA)
+    return ActionComparison(
         names=action_names(game),
-        teacher_A=log_teacher.exp().mean(dim=0).tolist(),
-        student_A=log_student.exp().mean(dim=0).tolist(),
-        best_AA=pairs.bincount(minlength=num_actions**2).reshape(num_actions, num_actions).tolist(),
-        kl=float(kl_divergence_B(log_teacher, log_student).mean()),
+        teacher_A=log_teacher_BA.exp().mean(dim=0).tolist(),
+        student_A=log_student_BA.exp().mean(dim=0).tolist(),
+        greedy_AA=pairs_B.bincount(minlength=num_actions**2).reshape(num_actions, num_actions).tolist(),
+        kl=float(kl_divergence_B(log_teacher_BA, log_student_BA).mean()),
     )
 
 
-def filmed(student: Policy, teacher: Teacher, game: str, seconds: float, *, seed: int) -> Film:
-    """Returns both at play, side by side on the same seed."""
+def render_film(student: Policy, teacher: Teacher, game: str, options: ReportOptions) -> Film:
+    """Returns teacher and student side by side on the same seed, at most `MAX_FILM_BYTES`."""
     players = [
         Player("teacher", teacher, teacher.temperature, colours.TEACHER),
         Player("student", student, colour=colours.STUDENT),
     ]
-    settings = VideoSettings(game, seed=seed, num_steps=round(seconds * STEPS_PER_SECOND))
-    pictures = list(render_video(players, settings))
-    moving, seconds = truncate_webp(encode_animation(pictures, settings.steps_per_picture), MOST_BYTES)
+    video = VideoSettings(game, seed=options.seed, num_steps=round(options.seconds * STEPS_PER_SECOND))
+    pictures = list(render_video(players, video))
+    webp, seconds = truncate_webp(encode_animation(pictures, video.steps_per_picture), MAX_FILM_BYTES)
+    # The poster is the middle of what is left of the film.
     poster = io.BytesIO()
-    pictures[round(seconds * STEPS_PER_SECOND / 2) // 2].save(poster, "PNG", optimize=True)
-    return Film(moving, poster.getvalue(), seconds)
+    pictures[round(seconds * STEPS_PER_SECOND / video.steps_per_picture) // 2].save(poster, "PNG", optimize=True)
+    return Film(webp, poster.getvalue(), seconds)

@@ -1,176 +1,86 @@
-"""What a report shows, and how it is read from the folder of a run."""
+"""The files of a run that a report shows, each read with its type and a size limit."""
 
 import json
-import math
-import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from pydantic import JsonValue
 
-from policykd.compression import comparison as compression
+from policykd.agents.student import StudentCard, read_student_card
 from policykd.io.files import BadFile
+from policykd.io.typed import read_json
+from policykd.runs.results import RESULTS, RunResult, load_results
 
-RESULTS, COMPRESSION = "results.json", "compression.json"
+MAX_EVENT_BYTES = 256 * 2**20
 
-
-@dataclass(frozen=True)
-class Actions:
-    """What teacher and student do in the same real states."""
-
-    names: Sequence[str]
-    teacher_A: Sequence[float]
-    """mean chance of each action, at the teacher's temperature"""
-    student_A: Sequence[float]
-    best_AA: Sequence[Sequence[int]]
-    """how many states have this best action of the teacher (row) and that of the student (column)"""
-    kl: float
-    """KL(teacher, student), mean over the states, nats"""
+Curve = list[tuple[float, float]]
+"""(gradient updates or agent steps, value) of a TensorBoard tag"""
 
 
 @dataclass(frozen=True)
-class Film:
-    """Teacher and student at play, side by side."""
+class RunConfig:
+    """What a report shows of `config.json`; the settings depend on the command and are shown as they are."""
 
-    moving: bytes
-    """animated WebP"""
-    poster: bytes
-    """PNG of one picture, for paper and for who wants no motion"""
-    seconds: float
+    settings: dict[str, JsonValue] = field(default_factory=dict)
+    machine: dict[str, JsonValue] = field(default_factory=dict)
+    command: str = ""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Other compression methods, as `policykd compress` compared them."""
-
-    content: compression.Comparison
-    pareto: bytes = b""
-    """SVG"""
-    source: str = ""
-    """the folder's name"""
-    has_this_run: bool = False
-    """whether the run of the report is in the picture"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a page shows; what is empty is left out of it."""
+class RunFiles:
+    """Everything in a run's folder that a report shows."""
 
     game: str
     name: str
-    results: Mapping[str, Any]
-    """as results.json"""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """as config.json"""
-    student: Mapping[str, Any] = field(default_factory=dict)
-    """as student.json"""
-    rounds: Sequence[Mapping[str, Any]] = ()
-    """as the lines of metrics.jsonl"""
-    evaluations: Sequence[tuple[int, float]] = ()
-    """gradient updates, and the mean return of the games played then"""
-    scalars: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    """of a run inside reinforcement learning, which has no rounds: TensorBoard's curves, (agent steps, number)"""
-    actions: Actions | None = None
-    film: Film | None = None
-    comparison: Comparison | None = None
+    results: RunResult
+    config: RunConfig
+    student: StudentCard
+    curves: dict[str, Curve]
+    """by TensorBoard tag"""
+
+    @property
+    def x_label(self) -> str:
+        """X axis of the curves, which is another one inside reinforcement learning."""
+        return "gradient updates" if "data/n_states" in self.curves else "agent steps"
 
 
-def read_run(run: Path, results: Mapping[str, Any] | None = None) -> Report:
-    """Returns what the folder of a run holds; where `results` are given results.json need not be there yet.
+def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
+    """Returns the content of a run's folder; with `results` given, results.json is not read.
 
     Raises:
         BadFile: a file is damaged.
-        ValueError: no such folder, or a run that is not finished.
+        ValueError: the run is not finished.
     """
+    results = results or load_results(run)
     if results is None:
-        if not (run / RESULTS).is_file():
-            raise ValueError(
-                f"{run}: holds no {RESULTS}; give the folder of a finished run, or finish it with --resume"
-            )
-        results = _object(run / RESULTS)
-    if found := _not_finite(results):
-        raise BadFile(f"{run / RESULTS}: {found}, which is no return; make the run again")
-    config = _object(run / "config.json") if (run / "config.json").is_file() else {}
-    settings = config.get("settings", {})
-    if not _is_configuration(config):
-        raise BadFile(f"{run / 'config.json'}: not what a run writes; make the run again")
-    return Report(
-        game=str(settings.get("game") or run.resolve().parent.name),
+        raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
+    try:
+        json.dumps(asdict(results), allow_nan=False)
+    except ValueError as error:
+        raise BadFile(f"{run / RESULTS}: a number is not finite ({error}); start a new run") from error
+    config = RunConfig()
+    if (run / "config.json").exists():
+        config = read_json(RunConfig, run / "config.json", next_step="start a new run under another --name")
+    return RunFiles(
+        game=str(config.settings.get("game") or run.resolve().parent.name),
         name=run.resolve().name,
         results=results,
         config=config,
-        student=_object(run / "student.json") if (run / "student.json").is_file() else {},
-        rounds=_rounds(run / "metrics.jsonl"),
-        evaluations=_evaluations(run / "evaluations.npz"),
-        scalars={} if (run / "metrics.jsonl").is_file() else _scalars(run),
+        student=read_student_card(run / "student.json"),
+        curves=_read_curves(run),
     )
 
 
-def _is_configuration(config: Mapping[str, Any]) -> bool:
-    """Returns whether what a page takes from config.json is of the kind that a run writes."""
-    settings = config.get("settings", {})
-    teacher = settings.get("teacher", {}) if isinstance(settings, dict) else None
-    if not isinstance(teacher, dict):
-        return False
-    texts = [config.get("teacher_argument", ""), *(teacher.get(key, "") for key in ("ref", "revision", "sha256"))]
-    return all(isinstance(text, str) for text in texts)
+def _read_curves(run: Path) -> dict[str, Curve]:
+    """Returns the scalars of TensorBoard's event files; what is damaged in them is left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second to import
 
-
-def _not_finite(content: object, name: str = "") -> str:
-    """Returns the name of the first number in results that is NaN or infinite, with the number, or nothing."""
-    if isinstance(content, float):
-        return "" if math.isfinite(content) else f"{name} is {content}"
-    parts = content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list) else ()
-    found = (_not_finite(part, f"{name}.{key}".strip(".")) for key, part in parts)
-    return next(filter(None, found), "")
-
-
-def read_comparison(folder: Path) -> Comparison:
-    """Returns what `policykd compress` wrote into a folder.
-
-    Raises:
-        BadFile: damaged.
-    """
-    content = compression.read_comparison(folder)
-    picture = folder / "pareto.svg"
-    return Comparison(content, picture.read_bytes() if picture.is_file() else b"", folder.resolve().name)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: damaged ({error}); it is written by a run, make the run again") from error
-    if not isinstance(content, dict):
-        raise BadFile(f"{path}: not what a run writes; make the run again")
-    return content
-
-
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: damaged ({error}); remove it, the report leaves its curves out") from error
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    if not any(run.glob("events.out.tfevents.*")):
+    paths = list(run.glob("*tfevents*"))
+    for path in paths:
+        # TensorBoard itself would wait forever on a FIFO.
+        if not path.is_file() or path.stat().st_size > MAX_EVENT_BYTES:
+            raise BadFile(f"{path}: not a regular file of at most {MAX_EVENT_BYTES:,} bytes; remove it")
+    if not paths:
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
-
     events = EventAccumulator(str(run)).Reload()
-    return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
-
-
-def _evaluations(path: Path) -> list[tuple[int, float]]:
-    if not path.is_file():
-        return []
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            key = "num_updates" if "num_updates" in arrays.files else "timesteps"
-            return [(int(n), float(np.mean(r))) for n, r in zip(arrays[key], arrays["results"], strict=True)]
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise BadFile(f"{path}: damaged ({error}); remove it, the report leaves its games out") from error
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

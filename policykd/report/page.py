@@ -1,178 +1,228 @@
-"""The page that says what a run lost and gained: data in, one HTML file out.
+"""Report pages: data in, one HTML file out.
 
-Nothing in it is loaded from elsewhere, nothing in it runs, and every text from a file is escaped.
+The templates load nothing from elsewhere and run no script. Jinja2 escapes every text that is not `Markup`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from importlib.resources import files
-from typing import Any
+import math
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Literal
 
-from policykd.evaluation.evaluate import PROTOCOLS
-from policykd.report import learning, sections
-from policykd.report.data import Comparison, Report
-from policykd.report.markup import Markup, joined, tag
-from policykd.report.text import headline, protocol_name, signed, times
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-SECURITY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""what a browser may load: pictures and styles in the page itself; no script at all"""
+from policykd.compression.comparison import Comparison, normalised_interval
+from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
+from policykd.evaluation.results import PolicyRole
+from policykd.evaluation.statistics import difference_interval, teacher_normalised_score
+from policykd.report.charts import (
+    MINUS,
+    Chart,
+    Look,
+    PolicyPoint,
+    Series,
+    cost_chart,
+    histogram,
+    line_chart,
+    share_chart,
+)
+from policykd.report.data import RunFiles
+from policykd.runs.results import RunResult
 
+MIN_GAMES = 20
+"""games per side below which nothing is claimed: the bootstrap interval of a few games is too narrow"""
+CLOSE = 0.05
+"""fraction of the teacher's advantage over random play; an interval inside it is called within"""
 
-def page(report: Report) -> str:
-    """Returns the page of a run.
+PROTOCOL_NAMES: dict[ProtocolName, str] = {
+    "noop_sampled": "No-op starts, sampled actions",
+    "sticky_greedy": "Sticky actions, greedy play",
+}
+COSTS = {
+    "num_parameters": "Parameters",
+    "num_macs": "Multiply-accumulates",
+    "num_bytes": "Bytes, float32",
+    "latency_microseconds": "Latency in µs, one observation",
+}
 
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the results are not those of a run.
-    """
-    parts = {
-        "Result": sections.result(report),
-        "Film": learning.film(report),
-        "Every game": sections.games(report),
-        "Cost and return": sections.costs(report),
-        "Other compressors": sections.compressors(report.comparison),
-        "Learning": learning.learning(report) or learning.taught(report),
-        "Actions": learning.actions(report),
-        "How it was made": origin(report),
-    }
-    top = [
-        tag("p", f"A distilled policy: {report.name}", class_="over"),
-        tag("h1", f"{report.game}: what the student kept"),
-        tag("p", headline(report.results), class_="verdict"),
-        tag(
-            "dl",
-            *(tag("div", tag("dt", text), tag("dd", figure)) for figure, text in tiles(report.results)),
-            class_="tiles",
-        ),
-    ]
-    return document(f"{report.game}: {report.name}", top, parts, report.results.get("versions", {}))
-
-
-def comparison_page(game: str, comparison: Comparison) -> str:
-    """Returns the page of a comparison of compressors alone.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the rows are not those of a comparison.
-    """
-    top = [
-        tag("p", f"A comparison: {comparison.source}", class_="over"),
-        tag("h1", f"{game}: what compression costs"),
-        tag("p", f"{len(comparison.content.rows)} policies from one teacher and one set of states.", class_="verdict"),
-    ]
-    parts = {
-        "Result": sections.compressors(comparison),
-        "How it was made": _made(
-            comparison.content.command,
-            {"Settings": asdict(comparison.content.settings), "Versions": versions_of(comparison)},
-        ),
-    }
-    return document(f"{game}: {comparison.source}", top, parts, versions_of(comparison))
-
-
-def versions_of(comparison: Comparison) -> Mapping[str, Any]:
-    """Returns the versions that a comparison was made with."""
-    return comparison.content.versions
+# Charts of the section Learning: title, unit, scale of the y axis, and the (tag, label, look, style) of each curve.
+# Distillation and distillation inside reinforcement learning have different tags for the same quantity.
+CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str, Look, str], ...]], ...] = (
+    ("KL divergence from the teacher", "nats", "log", (
+        ("train/kl", "states trained on", "second", "o--"),
+        ("data/new_kl", "new states, before training on them", "student", "o-"),
+        ("offline/teacher_kl", "the teacher's games, before step 0", "second", "o--"),
+        ("train/teacher_kl", "minibatches, before their update", "student", "-"))),
+    ("Same greedy action as the teacher", "share of states", "%", (
+        ("train/action_agreement", "states trained on", "second", "o--"),
+        ("data/new_action_agreement", "new states, before training on them", "student", "o-"))),
+    ("Return during the run", "mean episodic return", "linear", (
+        ("rollout/ep_rew_mean", "while collecting, whoever acts", "second", "o--"),
+        ("eval/mean_reward", "student alone, 16 episodes", "student", "o"))),
+    ("Distillation weight", "relative to the reward", "linear", (
+        ("train/distillation_weight", "weight", "student", "-"),)),
+    ("Learning rate", "Adam", "linear", (
+        ("train/learning_rate", "learning rate", "student", "-"),)),
+)  # fmt: skip
 
 
-def document(name: str, top: list[Markup], parts: Mapping[str, Markup | None], versions: Mapping[str, Any]) -> str:
-    """Returns an HTML file of sections, the style sheet in it; those that are None are left out."""
-    style = Markup(files("policykd.report").joinpath("report.css").read_text())
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=SECURITY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", name),
-        tag("style", style),
+@dataclass(frozen=True)
+class Verdict:
+    """Claim that the interval of the difference to the teacher supports."""
+
+    word: Literal["above", "below", "within", "cannot tell"]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class ActionComparison:
+    """Actions of teacher and student in the same states."""
+
+    names: Sequence[str]
+    teacher_A: Sequence[float]
+    """mean probability of each action, at the teacher's temperature"""
+    student_A: Sequence[float]
+    greedy_AA: Sequence[Sequence[int]]
+    """number of states by greedy action of the teacher (row) and of the student (column)"""
+    kl: float
+    """KL(teacher || student), mean over the states, nats"""
+
+
+@dataclass(frozen=True)
+class Film:
+    """Teacher and student playing side by side."""
+
+    webp: bytes
+    poster: bytes
+    """PNG of one picture, for paper and for readers who want no motion"""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ComparedMethods:
+    """A comparison of compression methods."""
+
+    comparison: Comparison
+    source: str
+    """name of its folder"""
+    pareto: bytes = b""
+    """SVG of returns against costs"""
+    has_this_run: bool = False
+    """whether the run of the report is in that picture"""
+
+
+def run_page(
+    files: RunFiles,
+    *,
+    actions: ActionComparison | None = None,
+    film: Film | None = None,
+    compared: ComparedMethods | None = None,
+) -> str:
+    """Returns the page of a run; parts that are missing have no section."""
+    return _render(
+        "run.html",
+        run=files,
+        results=files.results,
+        verdicts=[verdict(files.results, protocol).sentence for protocol in files.results.comparison],
+        histograms=[_histogram(files.results, protocol) for protocol in files.results.comparison],
+        cost_charts=_cost_charts(files.results),
+        curve_charts=_curve_charts(files),
+        actions=actions,
+        action_chart=share_chart(actions.names, actions.teacher_A, actions.student_A) if actions else None,
+        film=film,
+        compared=compared,
     )
-    links, bodies = [], []
-    for title, content in parts.items():
-        if content is not None:
-            anchor = title.lower().replace(" ", "-")
-            links.append(tag("li", tag("a", title, href=f"#{anchor}")))
-            heading = tag("h2", title, id=f"{anchor}-name")
-            bodies.append(tag("section", heading, content, id=anchor, aria_labelledby=f"{anchor}-name"))
-    foot = tag(
-        "footer", f"Written by policykd {versions.get('policykd', '')}. Nothing on this page is loaded from elsewhere."
-    )
-    nav = tag("nav", tag("ul", *links), aria_label="Sections")
-    body = tag("body", tag("header", *top, nav), tag("main", *bodies), foot)
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def tiles(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the figures at the top and what each is."""
-    protocol, compared = next(iter(results["comparison"].items()))
-    share = compared["teacher_normalised"]
-    name = protocol_name(protocol).lower()
-    if share is not None:
-        span = results["teacher"]["protocols"][protocol]["mean"] - results["random"]["protocols"][protocol]["mean"]
-        low, high = (f"{1 + bound / span:.1%}" for bound in compared["difference_interval"])
-        yield f"{share:.1%}", f"of the teacher's score above random play [{low}, {high}], {name}"
+def comparison_page(compared: ComparedMethods) -> str:
+    """Returns the page of a comparison of compression methods."""
+    return _render("comparison.html", compared=compared)
+
+
+def verdict(results: RunResult, protocol: ProtocolName) -> Verdict:
+    """Returns what the interval of the difference to the teacher supports under a protocol."""
+    student = results.student.protocols[protocol]
+    teacher = results.teacher.protocols[protocol]
+    advantage = teacher.mean - results.random.protocols[protocol].mean
+    compared = results.comparison[protocol]
+    low, high = compared.difference_interval
+    farthest = max(-low, high)
+    num_games = min(student.num_episodes, teacher.num_episodes)
+    word: Literal["above", "below", "within", "cannot tell"]
+    if num_games < MIN_GAMES or (low <= 0.0 <= high and farthest > CLOSE * advantage):
+        word = "cannot tell"
+        claim = f"{num_games} games cannot tell the student from the teacher"
+    elif low <= 0.0 <= high:
+        word = "within"
+        # Rounded up, so that the claim never exceeds the interval.
+        points = math.ceil(round(100.0 * farthest, 6)) / 100.0
+        claim = f"the student plays within {points:.2f} points of the teacher"
     else:
-        yield signed(compared["difference_to_teacher"]), f"return against the teacher's, {name}"
-    words = {
-        "num_parameters": ("fewer parameters", "more parameters"),
-        "num_macs": ("fewer multiply-accumulates", "more multiply-accumulates"),
-        "latency_microseconds": ("faster for one state, torch, one thread", "slower for one state, torch, one thread"),
-    }
-    for key, (less, more) in words.items():
-        if ratio := times(results["teacher"].get(key), results["student"].get(key), less, more):
-            yield ratio
+        word = "above" if low > 0.0 else "below"
+        claim = f"the student plays {word} the teacher"
+    numbers = f"{compared.difference_to_teacher:+,.2f}, 95% interval [{low:+,.2f}, {high:+,.2f}]".replace("-", MINUS)
+    games = f"{student.num_episodes} games against {teacher.num_episodes}"
+    return Verdict(word, f"{PROTOCOL_NAMES[protocol]}: {claim} ({numbers}, {games}).")
 
 
-def origin(report: Report) -> Markup:
-    """Returns how a run was made: command, settings, versions, hashes, protocols, times."""
-    results, config = report.results, report.config
-    made = {
-        "States labelled": f"{results['num_states_labelled']:,}" if "num_states_labelled" in results else None,
-        "Gradient updates": f"{results['num_updates']:,}" if "num_updates" in results else None,
-        **{f"Seconds: {phase}": f"{s:,.0f}" for phase, s in results.get("wall_seconds", {}).items()},
-    }
-    settings = {str(key).replace("_", " "): value for key, value in config.get("settings", {}).items()}
-    teacher = settings.pop("teacher", None) or report.student.get("teacher", {})
-    teacher = teacher if isinstance(teacher, Mapping) else {"ref": teacher}
-    hashes = {f"Teacher: {key}": value for key, value in teacher.items() if value}
-    hashes |= {"Student: sha256": report.student.get("sha256"), "Student: shape": report.student.get("shape")}
-    facts = {
-        "Work": made,
-        "Teacher and student": hashes,
-        "Versions": results.get("versions", {}),
-        "Machine": config.get("machine", {}),
-        "Settings": settings,
-    }
-    return _made(results.get("command") or config.get("command"), facts)
+def _point(results: RunResult, role: PolicyRole, protocol: ProtocolName) -> PolicyPoint:
+    played = getattr(results, role).protocols[protocol]
+    return PolicyPoint(role, played.mean, played.interval, played.returns)
 
 
-def _made(command: object, facts: Mapping[str, Mapping[str, Any]]) -> Markup:
-    blocks = [tag("div", tag("h3", name), _pairs(pairs)) for name, pairs in facts.items() if pairs]
-    made_by = joined(tag("h3", "Command"), tag("pre", tag("code", str(command)))) if command else ""
-    return joined(made_by, tag("div", *blocks, class_="facts"), tag("h3", "Protocols", class_="next"), _protocols())
+def _histogram(results: RunResult, protocol: ProtocolName) -> Chart:
+    roles: tuple[PolicyRole, ...] = ("teacher", "student", "random")
+    return histogram(PROTOCOL_NAMES[protocol], [_point(results, role, protocol) for role in roles])
 
 
-def _protocols() -> Markup:
-    rules = {}
-    for name, how in PROTOCOLS.items():
-        start = f"0 to {how.noop_max - 1} raw frames without action at the start" if how.noop_max else "no no-op starts"
-        sticky = how.repeat_action_probability
-        stick = f"each frame repeats the last action with chance {sticky:g}" if sticky else "no sticky actions"
-        choice = "the best action is taken" if how.deterministic else "actions are drawn from the policy"
-        rules[f"{protocol_name(name)} ({name})"] = f"{start}; {stick}; {choice}; whole games, rewards unclipped"
-    return _pairs(rules)
+def _cost_charts(results: RunResult) -> list[Chart]:
+    """Returns charts of the return against each cost that is known of both networks."""
+    protocol = next(iter(results.comparison))
+    random = results.random.protocols[protocol].mean
+    charts = []
+    for attribute, title in COSTS.items():
+        teacher = replace(_point(results, "teacher", protocol), cost=getattr(results.teacher, attribute))
+        student = replace(_point(results, "student", protocol), cost=getattr(results.student, attribute))
+        if teacher.cost and student.cost:
+            charts.append(cost_chart(title, [teacher, student], random))
+    return charts
 
 
-def _pairs(pairs: Mapping[str, Any]) -> Markup:
-    known = {str(key): value for key, value in pairs.items() if value is not None}
-    return tag(
-        "dl",
-        *(part for key, value in known.items() for part in (tag("dt", key), tag("dd", _written(value)))),
-        class_="pairs",
+def _curve_charts(files: RunFiles) -> list[Chart]:
+    """Returns a chart of each quantity that the run has logged."""
+    teacher = next(iter(files.results.teacher.protocols.values())).mean
+    charts = []
+    for title, unit, scale, curves in CURVES:
+        series = []
+        for tag, label, look, style in curves:
+            if points := files.curves.get(tag):
+                series.append(Series(label, look, [x for x, _ in points], [y for _, y in points], style))
+        if series and title.startswith("Return"):
+            ends = [min(min(line.x) for line in series), max(max(line.x) for line in series)]
+            series.insert(0, Series("teacher, final evaluation", "teacher", ends, [teacher, teacher], "-"))
+        if series:
+            charts.append(line_chart(title, unit, series, x_label=files.x_label, scale=scale))
+    return charts
+
+
+def _render(template: str, **context: object) -> str:
+    return _environment().get_template(template).render(context)
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("policykd.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"number": _number, "base64": lambda content: b64encode(content).decode(), "asdict": asdict}
+    constants = {"PROTOCOLS": PROTOCOLS, "PROTOCOL_NAMES": PROTOCOL_NAMES, "MIN_GAMES": MIN_GAMES, "CLOSE": CLOSE}
+    statistics = (difference_interval, normalised_interval, teacher_normalised_score)
+    environment.globals |= constants | {function.__name__: function for function in statistics}
+    return environment
 
 
-def _written(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_written(v)}" for key, v in value.items() if v not in ("", None))
-    if isinstance(value, list | tuple):
-        return ("-" if all(isinstance(v, int) for v in value) else ", ").join(map(_written, value))
-    return str(value)
+def _number(value: float, form: str = ",.2f") -> str:
+    """Returns a number with a typographic minus sign."""
+    return f"{value:{form}}".replace("-", MINUS)

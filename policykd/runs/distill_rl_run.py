@@ -1,6 +1,5 @@
 """A run of distillation inside reinforcement learning: teacher check, training, final evaluation, report."""
 
-import json
 import shlex
 import sys
 from contextlib import ExitStack, closing
@@ -28,8 +27,8 @@ from policykd.export.compiled import compile_policy
 from policykd.io.files import write_atomically
 from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
-from policykd.io.typed import to_json, write_json
-from policykd.report import write_report
+from policykd.io.typed import write_json
+from policykd.report import ReportOptions, write_report
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
 from policykd.rl.training import RESUMABLE_CHANGES, Training
@@ -196,7 +195,7 @@ def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teach
     play_to_gif(student, config.game, run / "student.gif", seed=config.seed)
     ensure_run_dir_exists(run)
     write_atomically(run / "results.md", result.summary().encode())
-    write_report(run, json.loads(to_json(result)), student, teacher, config.game, seed=config.seed)
+    write_report(run, result, student, teacher, ReportOptions(seed=config.seed))
     write_json(run / RESULTS, result)
     print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")
     return result

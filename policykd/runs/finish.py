@@ -1,13 +1,12 @@
 """The last files of a run: table, film, report, results."""
 
-import json
 from pathlib import Path
 
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
 from policykd.io.files import write_atomically
-from policykd.io.typed import to_json, write_json
-from policykd.report import write_report
+from policykd.io.typed import write_json
+from policykd.report import ReportOptions, write_report
 from policykd.runs.folder import ensure_run_dir_exists
 from policykd.runs.results import RESULTS, RunResult
 from policykd.viewer.animation import play_to_gif
@@ -32,6 +31,6 @@ def finish_run(run: Path, result: RunResult, student: Student, teacher: Teacher,
     play_to_gif(student, game, run / "student.gif", seed=seed)
     ensure_run_dir_exists(run)
     write_atomically(run / "results.md", result.summary().encode())
-    write_report(run, json.loads(to_json(result)), student, teacher, game, seed=seed)
+    write_report(run, result, student, teacher, ReportOptions(seed=seed))
     write_json(run / RESULTS, result)
     print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")

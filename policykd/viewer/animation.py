@@ -135,7 +135,7 @@ def encode_animation(
         raise ValueError("an animation needs at least one picture; play for more steps")
     if format == "GIF":
         frames = _quantize(frames)
-        options = {"optimize": False}
+        options: dict[str, int] = {"optimize": False}
     else:
         # In lossless files "quality" is the effort: 50 with method 2 comes close to the smallest size.
         options = {"lossless": True, "quality": 50, "method": 2}
