@@ -14,7 +14,7 @@ from policykd.agents.teacher import Teacher
 from policykd.compression.comparison import COMPARISON_FILE, RANDOM, Row, read_comparison
 from policykd.compression.pareto import draw_pareto
 from policykd.envs.actions import action_names
-from policykd.evaluation.real_states import collect_real_states
+from policykd.evaluation.real_states import on_policy_states
 from policykd.evaluation.results import PolicyResult
 from policykd.io.files import write_atomically
 from policykd.losses import kl_divergence_B
@@ -131,7 +131,7 @@ def _modified(path: Path) -> float:
 @torch.inference_mode()
 def compare_actions(student: Policy, teacher: Teacher, game: str, options: ReportOptions) -> ActionComparison:
     """Returns the actions of both policies, on the CPU, in states of the student's own episodes."""
-    obs_BCHW = collect_real_states(student, game, options.num_states, seed=options.seed)
+    obs_BCHW = on_policy_states(student, game, options.num_states, seed=options.seed)
     teacher_BA = torch.cat([teacher(part) for part in obs_BCHW.split(256)])
     student_BA = torch.cat([student(part) for part in obs_BCHW.split(256)])
     log_teacher_BA = log_policy(teacher_BA, teacher.temperature)
