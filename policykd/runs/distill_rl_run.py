@@ -135,12 +135,13 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
         teacher = compile_policy(teacher.to(device), few.reset().to(device))
         frames = _teacher_frames(teacher, few, config.seed, device)
 
-    # Only now is anything written: everything above may still refuse the run.
+    # Settings, teacher and weight may all be refused: config.json is written only after that.
     machine = Machine(device=str(device), threads=torch.get_num_threads(), teacher_backend=teacher.backend)
     record = RunRecord(subcommand="distill-rl", settings=to_settings(config), machine=machine, teacher=teacher.record)
     if started:
         check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
     if results:
+        print(results.summary())
         return results
     checked = started.teacher_check if started else None
     if checked is None:
@@ -188,7 +189,7 @@ def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teach
         **vars(evaluation),
         num_states_labelled=model.num_timesteps + _offline_steps(config),
         num_updates=model.num_gradient_steps,
-        wall_seconds={"train": training.wall_seconds, "evaluate": evaluation.evaluation_seconds},
+        wall_seconds={"learn": training.wall_seconds, "evaluate": evaluation.evaluation_seconds},
         versions=versions(),
         command=command,
     )
