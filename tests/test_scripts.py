@@ -265,68 +265,6 @@ def test_a_teacher_that_plays_at_random_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow  # test_distill_rl_run.py runs the same machinery as a command
-def test_a_teacher_is_trained_cut_continued_and_used(tmp_path: Path) -> None:
-    """Stopped by a signal, it ends as the training that was left alone; test_sb3_checkpoints.py stops it anywhere."""
-    hyperparams = ["--hyperparams", "n_steps:32", "n_epochs:1", "batch_size:32"]
-    args = ["--game", "Pong", "--algo", "ppo", "--steps", "256", "--num-envs", "2", "--centre", "--threads", "1"]
-    args += ["--checkpoint-every", "64", "--eval-every", "0", "--eval-episodes", "1", "--name", "r", *hyperparams]
-    whole = run("train_teacher.py", *args, "--folder", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
-
-    cut_run = tmp_path / "cut" / "Pong" / "r"
-    command = [sys.executable, str(ROOT / "scripts/train_teacher.py"), *args, "--folder", str(tmp_path / "cut")]
-    cut = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: num_saved(cut_run), cut)
-    cut.terminate()
-    _, stderr = cut.communicate(timeout=60)
-    assert cut.returncode == 75, stderr
-    assert "--resume" in stderr.splitlines()[-1]
-    refused = run("train_teacher.py", *args, "--folder", str(tmp_path / "cut"), "--resume", "--seed", "1")
-    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
-    assert "seed was 0, is 1" in refused.stderr
-    resumed = run("train_teacher.py", *args, "--folder", str(tmp_path / "cut"), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-
-    archives = [tmp_path / which / "Pong" / "r" / "ppo-Pong.zip" for which in ("whole", "cut")]
-    a, b = (load_teacher(path, game="Pong") for path in archives)
-    obs = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert (a(obs) == b(obs)).all()
-    assert a.card.protocols == b.card.protocols
-    assert (a.card.agent_steps, a.card.sha256, a.card.algorithm) == (256, a.sha256, "PPO")
-    assert (b.card.wall_seconds or 0) > 0
-    assert a.path.stat().st_size < 7_000_000
-    assert "--hyperparams n_steps:32" in a.card.command
-    events = EventAccumulator(str(archives[1].parent))
-    events.Reload()
-    assert {"train/loss", "train/entropy_loss", "time/fps"} <= set(events.Tags()["scalars"])
-
-
-TRAINING_ERRORS = {
-    "unknown game": (["--game", "Pomg"], "did you mean Pong"),
-    "no steps": (["--game", "Pong", "--steps", "0"], "--steps must be at least 1"),
-    "no number": (["--game", "Pong", "--hyperparams", "learning_rate:fast"], "write NAME:NUMBER"),
-    "no setting": (["--game", "Pong", "--hyperparams", "learning_rat:1e-4"], "knows no such setting"),
-    "no room": (["--game", "Pong", "--algo", "dqn", "--hyperparams", "buffer_size:16"], "too small for 8 environments"),
-    "a setting out of range": (["--game", "Pong", "--hyperparams", "batch_size:0"], "--hyperparams: ppo knows no such"),
-    "a name that is a path": (["--game", "Pong", "--name", "../x"], "--name must be the name of a folder"),
-    "a flag that is none": (["--game", "Pong", "--stpes", "9"], "--stpes"),
-    "another start": (["--game", "Breakout", "--start-from", "bundled"], "no teacher is bundled for Breakout"),
-}
-
-
-@pytest.mark.parametrize("case", TRAINING_ERRORS)
-def test_a_training_that_cannot_be_is_one_line(
-    case: str, tmp_path: Path, run_here: Callable[..., tuple[int, str]]
-) -> None:
-    args, reason = TRAINING_ERRORS[case]
-    code, stderr = run_here("train_teacher.py", "--folder", str(tmp_path / "runs"), *args)
-    assert code == 2, stderr
-    assert len(stderr.strip().splitlines()) == 1
-    assert reason in stderr
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.slow  # tests/faults interrupts the same command in every phase, on games that cost nothing
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     """SIGTERM after the first checkpoint: exit 75, the next step is named.
@@ -536,14 +474,6 @@ def test_a_signal_is_an_exit_code_in_every_command(tmp_path: Path) -> None:
     assert training.returncode == 128 + signal.SIGTERM
     names = {path.name for path in (tmp_path / "Pong" / "r").rglob("*")}
     assert not any(name.endswith(".tmp") for name in names)
-
-
-def test_training_without_sb3_is_one_line() -> None:
-    code = "import runpy, sys; sys.modules['stable_baselines3'] = None; runpy.run_path(sys.argv[1], {}, '__main__')"
-    command = [sys.executable, "-c", code, str(ROOT / "scripts" / "train_teacher.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "pip install 'policykd[sb3]'" in done.stderr
 
 
 def test_help_is_quick_documentation() -> None:

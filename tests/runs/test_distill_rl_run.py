@@ -7,9 +7,12 @@ from typing import Any, NoReturn
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from policykd.agents.student import load_student
+from policykd.agents.student import Student, load_student
 from policykd.cli.main import execute
+from policykd.evaluation.evaluate import Evaluation
+from policykd.evaluation.results import FinalEvaluation, compare_with_teacher, policy_result, summarise_episodes
 from policykd.evaluation.teacher_check import TeacherCheck
+from policykd.rl import training as training_module
 from policykd.rl.training import Training
 from policykd.runs import distill_rl_run as module
 from policykd.runs.distill_rl_run import DistillRLConfig, distill_rl_run
@@ -30,6 +33,13 @@ OFFLINE: dict[str, Any] = {"method": "qdagger", "offline_steps": 100, "offline_u
 CHANCE = TeacherCheck("played", -20.7, (-21.0, -20.0), -20.7, (-0.5, 0.5), 8, 0, None, None)
 
 
+def canned_evaluation(student: Student, *_: object, **__: object) -> FinalEvaluation:
+    """Returns the results of one short episode each; full games take minutes, and have tests of their own."""
+    episode = summarise_episodes(Evaluation((-21.0,), (800,)))
+    row = policy_result({"noop_sampled": episode, "sticky_greedy": episode})
+    return FinalEvaluation(teacher=row, student=row, random=row, comparison=compare_with_teacher(row, row, row, "Pong"))
+
+
 def interrupted(*_: object, **__: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -45,6 +55,7 @@ def interrupt_at_128(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Training, "save", save_and_stop)
+    monkeypatch.setattr(training_module, "MAX_SECONDS_BETWEEN_CHECKPOINTS", 1e9)
     return monkeypatch
 
 
@@ -53,6 +64,7 @@ def test_a_run_is_interrupted_resumed_and_reported(tmp_path: Path, interrupt_at_
     with pytest.raises(KeyboardInterrupt, match="128 steps are saved; resume with: policykd resume"):
         distill_rl_run(config)
     interrupt_at_128.undo()
+    interrupt_at_128.setattr(module, "final_evaluation", canned_evaluation)
     result = distill_rl_run(config)
 
     run = tmp_path / "Pong" / "qdagger-1pct-seed0"
