@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from policykd.cli.errors import needs_extra
 from policykd.importers.importers import import_states
 from policykd.importers.minari import export_to_minari
 
@@ -45,11 +46,14 @@ class Export:
 def run(args: Import | Export) -> None:
     """Imports or exports, and prints what was written."""
     if isinstance(args, Export):
-        print(f"{args.folder}: {export_to_minari(args.dataset, args.folder):,} episodes")
+        with needs_extra("minari"):
+            num_episodes = export_to_minari(args.dataset, args.folder)
+        print(f"{args.folder}: {num_episodes:,} episodes")
         return
-    dataset = import_states(
-        args.source, args.folder, game=args.game, trust_pickle=args.trust_pickle, num_states=args.num_states
-    )
+    with needs_extra("minari"):
+        dataset = import_states(
+            args.source, args.folder, game=args.game, trust_pickle=args.trust_pickle, num_states=args.num_states
+        )
     megabytes = sum(shard.num_bytes for shard in dataset.shards.values()) / 1e6
     game = dataset.info.origin.game or "an unnamed game"
     print(f"{args.folder}: {dataset.num_states:,} states of {game}, {megabytes:.1f} MB")

@@ -52,20 +52,19 @@ def import_states(
     check_free(folder)
     if num_states is not None and num_states < 1:
         raise ValueError(f"--num-states: must be at least 1, not {num_states}")
-    info, parts = open_source(Path(source), canonical_name(game) if game else None, trust_pickle=trust_pickle)
+    path = Path(source)
+    game = canonical_name(game) if game else None
+    info, parts = _read_sb3_buffer(path, game, trust_pickle) if path.suffix == ".pkl" else _read_folder(path, game)
     return write_dataset(folder, info, parts if num_states is None else _limited(parts, num_states))
 
 
-def open_source(path: Path, game: str | None, *, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
-    """Returns the description of a source's states, and their rows; see `import_states`."""
-    if path.suffix == ".pkl" and path.is_file():
-        return read_sb3_buffer(path, game, trust_pickle=trust_pickle)
+def _read_folder(path: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
     if not path.is_dir():
         raise ValueError(f"{path}: not found; give an SB3 replay buffer (.pkl), or the folder of a recording")
     if has_generations(path):
         raise BadFile(f"{path}: a dataset already; use it as it is")
     if any(_DQN_REPLAY.fullmatch(file.name) for file in path.iterdir()):
-        return read_dqn_replay(path, game)
+        return _read_dqn_replay(path, game)
     for data in (path / "data", path):
         if (data / "metadata.json").is_file():
             return read_minari(data, game)
@@ -75,12 +74,10 @@ def open_source(path: Path, game: str | None, *, trust_pickle: bool) -> tuple[St
     )
 
 
-def read_sb3_buffer(path: Path, game: str | None, *, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
-    """Returns the states of a `ReplayBuffer` that SB3's `save_replay_buffer` wrote, each stream in time order.
-
-    Raises:
-        BadFile: not trusted, not readable, or without the arrays of a `ReplayBuffer`.
-    """
+def _read_sb3_buffer(path: Path, game: str | None, trust_pickle: bool) -> tuple[StatesInfo, Iterator[Arrays]]:
+    """Reads a `ReplayBuffer` that SB3's `save_replay_buffer` wrote, each stream in time order."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not found, or not a file; give an SB3 replay buffer")
     if not trust_pickle:
         raise BadFile(f"{path}: a pickle can execute any code when it is read; if you made it, pass --trust-pickle")
     print(f"warning: {path} is a pickle: the code in it is executed now", file=sys.stderr)
@@ -124,14 +121,11 @@ def read_sb3_buffer(path: Path, game: str | None, *, trust_pickle: bool) -> tupl
     return info, rows(recordings(), path)
 
 
-def read_dqn_replay(folder: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
-    """Returns the states of a `replay_logs` folder of the DQN Replay Dataset (Agarwal et al., 2020), in time order.
+def _read_dqn_replay(folder: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arrays]]:
+    """Reads a `replay_logs` folder of the DQN Replay Dataset (Agarwal et al., 2020), in time order.
 
     Where a checkpoint number is missing, no stack reaches over the gap. Dopamine writes three black frames before an
     episode; a stack begins with zeros anyway, so they are left out.
-
-    Raises:
-        BadFile: a file of another layout, truncated or damaged.
     """
     numbers = sorted(int(match[1]) for file in folder.iterdir() if (match := _DQN_REPLAY.fullmatch(file.name)))
     origin = Origin(

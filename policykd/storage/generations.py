@@ -62,7 +62,7 @@ class Generation:
 
     def read_kind(self, kind: str) -> bytes:
         """Returns the content of the file of one kind, such as `model`."""
-        return self.read(next(name for name in self.manifest.files if _kind(name) == kind))
+        return self.read(next(name for name in self.manifest.files if name.startswith(f"{kind}-")))
 
     def read_shard(self, name: str) -> Arrays:
         """Returns the arrays of a shard; those of states are checked against their description first.
@@ -268,15 +268,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _numbers(folder: Path) -> list[int]:
     """Returns the numbers of all manifests, newest first."""
-    return sorted((_number(path.name) for path in _files(folder) if _kind(path.name) == MANIFEST), reverse=True)
+    return sorted((_number(path.name) for path in _files(folder) if path.name.startswith(MANIFEST)), reverse=True)
 
 
 def _name(kind: str = MANIFEST, ending: str = "json", *, number: int) -> str:
     return f"{kind}-{number:06d}.{ending}"
-
-
-def _kind(name: str) -> str:
-    return name.rpartition("-")[0]
 
 
 def _number(name: str) -> int:

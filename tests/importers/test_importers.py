@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 from policykd.cli.main import execute
 from policykd.envs.atari import make_atari
-from policykd.importers.importers import import_states, read_dqn_replay
+from policykd.importers.importers import _read_dqn_replay, import_states
 from policykd.importers.minari import MAIN_FILE, export_to_minari
 from policykd.io.files import BadFile
 from policykd.io.signals import handle_signals
@@ -401,7 +401,7 @@ def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
     import_states(logged[0], tmp_path / "whole", game="Breakout")
 
     def read_then_stop(*args: Any, **settings: Any) -> tuple[Any, Iterator[Any]]:
-        about, parts = read_dqn_replay(*args, **settings)
+        about, parts = _read_dqn_replay(*args, **settings)
 
         def signalled() -> Iterator[Any]:
             for number, part in enumerate(parts):
@@ -412,7 +412,7 @@ def test_a_signal_keeps_what_is_imported_and_the_same_import_goes_on(
         return about, signalled()
 
     with monkeypatch.context() as patch:
-        patch.setattr("policykd.importers.importers.read_dqn_replay", read_then_stop)
+        patch.setattr("policykd.importers.importers._read_dqn_replay", read_then_stop)
         with handle_signals(), pytest.raises(KeyboardInterrupt, match=r"^\d+ states are imported; run the same import"):
             import_states(logged[0], tmp_path / "d", game="Breakout")
     cut = open_dataset(tmp_path / "d")
