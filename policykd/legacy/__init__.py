@@ -1,1 +1,0 @@
-"""The previous core, until every area has moved to the new one. To be deleted."""
