@@ -1,4 +1,4 @@
-"""A profile of policies: what each costs to store, start and run in every runtime there is, measured side by side."""
+"""Profile of policies: what each costs to store, start and run in every available runtime, measured in turns."""
 
 import json
 import os
@@ -8,211 +8,287 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from policykd.agents.networks import num_macs, num_parameters
-from policykd.agents.policy import Policy, greedy
+from policykd.agents.policy import greedy
 from policykd.agents.teacher import Teacher
-from policykd.evaluation.deployments import Deployment, RealStates, deploy
+from policykd.evaluation.costs import Latency, parameters_and_macs
 from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.real_states import on_policy_states
-from policykd.evaluation.runtimes import MANY, RUNTIMES, RuntimeName
-from policykd.io.signals import check_interrupted
+from policykd.evaluation.runtime_files import ArtifactBuilder, RuntimeFile
+from policykd.evaluation.runtimes import BATCH_SIZE, RUNTIMES, RuntimeName
+from policykd.io.typed import parse_json
 
-__all__ = ["profile", "table"]
-
-THREADS_OF = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-"""variables by which torch and NumPy are told how many to use"""
-NUM_CALIBRATION_STATES, NUM_TRIED_STATES = 2000, 2000
-"""of int8: as many as scripts/export.py takes, and a fifth of those that it tries the file on"""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""environment variables that set the number of threads of torch and NumPy"""
 PRACTICAL: RuntimeName = "sb3"
-"""the runtime of the first policy that is what a user has before any of this"""
+"""runtime of the first policy that users have before they compress or export anything"""
+_PACKAGES = ("torch", "numpy", "onnxruntime", "stable-baselines3", "policykd")
 
 
-def profile(
-    contenders: Sequence[NamedPolicy],
-    game: str,
-    *,
-    runtimes: Sequence[RuntimeName] = tuple(RUNTIMES),
-    seed: int = 0,
-    rounds: int = 9,
-    calls_per_round: int = 100,
-    starts: int = 3,
-) -> dict[str, Any]:
-    """Returns what policies cost in every runtime, as JSON; ratios are against the first policy.
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Settings of a profile."""
+
+    runtimes: tuple[RuntimeName, ...] = tuple(RUNTIMES)
+    """runtimes, in the order of the table"""
+    seed: int = 0
+    """seed of the games whose frames are used"""
+    rounds: int = 9
+    """turns of each policy in each runtime"""
+    calls_per_round: int = 100
+    """timed calls per turn"""
+    starts: int = 3
+    """fresh processes per policy and runtime; start-up is their median"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Latency):
+    """One policy in one runtime; the latency is that of one observation on one thread."""
+
+    num_bytes: int | None
+    """bytes of the runtime's file"""
+    int8: str
+    """what is int8 in the file; empty for float32"""
+    states_per_second: float
+    """throughput with 256 observations per call"""
+    start_seconds: float
+    """from the start of a process to its first action"""
+    peak_megabytes: float
+    """peak memory of that process, MB"""
+    same_actions: float
+    """share of observations with the policy's own action"""
+    practical_ratio: float | None
+    """median latency of SB3's `predict` on the first policy, divided by this one"""
+    practical_min_ratio: float | None
+    """the same of the shortest calls: other processes interrupt long calls more often than short ones"""
+    same_runtime_ratio: float | None
+    """median latency of the first policy in the same runtime, divided by this one"""
+    same_runtime_min_ratio: float | None
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """One policy in one runtime that it was not measured in."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyProfile:
+    """One policy in every runtime."""
+
+    ref: str
+    num_parameters: int | None
+    num_macs: int | None
+    runtimes: dict[RuntimeName, Measurement | NotMeasured]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine that times depend on."""
+
+    processor: str
+    num_cores: int
+    system: str
+    python: str
+    versions: dict[str, str | None]
+    load_before: tuple[float, float, float]
+    """load averages over 1, 5 and 15 minutes"""
+    load_after: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Content of profile.json."""
+
+    game: str
+    policies: dict[str, PolicyProfile]
+    ratios_against: str
+    """name of the first policy"""
+    options: ProfileOptions
+    machine: Machine
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timing(Latency):
+    """Measurements of one file; start-up is added to what the benchmark's process reports."""
+
+    actions: tuple[int, ...]
+    states_per_second: float
+    start_seconds: float = 0.0
+    peak_megabytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Report of a fresh process."""
+
+    monotonic: float
+    peak_megabytes: float
+
+
+Key = tuple[str, RuntimeName]
+"""a policy's name and a runtime"""
+
+
+def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions | None = None) -> Profile:
+    """Returns what policies cost in every runtime; ratios are against the first policy.
 
     All are timed in one process with one thread, in turns (A B C, A B C, ...), on frames of the game as the first one
-    plays it; start-up and memory come from fresh processes, which end with their first action.
+    plays it. Start-up time and memory come from fresh processes, which end with their first action.
 
     Args:
-        contenders: policies, each of another name.
-        game: what they play.
-        runtimes: in the order of the table.
-        seed: of the games.
-        rounds: turns that each policy gets in each runtime.
-        calls_per_round: timed in each turn.
-        starts: fresh processes each, of which the median counts.
+        policies: policies with different names, students and teachers.
+        game: the Atari game that they play.
+        options: runtimes, seed and number of calls.
 
     Raises:
-        ValueError: two policies of one name, or an ensemble.
-        KeyboardInterrupt: a signal has come.
+        ValueError: two policies with one name, or an ensemble.
     """
-    first = contenders[0]
-    if len({c.name for c in contenders}) < len(contenders):
-        raise ValueError(f"two of {', '.join(c.ref for c in contenders)} are called the same; profile them one by one")
-    for c in contenders:
-        if isinstance(c.policy, Teacher) and c.policy.algorithm == "ENSEMBLE":
-            raise ValueError(f"{c.ref}: several teachers; profile each by its own name")
-    obs = on_policy_states(first.policy, game, MANY, seed=2 * seed)
-    expected = {c.name: _acts(c.policy, obs) for c in contenders}
+    options = options or ProfileOptions()
+    first = policies[0]
+    if len({p.name for p in policies}) < len(policies):
+        raise ValueError(f"two of {', '.join(p.ref for p in policies)} are called the same; profile them one by one")
+    for p in policies:
+        if isinstance(p.policy, Teacher) and p.policy.algorithm == "ENSEMBLE":
+            raise ValueError(f"{p.ref}: several teachers; profile each by its own name")
     load_before = os.getloadavg()
+    obs = on_policy_states(first.policy, game, BATCH_SIZE, seed=2 * options.seed)
+    files: dict[Key, RuntimeFile] = {}
     with tempfile.TemporaryDirectory() as folder:
         observations = Path(folder) / "observations"
         observations.write_bytes(obs.numpy().tobytes())
-        made: dict[tuple[str, RuntimeName], Deployment] = {}
-        for i, contender in enumerate(contenders):
-            own = Path(folder) / str(i)
-            own.mkdir()
-            states = _states_for_int8(contender, game, seed) if "int8" in runtimes else None
-            for runtime, deployment in deploy(contender.policy, own, runtimes, game=game, states=states).items():
-                made[contender.name, runtime] = deployment
-        raced = _race(made, observations, rounds, calls_per_round)
-        for (name, runtime), row in raced.items():
-            if "why_not" not in row:
-                row |= _started(runtime, made[name, runtime], observations, starts)
-    policies: dict[str, dict[str, Any]] = {}
-    for c in contenders:
-        rows: dict[RuntimeName, dict[str, Any]] = {}
-        for runtime in runtimes:
-            rows[runtime] = _row(made[c.name, runtime], raced.get((c.name, runtime)))
-        _compare_actions(rows, expected[c.name])
-        policies[c.name] = {"ref": c.ref, **_size_of(c), "runtimes": rows}
-    _add_ratios(policies)
-    return {
-        "game": game,
-        "policies": policies,
-        "ratios_against": first.name,
-        "how": {"seed": seed, "rounds": rounds, "calls_per_round": calls_per_round, "batch": MANY, "threads": 1},
-        "machine": machine() | {"load_before": load_before, "load_after": os.getloadavg()},
+        for i, p in enumerate(policies):
+            builder = ArtifactBuilder(p, Path(folder) / str(i), game, options.seed)
+            files |= {(p.name, runtime): builder.build(runtime) for runtime in options.runtimes}
+        timings = _measure_files(files, observations, options)
+    profiles: dict[str, PolicyProfile] = {}
+    for p in policies:
+        with torch.inference_mode():
+            own_actions = greedy(p.policy(obs)).tolist()
+        keys = [(p.name, runtime) for runtime in options.runtimes]
+        rows = {key[1]: _row(key, files[key], timings, first.name, own_actions) for key in keys}
+        parameters, macs = parameters_and_macs(p.policy.net, tuple(obs.shape[1:]))
+        profiles[p.name] = PolicyProfile(ref=p.ref, num_parameters=parameters, num_macs=macs, runtimes=rows)
+    machine = _machine(load_before)
+    return Profile(game=game, policies=profiles, ratios_against=first.name, options=options, machine=machine)
+
+
+def _measure_files(
+    files: Mapping[Key, RuntimeFile], observations: Path, options: ProfileOptions
+) -> dict[Key, _Timing | NotMeasured]:
+    """Returns the measurements of every file, or the reason why there are none."""
+    found: dict[Key, _Timing | NotMeasured] = {key: NotMeasured(file.reason) for key, file in files.items()}
+    paths = {key: file.path for key, file in files.items() if file.path}
+    found |= zip(paths, _benchmark_interleaved(paths, observations, options), strict=True)
+    for key, path in paths.items():
+        timing = found[key]
+        if isinstance(timing, _Timing):
+            found[key] = _with_start(timing, key[1], path, observations, options.starts)
+    return found
+
+
+def _benchmark_interleaved(
+    paths: Mapping[Key, Path], observations: Path, options: ProfileOptions
+) -> list[_Timing | NotMeasured]:
+    """Returns the latency and throughput of each file, all timed in turns in one process."""
+    request = observations.with_name("request.json")
+    content = {
+        "observations": str(observations),
+        "rounds": options.rounds,
+        "calls_per_round": options.calls_per_round,
+        "files": [(runtime, str(path)) for (_, runtime), path in paths.items()],
     }
+    request.write_text(json.dumps(content))
+    return parse_json(list[_Timing | NotMeasured], _in_fresh_process("benchmark", str(request)), "the benchmark")
 
 
-def _acts(policy: Policy, obs: Tensor) -> list[int]:
-    """Returns the best actions of the policy itself, with which what each runtime does is compared."""
-    with torch.inference_mode():
-        return greedy(policy(obs)).tolist()
-
-
-def _states_for_int8(contender: NamedPolicy, game: str, seed: int) -> RealStates:
-    """Returns what scripts/export.py would calibrate on, and states to try the file on, if fewer."""
-    calibration, tried = (
-        on_policy_states(contender.policy, game, num, seed=s)
-        for num, s in ((NUM_CALIBRATION_STATES, 2 * seed + 1), (NUM_TRIED_STATES, 2 * seed))
-    )
-    return RealStates(calibration, tried)
-
-
-def _race(
-    made: Mapping[tuple[str, RuntimeName], Deployment], observations: Path, rounds: int, calls_per_round: int
-) -> dict[tuple[str, RuntimeName], dict[str, Any]]:
-    """Returns what each policy takes in each runtime that it has a file for."""
-    there = {key: deployment.file for key, deployment in made.items() if deployment.file}
-    entries = [{"runtime": runtime, "file": str(file)} for (_, runtime), file in there.items()]
-    specification = observations.with_name("race.json")
-    how = {"observations": str(observations), "rounds": rounds, "calls_per_round": calls_per_round}
-    specification.write_text(json.dumps({**how, "entries": entries}))
-    return dict(zip(there, _asked("race", str(specification)), strict=True))
-
-
-def _started(runtime: RuntimeName, deployment: Deployment, observations: Path, starts: int) -> dict[str, Any]:
-    """Returns seconds from a process's start to its first action, and its memory then, medians; or why it ended."""
-    seconds, megabytes = [], []
+def _with_start(
+    timing: _Timing, runtime: RuntimeName, path: Path, observations: Path, starts: int
+) -> _Timing | NotMeasured:
+    """Returns the timing with the medians of start-up time and peak memory; a process that fails is the reason."""
+    seconds: list[float] = []
+    megabytes: list[float] = []
     for _ in range(starts):
         began = time.monotonic()
         try:
-            found = _asked("start", runtime, str(deployment.file), str(observations))
-        except RuntimeError as error:  # of this one alone: what was measured is not lost
-            return {"why_not": str(error)}
-        seconds.append(found["monotonic"] - began)
-        megabytes.append(found["peak_megabytes"])
-    return {"start_seconds": float(np.median(seconds)), "peak_megabytes": float(np.median(megabytes))}
+            printed = _in_fresh_process("start", runtime, str(path), str(observations))
+        except RuntimeError as error:  # of this runtime alone: the other measurements are kept
+            return NotMeasured(str(error))
+        start = parse_json(_Start, printed, "the measurement")
+        seconds.append(start.monotonic - began)
+        megabytes.append(start.peak_megabytes)
+    return replace(timing, start_seconds=float(np.median(seconds)), peak_megabytes=float(np.median(megabytes)))
 
 
-def _asked(*arguments: str) -> Any:
-    """Returns what a fresh process of `policykd.evaluation.runtimes` prints."""
-    command = [sys.executable, "-m", "policykd.evaluation.runtimes", *arguments]
-    environment = os.environ | dict.fromkeys(THREADS_OF, "1")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        try:
-            while True:
-                try:
-                    printed, said = process.communicate(timeout=0.2)
-                    break
-                except subprocess.TimeoutExpired:
-                    check_interrupted()
-        except BaseException:
-            process.kill()
-            raise
-    check_interrupted()
-    if process.returncode:
-        last = (said.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"measuring {' '.join(arguments[:2])} ended with {process.returncode}: {last[:200]}")
-    return json.loads(printed)
+def _in_fresh_process(*arguments: str) -> bytes:
+    """Returns what a process of `policykd.evaluation.runtimes` with one thread prints.
 
-
-def _row(deployment: Deployment, raced: Mapping[str, Any] | None) -> dict[str, Any]:
-    if raced is None:
-        return {"why_not": deployment.why_not}
-    return {"num_bytes": deployment.num_bytes, **({"int8": deployment.int8} if deployment.int8 else {}), **raced}
-
-
-def _compare_actions(rows: Mapping[RuntimeName, dict[str, Any]], expected: Sequence[int]) -> None:
-    """Replaces each runtime's actions by the share that equals those of the policy itself."""
-    for row in rows.values():
-        if "actions" in row:
-            row["same_actions"] = float(np.mean(np.equal(row.pop("actions"), expected)))
-
-
-def _size_of(contender: NamedPolicy) -> dict[str, int | None]:
-    net: Any = getattr(contender.policy, "net", None)
-    if not hasattr(net, "state_dict"):
-        return {"num_parameters": getattr(net, "num_parameters", None), "num_macs": None}
-    return {"num_parameters": num_parameters(net), "num_macs": num_macs(net, net.obs_shape)}
-
-
-def _add_ratios(policies: Mapping[str, dict[str, Any]]) -> None:
-    """Adds how many times less time a row takes than the first policy in SB3 (practical) and in its own runtime.
-
-    Of medians, and of the least times: other processes interrupt long calls more often than short ones.
+    Raises:
+        RuntimeError: it failed; the message has the last line of its standard error.
     """
-    first: dict[str, dict[str, Any]] = next(iter(policies.values()))["runtimes"]
-    for policy in policies.values():
-        for runtime, row in policy["runtimes"].items():
-            if "median_us" not in row:
-                continue
-            for ratio, other in (("practical", first.get(PRACTICAL, {})), ("same_runtime", first[runtime])):
-                for name, time_us in (("ratio", "median_us"), ("least_ratio", "min_us")):
-                    row[f"{ratio}_{name}"] = other[time_us] / row[time_us] if time_us in other else None
+    command = [sys.executable, "-m", "policykd.evaluation.runtimes", *arguments]
+    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        last_line = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"measuring {' '.join(arguments[:2])} ended with {done.returncode}: {last_line[:200]}")
+    return done.stdout
 
 
-def machine() -> dict[str, Any]:
-    """Returns what times depend on: the processor, its cores, the system and the versions of the runtimes."""
+def _row(
+    key: Key,
+    file: RuntimeFile,
+    timings: Mapping[Key, _Timing | NotMeasured],
+    first: str,
+    own_actions: Sequence[int],
+) -> Measurement | NotMeasured:
+    """Returns one row of the profile, with ratios against the policy called `first`."""
+    timing = timings[key]
+    if isinstance(timing, NotMeasured):
+        return timing
+    practical = _ratios(timings.get((first, PRACTICAL)), timing)
+    same_runtime = _ratios(timings.get((first, key[1])), timing)
+    measured = {f.name: getattr(timing, f.name) for f in fields(timing) if f.name != "actions"}
+    return Measurement(
+        **measured,
+        num_bytes=file.num_bytes,
+        int8=file.int8,
+        same_actions=float(np.mean(np.equal(timing.actions, own_actions))),
+        practical_ratio=practical[0],
+        practical_min_ratio=practical[1],
+        same_runtime_ratio=same_runtime[0],
+        same_runtime_min_ratio=same_runtime[1],
+    )
+
+
+def _ratios(reference: _Timing | NotMeasured | None, timing: _Timing) -> tuple[float | None, float | None]:
+    """Returns how many times faster than the reference: by median and by shortest call."""
+    if not isinstance(reference, _Timing):
+        return None, None
+    return reference.median_us / timing.median_us, reference.min_us / timing.min_us
+
+
+def _machine(load_before: tuple[float, float, float]) -> Machine:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "num_cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {p: _version(p) for p in ("torch", "numpy", "onnxruntime", "stable-baselines3", "policykd")},
-    }
+    return Machine(
+        processor=models[0] if models else platform.processor() or platform.machine(),
+        num_cores=os.cpu_count() or 1,
+        system=platform.platform(),
+        python=platform.python_version(),
+        versions={package: _version(package) for package in _PACKAGES},
+        load_before=load_before,
+        load_after=os.getloadavg(),
+    )
 
 
 def _version(package: str) -> str | None:
@@ -222,54 +298,51 @@ def _version(package: str) -> str | None:
         return None
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Returns a profile as Markdown: a row for each policy in each runtime."""
-    first = found["ratios_against"]
+def profile_table(found: Profile) -> str:
+    """Returns a profile as Markdown: one row per policy and runtime, and the reasons for missing ones."""
     lines = [
         "| policy | parameters | MACs | runtime | file | batch 1, median | 99th percentile"
-        f" | batch {found['how']['batch']} | start | memory | same actions | practical ratio | same-runtime ratio |",
+        f" | batch {BATCH_SIZE} | start | memory | same actions | practical ratio | same-runtime ratio |",
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, policy in found["policies"].items():
-        macs = "-" if policy["num_macs"] is None else f"{policy['num_macs'] / 1e6:.2f} M"
-        head = f"| {name} | {policy['num_parameters'] or 0:,} | {macs} |"
-        for runtime, row in policy["runtimes"].items():
-            if "why_not" not in row:
-                kind = f" {row['int8']}" if "int8" in row else ""
-                lines.append(f"{head} {RUNTIMES[runtime][0]}{kind} | {' | '.join(_cells(row))} |")
-                head = "| | | |"
     missing: dict[str, list[str]] = {}
-    for name, policy in found["policies"].items():
-        for runtime, row in policy["runtimes"].items():
-            if "why_not" in row:
-                missing.setdefault(f"{RUNTIMES[runtime][0]}: {row['why_not']}", []).append(name)
-    where = found["machine"]
-    before, after = where["load_before"][0], where["load_after"][0]
-    is_busy = max(before, after) > where["num_cores"]
+    for name, policy in found.policies.items():
+        macs = "-" if policy.num_macs is None else f"{policy.num_macs / 1e6:.2f} M"
+        head = f"| {name} | {policy.num_parameters or 0:,} | {macs} |"
+        for runtime, row in policy.runtimes.items():
+            label = RUNTIMES[runtime][0]
+            if isinstance(row, NotMeasured):
+                missing.setdefault(f"{label}: {row.reason}", []).append(name)
+                continue
+            lines.append(f"{head} {label}{row.int8 and f' {row.int8}'} | {' | '.join(_cells(row))} |")
+            head = "| | | |"
+    machine = found.machine
+    before = machine.load_before[0]
+    after = machine.load_after[0]
+    caveat = "; on a machine as busy as this only those in brackets are reliable"
     lines.append(
-        f"\nTimes of one observation, one thread, {where['processor']}, {where['num_cores']} cores, load {before:.1f}"
-        f" before and {after:.1f} after. Practical: against `predict` of SB3 on {first}; same-runtime: against {first}"
-        " in the runtime of the row; of the medians, and in brackets of the least times"
-        f"{', which alone are to be trusted on a machine as busy as this' if is_busy else ''}."
+        f"\nTimes of one observation, one thread, {machine.processor}, {machine.num_cores} cores, load {before:.1f}"
+        f" before and {after:.1f} after. Practical: against `predict` of SB3 on {found.ratios_against}; same-runtime:"
+        f" against {found.ratios_against} in the same runtime. Ratios of medians, in brackets of the shortest calls"
+        f"{caveat if max(before, after) > machine.num_cores else ''}."
     )
-    lines += [f"- not measured, {what} ({', '.join(names)})" for what, names in missing.items()]
+    lines += [f"- not measured, {reason} ({', '.join(names)})" for reason, names in missing.items()]
     return "\n".join(lines)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    size = "-" if row["num_bytes"] is None else f"{row['num_bytes'] / 1e3:,.0f} kB"
-    ratios = [_ratio(row[f"{kind}_ratio"], row[f"{kind}_least_ratio"]) for kind in ("practical", "same_runtime")]
-    return [
-        size,
-        f"{row['median_us']:,.0f} us",
-        f"{row['p99_us']:,.0f} us",
-        f"{row['states_per_second']:,.0f}/s",
-        f"{row['start_seconds']:.2f} s",
-        f"{row['peak_megabytes']:,.0f} MB",
-        f"{row['same_actions']:.1%}",
-        *ratios,
-    ]
+def _cells(row: Measurement) -> tuple[str, ...]:
+    return (
+        "-" if row.num_bytes is None else f"{row.num_bytes / 1e3:,.0f} kB",
+        f"{row.median_us:,.0f} us",
+        f"{row.p99_us:,.0f} us",
+        f"{row.states_per_second:,.0f}/s",
+        f"{row.start_seconds:.2f} s",
+        f"{row.peak_megabytes:,.0f} MB",
+        f"{row.same_actions:.1%}",
+        _ratio_cell(row.practical_ratio, row.practical_min_ratio),
+        _ratio_cell(row.same_runtime_ratio, row.same_runtime_min_ratio),
+    )
 
 
-def _ratio(of_medians: float | None, of_least: float | None) -> str:
-    return "-" if of_medians is None else f"{of_medians:.1f} ({of_least:.1f})"
+def _ratio_cell(median_ratio: float | None, min_ratio: float | None) -> str:
+    return "-" if median_ratio is None else f"{median_ratio:.1f} ({min_ratio:.1f})"
