@@ -1,7 +1,7 @@
-"""Atari exactly as Stable-Baselines3 trains on it: whole games, unclipped rewards, in this process or in several.
+"""Atari exactly as Stable-Baselines3 trains on it: full games, unclipped rewards, in this process or in several.
 
-Pixels, FIRE presses, lost lives and ends are bit-equal to those of SB3's `make_atari_env`; how emulators are played is
-in `emulators`, how their screens become frames in `screens`.
+Pixels, FIRE presses, lost lives and ends are bit-equal to those of SB3's `make_atari_env`. `emulators` has the rules of
+a game, `screens` the way from an emulator's screens to frames.
 """
 
 from itertools import pairwise
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policykd.envs.emulators import OUTCOME, Rules, packed, rom_path, unpacked
+from policykd.envs.emulators import OUTCOME, Rules, pack, rom_path, unpack
 from policykd.envs.games import canonical_name
-from policykd.envs.vector import Episode, Step
-from policykd.envs.workers import Here, Worker
+from policykd.envs.vector import EnvState, Episode, Step
+from policykd.envs.workers import InProcessWorker, SubprocessWorker
 
 STACK = 4
 
@@ -23,20 +23,22 @@ class AtariEnvs:
     """`num_envs` games of one kind; see `make_atari`."""
 
     def __init__(self, rules: Rules, num_envs: int, num_workers: int) -> None:
-        """Shares the games among `num_workers` processes; without any they are played in this one."""
-        self.game, self.num_envs, self.seed = rules.game, num_envs, rules.seed
+        """Shares the games among `num_workers` processes; with 0 they are played in this one."""
+        self.game = rules.game
+        self.seed = rules.seed
+        self.num_envs = num_envs
         self.obs_shape: tuple[int, ...] = (STACK, 84, 84)
         self.stack = STACK
         self._num_resets = 0
         self._stacks = np.zeros((num_envs, STACK, 84, 84), np.uint8)
         self._frames = np.zeros((num_envs, 84, 84), np.uint8)
         self._outcomes = np.zeros(num_envs, OUTCOME)
-        self._stands_B = np.zeros(num_envs, np.bool_)
+        self._is_held_B = np.zeros(num_envs, np.bool_)
         num_shares = min(max(num_workers, 1), num_envs)
         self._shares = [slice(*s) for s in pairwise(num_envs * k // num_shares for k in range(num_shares + 1))]
-        players = Worker if num_workers else Here
-        self._players: list[Here | Worker] = [
-            players(rules, range(s.start, s.stop), self._outcomes[s], self._frames[s]) for s in self._shares
+        kind = SubprocessWorker if num_workers else InProcessWorker
+        self._workers: list[InProcessWorker | SubprocessWorker] = [
+            kind(rules, range(s.start, s.stop), self._outcomes[s], self._frames[s]) for s in self._shares
         ]
         self.num_actions: int = self._ask_all("num_actions")[0]
 
@@ -52,7 +54,7 @@ class AtariEnvs:
         """Takes one action (4 frames) in every game.
 
         Args:
-            actions_B: `(num_envs,)`, integers below `num_actions`; where negative, the game stands still.
+            actions_B: `(num_envs,)`, integers below `num_actions`; where negative, the game is held.
         """
         self.send(actions_B)
         return self.receive()
@@ -60,45 +62,48 @@ class AtariEnvs:
     def send(self, actions_B: Tensor) -> None:
         """Begins a step: workers play while the caller does something else, until it calls `receive`."""
         actions = actions_B.tolist()
-        self._stands_B = np.array(actions) < 0
-        for player, share in zip(self._players, self._shares, strict=True):
-            player.ask("step", actions[share])
+        self._is_held_B = np.array(actions) < 0
+        for worker, share in zip(self._workers, self._shares, strict=True):
+            worker.send("step", actions[share])
 
     def receive(self) -> Step:
-        """Returns what the step brought that was begun last.
+        """Returns the result of the step that was begun last.
 
         Raises:
             OSError: a worker has ended.
         """
-        for player in self._players:
-            player.answer()
+        for worker in self._workers:
+            worker.receive()
         outcomes = self._outcomes.copy()
+        # New arrays, as those of earlier steps are in the hands of the caller.
         stacks = np.empty_like(self._stacks)
-        stacks[:, :-1], stacks[:, -1] = self._stacks[:, 1:], self._frames
+        stacks[:, :-1] = self._stacks[:, 1:]
+        stacks[:, -1] = self._frames
         stacks[outcomes["starts"], :-1] = 0
-        stacks[self._stands_B] = self._stacks[self._stands_B]
+        stacks[self._is_held_B] = self._stacks[self._is_held_B]
         self._stacks = stacks
         episodes = [
             Episode(i, float(o["episodic_return"]), int(o["length"]), bool(o["truncated"]))
             for i, o in enumerate(outcomes)
             if o["over"]
         ]
-        rewards_B, starts_B = (torch.from_numpy(outcomes[name].copy()) for name in ("reward", "starts"))
+        rewards_B = torch.from_numpy(outcomes["reward"].copy())
+        starts_B = torch.from_numpy(outcomes["starts"].copy())
         return Step(torch.from_numpy(stacks), rewards_B, starts_B, episodes)
 
     def screens(self) -> np.ndarray:
         """Returns what a person would see, RGB uint8 `(num_envs, 210, 160, 3)`; a few games have more rows."""
-        shares = [s.stop - s.start for s in self._shares]
-        answers = zip(self._ask_all("rgb"), shares, strict=True)
-        return np.concatenate([unpacked(rgb, (num_games, -1, 160, 3)) for rgb, num_games in answers])
+        sizes = [s.stop - s.start for s in self._shares]
+        answers = zip(self._ask_all("rgb"), sizes, strict=True)
+        return np.concatenate([unpack(rgb, (num_games, -1, 160, 3)) for rgb, num_games in answers])
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EnvState:
         """Returns the position in every game, about 10 kB each."""
         games = [state for states in self._ask_all("state") for state in states]
-        return {"num_resets": self._num_resets, "stacks": packed(self._stacks), "games": games}
+        return {"num_resets": self._num_resets, "stacks": pack(self._stacks), "games": games}
 
-    def restore(self, state: dict[str, Any]) -> Tensor:
-        """Goes back to a position, whatever number of workers it was taken with.
+    def restore(self, state: EnvState) -> Tensor:
+        """Returns to a position, whatever number of workers it was taken with.
 
         Returns:
             uint8 `(num_envs, 4, 84, 84)`.
@@ -108,18 +113,19 @@ class AtariEnvs:
         """
         if len(state["games"]) != self.num_envs:
             raise ValueError(f"the state has {len(state['games'])} environments, these are {self.num_envs}")
-        stacks = unpacked(state["stacks"], self._stacks.shape)
-        for player, share in zip(self._players, self._shares, strict=True):
-            player.ask("restore", state["games"][share])
-        for player in self._players:
-            player.answer()
-        self._num_resets, self._stacks = state["num_resets"], stacks.copy()
+        stacks = unpack(state["stacks"], self._stacks.shape)
+        for worker, share in zip(self._workers, self._shares, strict=True):
+            worker.send("restore", state["games"][share])
+        for worker in self._workers:
+            worker.receive()
+        self._num_resets = state["num_resets"]
+        self._stacks = stacks.copy()
         return torch.from_numpy(self._stacks)
 
     def close(self) -> None:
         """Ends the workers; so does the end of this process or of the last reference."""
-        for player in self._players:
-            player.close()
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self) -> "AtariEnvs":
         """Returns itself, to be closed at the end of a `with` block."""
@@ -129,10 +135,10 @@ class AtariEnvs:
         """Ends the workers."""
         self.close()
 
-    def _ask_all(self, question: str, *arguments: Any) -> list[Any]:
-        for player in self._players:
-            player.ask(question, *arguments)
-        return [player.answer() for player in self._players]
+    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        for worker in self._workers:
+            worker.send(method, *arguments)
+        return [worker.receive() for worker in self._workers]
 
 
 def make_atari(
@@ -142,20 +148,19 @@ def make_atari(
     *,
     noop_max: int = 30,
     repeat_action_probability: float = 0.0,
-    life_loss_ends: bool = True,
     num_workers: int = 0,
 ) -> AtariEnvs:
     """Returns `num_envs` games with the pixels, FIRE presses and lost lives of SB3's `make_atari_env`, bit for bit.
 
+    As in SB3's training, a lost life starts a new stack and presses FIRE; returns and lengths are those of whole games.
+
     Args:
-        game: `Pong`, `PongNoFrameskip-v4` and `ALE/Pong-v5` all mean the same game.
-        num_envs: how many games are played at once.
-        seed: decides the no-op starts and the sticky actions.
+        game: `Pong`, `PongNoFrameskip-v4` and `ALE/Pong-v5` all name the same game.
+        num_envs: number of games played at once.
+        seed: seed of no-op starts and sticky actions.
         noop_max: each game starts after 0 to `noop_max` - 1 raw frames without action (Mnih et al., 2015); 0 for none.
-        repeat_action_probability: chance a frame that the last action is repeated (Machado et al., 2018).
-        life_loss_ends: after a lost life start a new stack and press FIRE, as SB3 does in training; a game's return and
-            length always count the whole game.
-        num_workers: how many processes share the games; 0 plays them in this one. The results are the same.
+        repeat_action_probability: probability per frame that the last action is repeated (Machado et al., 2018).
+        num_workers: number of processes that share the games; 0 plays them in this one. The results are the same.
 
     Raises:
         ValueError: an unknown game, one for two players, or a number out of range.
@@ -167,5 +172,5 @@ def make_atari(
     if not 0.0 <= repeat_action_probability <= 1.0:
         raise ValueError(f"repeat_action_probability must lie in [0, 1], not {repeat_action_probability}")
     rom_path(game)  # before any process is started
-    rules = Rules(canonical_name(game), seed, noop_max, repeat_action_probability, life_loss_ends)
+    rules = Rules(canonical_name(game), seed, noop_max, repeat_action_probability)
     return AtariEnvs(rules, num_envs, num_workers)

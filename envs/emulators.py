@@ -1,9 +1,9 @@
-"""Games on ALE's emulators under the rules of Stable-Baselines3's wrappers, without torch: whole games, raw rewards.
+"""Games on ALE's emulators under the rules of Stable-Baselines3's wrappers, without torch: full games, raw rewards.
 
-Only the first game of an emulator starts on a memory that the seed fills: SB3's later ones start on what the one before
-left there, and BeamRider plays differently if it is cleared. A position is ALE's own copy of its state. That lacks the
-last action, so sticky actions are drawn here, and whether a frame is half done, as the first one after a start of
-Qbert is: so an emulator plays on for a few frames before it takes over a state.
+Only the first game of an emulator starts on a memory that the seed fills: later ones start, as in SB3, on what the game
+before left there, and BeamRider plays differently if it is cleared. A position is ALE's own copy of its state. It lacks
+the last action, so sticky actions are drawn here. It also lacks whether a frame is half done, as the first one after a
+start of Qbert is, so an emulator plays a few frames before it takes over a state.
 """
 
 import base64
@@ -22,7 +22,9 @@ from policykd.envs.screens import Screens
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
-NOOP, FIRE, SECOND = 0, 1, 2
+NOOP = 0
+FIRE_ACTIONS = (1, 2)
+"""actions that SB3's FireResetEnv takes at the start of a game that has FIRE"""
 FRAME_SKIP = 4
 MAX_FRAMES = 108_000
 """half an hour, after which a game is cut off, as in Gymnasium"""
@@ -38,25 +40,24 @@ OUTCOME = np.dtype(
         ("length", np.int64),
     ]
 )
-"""what a step brought to one game; of `starts` a life or game, of `over` a whole game ended"""
+"""result of a step in one game: `starts` marks the end of a life or game, `over` that of a whole game"""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How games are played; see `make_atari`."""
+    """Rules of the games; see `make_atari`."""
 
     game: str
     seed: int
     noop_max: int
     repeat_action_probability: float
-    life_loss_ends: bool
 
 
 def rom_path(game: str) -> Path:
-    """Returns where a game's ROM is.
+    """Returns the path of a game's ROM.
 
     Raises:
-        ValueError: ALE has no such game, or not for one player.
+        ValueError: an unknown game, or one for two players.
     """
     path = roms.get_rom_path(rom_id(game))
     assert path is not None
@@ -65,16 +66,16 @@ def rom_path(game: str) -> Path:
     return path
 
 
-def packed(array: np.ndarray) -> str:
+def pack(array: np.ndarray) -> str:
     """Returns the bytes of a uint8 array as text for JSON."""
     return base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
 
 
-def unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the uint8 array of a `shape` that was packed.
+def unpack(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the uint8 array of a `shape` from the text of `pack`.
 
     Raises:
-        ValueError: the text holds none such.
+        ValueError: damaged, or of another shape.
     """
     try:
         return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8).reshape(shape)
@@ -83,37 +84,43 @@ def unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Emulator:
-    """One game after another."""
+    """One environment: one game after another."""
 
     def __init__(self, rules: Rules, env: int) -> None:
-        """Loads the game; `env` says which of the environments it is, wherever it is played."""
-        self.rules, self.env = rules, env
+        """Loads the game; `env` is the index of the environment, in whichever process it is."""
+        self.rules = rules
+        self.env = env
         self._ale = ale_py.ALEInterface()
         self._ale.setFloat("repeat_action_probability", 0.0)
         self._ale.setInt("max_num_frames_per_episode", MAX_FRAMES)
-        self._loaded_for = 0
         self._load(1)
         self._actions = [int(a.value) for a in self._ale.getMinimalActionSet()]
         self._presses_fire = ale_py.Action.FIRE.value in self._actions
         self.num_actions = len(self._actions)
         self.height = self._ale.getScreenDims()[0]
-        self._num_resets = self._num_games = 0
+        self._num_resets = 0
+        self._num_games = 0
         self._random = np.random.default_rng(0)
         self._last_action = NOOP
-        self._return, self._length, self._lives = 0.0, 0, 0
+        self._return = 0.0
+        self._length = 0
+        self._lives = 0
 
     def reset(self, num_resets: int, screens: np.ndarray) -> None:
-        """Starts the first game of the `num_resets`th series on a cleared memory."""
+        """Starts the first game of the `num_resets`th series, on a memory that the seed fills."""
         if self._loaded_for != num_resets:
             self._load(num_resets)
-        self._loaded_for, self._num_resets, self._num_games = 0, num_resets, 0
+        self._loaded_for = 0
+        self._num_resets = num_resets
+        self._num_games = 0
         self._start_game(screens)
 
     def step(self, action: int, screens: np.ndarray) -> tuple[float, bool, bool, bool, float, int]:
-        """Returns the `OUTCOME` of an action (4 frames), and puts the last two screens into `screens`."""
+        """Returns the `OUTCOME` of an action (4 frames), and writes the last two screens to `screens`."""
         self._length += 1
-        reward, life_lost, over = self._play_on(action, screens)
-        outcome = reward, over or life_lost, over, over and self._ale.game_truncated(), self._return, self._length
+        reward, life_lost, over = self._step_life(action, screens)
+        truncated = over and self._ale.game_truncated()
+        outcome = (reward, over or life_lost, over, truncated, self._return, self._length)
         if over:
             self._start_game(screens)
         elif life_lost:
@@ -121,9 +128,9 @@ class Emulator:
         return outcome
 
     def state(self) -> dict[str, Any]:
-        """Returns the position, as JSON."""
+        """Returns the position."""
         return {
-            "ale": packed(np.frombuffer(self._ale.cloneState(include_rng=True).serialize(), np.uint8)),
+            "ale": pack(np.frombuffer(self._ale.cloneState(include_rng=True).serialize(), np.uint8)),
             "random": self._random.bit_generator.state,
             "num_resets": self._num_resets,
             "num_games": self._num_games,
@@ -133,13 +140,14 @@ class Emulator:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to a position.
+        """Returns to a position.
 
         Raises:
-            ValueError: it is not one of this game.
+            ValueError: not a position of this game.
         """
-        saved = unpacked(state["ale"], (-1,)).tobytes()
+        saved = unpack(state["ale"], (-1,)).tobytes()
         self._loaded_for = 0
+        # A state does not say whether a frame is half done; after these frames none is.
         for _ in range(2 * FRAME_SKIP):
             self._ale.act(NOOP)
         try:
@@ -147,8 +155,11 @@ class Emulator:
             self._random.bit_generator.state = state["random"]
         except (SystemError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"the state is not one of {self.rules.game}: {error}") from error
-        self._num_resets, self._num_games = state["num_resets"], state["num_games"]
-        self._last_action, self._return, self._length = state["last_action"], state["return"], state["length"]
+        self._num_resets = state["num_resets"]
+        self._num_games = state["num_games"]
+        self._last_action = state["last_action"]
+        self._return = state["return"]
+        self._length = state["length"]
         self._lives = self._ale.lives()
 
     def _load(self, num_resets: int) -> None:
@@ -169,29 +180,36 @@ class Emulator:
             self._ale.act(NOOP)
             if self._ale.game_over():
                 self._ale.reset_game()
-        self._last_action, self._return, self._length, self._lives = NOOP, 0.0, 0, self._ale.lives()
+        self._last_action = NOOP
+        self._return = 0.0
+        self._length = 0
+        self._lives = self._ale.lives()
         self._ale.getScreen(screens[0])
         screens[1] = screens[0]
 
     def _press_fire(self, screens: np.ndarray) -> None:
-        for action in (FIRE, SECOND) if self._presses_fire else ():
-            if self._play_on(action, screens)[2]:
+        for action in FIRE_ACTIONS if self._presses_fire else ():
+            if self._step_life(action, screens)[2]:
                 self._start_emulator(screens)
 
-    def _play_on(self, action: int, screens: np.ndarray) -> tuple[float, bool, bool]:
-        """Returns the reward of an action, whether a life was lost that ends the stack, and whether the game ended."""
+    def _step_life(self, action: int, screens: np.ndarray) -> tuple[float, bool, bool]:
+        """Returns the reward of an action, whether it lost a life, and whether it ended the game."""
         lives_before = self._lives
-        reward, over = self._play(action, screens)
-        life_lost = self.rules.life_loss_ends and 0 < self._lives < lives_before
+        reward, over = self._step_frames(action, screens)
+        life_lost = 0 < self._lives < lives_before
         if life_lost and not over:
-            _, over = self._play(NOOP, screens)  # SB3 steps out of a lost life without action, which may end the game
+            # SB3's EpisodicLifeEnv steps out of a lost life without action, which may end the game.
+            _, over = self._step_frames(NOOP, screens)
         return reward, life_lost, over
 
-    def _play(self, action: int, screens: np.ndarray) -> tuple[float, bool]:
+    def _step_frames(self, action: int, screens: np.ndarray) -> tuple[float, bool]:
         """Returns the reward of an action over 4 frames, and whether the game ended."""
-        ale, probability, wanted = self._ale, self.rules.repeat_action_probability, self._actions[action]
+        ale = self._ale
+        probability = self.rules.repeat_action_probability
+        wanted = self._actions[action]
         repeats = (self._random.random(FRAME_SKIP) < probability).tolist() if probability else NEVER
-        reward, over = 0, False
+        reward = 0
+        over = False
         for frame in range(FRAME_SKIP):
             if not repeats[frame]:
                 self._last_action = wanted
@@ -206,16 +224,16 @@ class Emulator:
 
 
 class Emulators:
-    """Several games stepped one after another in this process, answering what `AtariEnvs` asks."""
+    """Several games stepped one after another in this process; its methods are the requests of `AtariEnvs`."""
 
     def __init__(self, rules: Rules, envs: Sequence[int], outcomes: np.ndarray, frames: np.ndarray) -> None:
-        """Plays environments `envs`; a step's results go into `outcomes` and `frames`, a row each."""
+        """Plays environments `envs`; the results of a step are written to rows of `outcomes` and `frames`."""
         self._emulators = [Emulator(rules, env) for env in envs]
         self._outcomes = outcomes
         self._screens = Screens(frames, self._emulators[0].height)
 
     def num_actions(self) -> int:
-        """Returns how many actions the game has."""
+        """Returns the number of actions of the game."""
         return self._emulators[0].num_actions
 
     def reset(self, num_resets: int) -> None:
@@ -235,17 +253,17 @@ class Emulators:
         self._screens.draw()
 
     def state(self) -> list[dict[str, Any]]:
-        """Returns every game's position."""
-        screens = map(packed, self._screens.drawn)
+        """Returns the position in every game."""
+        screens = map(pack, self._screens.drawn)
         return [e.state() | {"screens": s} for e, s in zip(self._emulators, screens, strict=True)]
 
     def restore(self, states: list[dict[str, Any]]) -> None:
-        """Goes back to a position everywhere."""
+        """Returns to a position in every game."""
         for emulator, state, screens in zip(self._emulators, states, self._screens.next, strict=True):
             emulator.restore(state)
-            screens[:] = unpacked(state["screens"], screens.shape)
+            screens[:] = unpack(state["screens"], screens.shape)
         self._screens.draw()
 
     def rgb(self) -> str:
         """Returns what a person would see, packed."""
-        return packed(self._screens.rgb())
+        return pack(self._screens.rgb())

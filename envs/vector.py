@@ -1,4 +1,4 @@
-"""What every vector of environments is: the protocol, and what a step returns.
+"""The protocol of every vector of environments, and what a step returns.
 
 Suffixes name dimensions: B environments. Observations are `(num_envs, *obs_shape)`.
 """
@@ -8,13 +8,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+EnvState = dict[str, Any]
+"""position of environments, as JSON; its content is known to the environments alone"""
+
 
 @dataclass(frozen=True)
 class Episode:
-    """A whole game that ended."""
+    """A full episode that ended."""
 
     env: int
-    """which of the environments played it"""
+    """index of the environment"""
     episodic_return: float
     """sum of the unclipped rewards, from reset to game over"""
     length: int
@@ -25,7 +28,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of every environment returns."""
+    """Result of one step of every environment."""
 
     obs: Tensor
     """(num_envs, *obs_shape); where an episode ended it is the first one of the next (same-step reset)"""
@@ -34,7 +37,7 @@ class Step:
     starts_B: Tensor
     """bool: the observation has no past: first of a game, or of a life where the training wrappers ended an episode"""
     episodes: list[Episode] = field(default_factory=list)
-    """the whole games that ended in this step"""
+    """full episodes that ended in this step"""
 
 
 class VectorEnv(Protocol):
@@ -44,24 +47,24 @@ class VectorEnv(Protocol):
     num_actions: int
     obs_shape: tuple[int, ...]
     stack: int
-    """how many past frames an observation holds along its first axis; 1 means that it stands alone"""
+    """number of frames that an observation holds along its first axis; 1 if it is not a stack"""
 
     def reset(self) -> Tensor:
-        """Starts a new game everywhere and returns the first observations, `(num_envs, *obs_shape)`."""
+        """Starts a new episode everywhere and returns the first observations, `(num_envs, *obs_shape)`."""
         ...
 
     def step(self, actions_B: Tensor, /) -> Step:
         """Takes one integer action in every environment, `(num_envs,)`; where it is negative, nothing happens."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Returns what `restore` needs, as JSON: the position in every game."""
+    def state(self) -> EnvState:
+        """Returns the position in every episode, for `restore`."""
         ...
 
-    def restore(self, state: dict[str, Any], /) -> Tensor:
-        """Goes back to a position and returns its observations, bit-equal to those that stood there."""
+    def restore(self, state: EnvState, /) -> Tensor:
+        """Returns to a position; its observations are bit-equal to the original ones."""
         ...
 
     def close(self) -> None:
-        """Ends what was started for the environments; they cannot be used any more."""
+        """Releases the environments; they cannot be used afterwards."""
         ...

@@ -14,7 +14,6 @@ from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.errors import needs_extra
 from policykd.cli.groups import NotNegative, Positive, SeedArgs
 from policykd.evaluation.policies import (
-    LoadOptions,
     NamedPolicy,
     infer_game,
     load_named_policy,
@@ -118,15 +117,14 @@ def run(args: WatchArgs) -> None:
 
 def _load_policies(args: WatchArgs, game: str) -> list[NamedPolicy]:
     """Returns the policies to show, a teacher before a student."""
-    options = LoadOptions(trust_pickle=args.trust_pickle)
-    policy = load_named_policy(args.policy, game, options)
+    policy = load_named_policy(args.policy, game, trust_pickle=args.trust_pickle)
     own_run = run_folder(args.policy)
     if args.against == "none" or (args.against == "teacher" and own_run is None):
         return [policy]
     if args.against == "teacher":
         assert own_run is not None
         return [load_run_teacher(own_run, trust_pickle=args.trust_pickle), policy]
-    other = load_named_policy(args.against, game, options)
+    other = load_named_policy(args.against, game, trust_pickle=args.trust_pickle)
     return [policy, other] if isinstance(other.policy, Student) else [other, policy]
 
 

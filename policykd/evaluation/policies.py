@@ -50,25 +50,17 @@ def run_folder(ref: str) -> Path | None:
     return folder if (folder / "student.json").is_file() else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Settings of `load_named_policy` for teachers."""
-
-    weights: str = "equal"
-    """weights of several teachers"""
-    seed: int = 0
-    """seed of the games that are played if those weights are by return and none is reported"""
-    trust_pickle: bool = False
-    """let SB3 itself load an archive, which executes code in it"""
-
-
-def load_named_policy(ref: str, game: str, options: LoadOptions = LoadOptions()) -> NamedPolicy:
+def load_named_policy(
+    ref: str, game: str, *, weights: str = "equal", seed: int = 0, trust_pickle: bool = False
+) -> NamedPolicy:
     """Returns the policy of a reference, once it fits the game.
 
     Args:
         ref: a run's folder or its student.json, or a teacher (docs/teachers.md).
         game: the Atari game to play.
-        options: settings of teachers.
+        weights: weights of several teachers.
+        seed: seed of the games that are played if those weights are by return and none is reported.
+        trust_pickle: let SB3 itself load an archive, which executes code in it.
 
     Raises:
         ValueError: not found.
@@ -79,10 +71,10 @@ def load_named_policy(ref: str, game: str, options: LoadOptions = LoadOptions())
     if run is None:
         policy = load_teachers(
             ref,
-            options.weights,
+            weights,
             game=game,
-            trust_pickle=options.trust_pickle,
-            measure=lambda member: measured_return(member, game, seed=options.seed),
+            trust_pickle=trust_pickle,
+            measure=lambda member: measured_return(member, game, seed=seed),
         )
         name = ref
     else:
@@ -97,13 +89,13 @@ def load_named_policy(ref: str, game: str, options: LoadOptions = LoadOptions())
 
 
 def load_any_policy(
-    ref: str, game: str, device: torch.device, options: LoadOptions
+    ref: str, game: str, device: torch.device, *, weights: str = "equal", trust_pickle: bool = False
 ) -> Student | Teacher | RandomPolicy:
     """Returns the policy of a reference on a device; `random` is one too."""
     if ref == RANDOM:
         with closing(make_atari(game, 1, 0)) as envs:
             return RandomPolicy(envs.num_actions)
-    return load_named_policy(ref, game, options).policy.to(device)
+    return load_named_policy(ref, game, weights=weights, trust_pickle=trust_pickle).policy.to(device)
 
 
 def load_run_teacher(
@@ -129,9 +121,8 @@ def load_run_teacher(
     if not ref and recorded.revision and "@" not in pinned:
         pinned = f"{pinned}@{recorded.revision}"
     weights, seed = _teacher_weights(run) if "+" in pinned else ("equal", 0)
-    options = LoadOptions(weights=weights, seed=seed, trust_pickle=trust_pickle)
     try:
-        found = load_named_policy(pinned, card.game, options)
+        found = load_named_policy(pinned, card.game, weights=weights, seed=seed, trust_pickle=trust_pickle)
     except BadFile:
         raise
     except ValueError as error:

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 from policykd.envs.atari import AtariEnvs, make_atari
-from policykd.envs.emulators import packed
+from policykd.envs.emulators import pack
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES
 from policykd.envs.vector import Episode
 
@@ -169,8 +169,8 @@ def test_a_position_of_another_number_or_game_is_refused_in_one_line() -> None:
         "other game": (other.state(), "not one of Pong"),
         "one game": (state | {"games": [pong]}, "has 1 environments, these are 2"),
         "no state": (state | {"games": [pong | {"ale": ""}] * 2}, "damaged"),
-        "half a state": (state | {"games": [pong | {"ale": packed(np.zeros(100, np.uint8))}] * 2}, "not one of Pong"),
-        "half a stack": (state | {"stacks": packed(np.zeros(100, np.uint8))}, "reshape"),
+        "half a state": (state | {"games": [pong | {"ale": pack(np.zeros(100, np.uint8))}] * 2}, "not one of Pong"),
+        "half a stack": (state | {"stacks": pack(np.zeros(100, np.uint8))}, "reshape"),
     }.values():
         with pytest.raises(ValueError, match=reason) as error:
             envs.restore(wrong)

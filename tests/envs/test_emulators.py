@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from policykd.envs import emulators
-from policykd.envs.emulators import Emulator, Rules, packed, rom_path, unpacked
+from policykd.envs.emulators import Emulator, Rules, pack, rom_path, unpack
 
 
 def emulator(game: str, *, sticky: float = 0.0) -> tuple[Emulator, np.ndarray]:
     screens = np.zeros((2, 210, 160), np.uint8)
-    made = Emulator(Rules(game, 0, 0, sticky, life_loss_ends=True), env=0)
+    made = Emulator(Rules(game, 0, 0, sticky), env=0)
     made.reset(1, screens)
     return made, screens
 
@@ -40,7 +40,7 @@ def test_sticky_actions_are_those_of_ale() -> None:
     ale.setInt("random_seed", 0)
     ale.setFloat("repeat_action_probability", 0.25)
     ale.loadROM(rom_path("Breakout"))
-    ale.restoreState(ale_py.ALEState(unpacked(state["ale"], (-1,)).tobytes()))
+    ale.restoreState(ale_py.ALEState(unpack(state["ale"], (-1,)).tobytes()))
     position = ale.cloneState(include_rng=False)
     for _ in range(200):
         for _ in range(8):
@@ -58,6 +58,6 @@ def test_sticky_actions_are_those_of_ale() -> None:
 
 def test_an_array_survives_json() -> None:
     array = np.arange(256, dtype=np.uint8).reshape(4, 64)
-    assert (unpacked(packed(array), (4, 64)) == array).all()
+    assert (unpack(pack(array), (4, 64)) == array).all()
     with pytest.raises(ValueError, match="damaged"):
-        unpacked(packed(array)[:40], (4, 64))
+        unpack(pack(array)[:40], (4, 64))

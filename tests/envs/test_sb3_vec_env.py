@@ -39,5 +39,5 @@ def test_closing_ends_the_workers() -> None:
     envs = SB3VecEnv(make_atari("Pong", 2, seed=0, num_workers=1), clip_rewards=False)
     envs.reset()
     envs.close()
-    with pytest.raises(OSError, match="make the environments anew"):
+    with pytest.raises(OSError, match="make new environments"):
         envs.reset()

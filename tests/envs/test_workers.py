@@ -14,11 +14,11 @@ import torch
 
 from policykd.envs.atari import AtariEnvs, make_atari
 from policykd.envs.emulators import OUTCOME, Rules
-from policykd.envs.workers import Worker
+from policykd.envs.workers import SubprocessWorker
 
 
-def workers(envs: AtariEnvs) -> list[Worker]:
-    return [player for player in envs._players if isinstance(player, Worker)]
+def workers(envs: AtariEnvs) -> list[SubprocessWorker]:
+    return [player for player in envs._workers if isinstance(player, SubprocessWorker)]
 
 
 def has_ended(pid: int) -> bool:
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_is_one_clear_line_and_signals_are_its_parents() -> N
     with pytest.raises(OSError, match="emulator process of Pong ended with SIGKILL") as error:
         envs.step(torch.zeros(4, dtype=torch.long))
     assert "\n" not in str(error.value)
-    with pytest.raises(OSError, match="make the environments anew"):
+    with pytest.raises(OSError, match="make new environments"):
         envs.step(torch.zeros(4, dtype=torch.long))
     envs.close()
     envs.close()
@@ -105,7 +105,7 @@ def test_an_interrupted_answer_is_never_taken_for_the_next_one() -> None:
     envs = make_atari("Pong", 1, 0, num_workers=1)
     envs.reset()
     envs.send(torch.tensor([0]))
-    with pytest.raises(OSError, match="make the environments anew"):
+    with pytest.raises(OSError, match="make new environments"):
         envs.step(torch.tensor([1]))
     envs.close()
 
@@ -128,7 +128,7 @@ def test_workers_die_with_their_parent(how: str) -> None:
     code = (
         "import os, sys, torch; from policykd.envs.atari import make_atari\n"
         "envs = make_atari('Pong', 2, 0, num_workers=2); envs.reset()\n"
-        "print(*[w.pid for w in envs._players], flush=True)\n"
+        "print(*[w.pid for w in envs._workers], flush=True)\n"
         f"envs.send(torch.tensor([0, 0])); {how}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -145,10 +145,12 @@ def test_a_worker_imports_no_torch() -> None:
 
 def test_a_signal_to_the_group_cannot_meet_a_worker_that_is_just_starting() -> None:
     """C04: Ctrl-C reaches children too, before Python has started in them: they inherit that it waits."""
-    worker = Worker(Rules("Pong", 0, 30, 0.0, True), range(1), np.zeros(1, OUTCOME), np.zeros((1, 84, 84), np.uint8))
+    worker = SubprocessWorker(
+        Rules("Pong", 0, 30, 0.0), range(1), np.zeros(1, OUTCOME), np.zeros((1, 84, 84), np.uint8)
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
-    worker.ask("num_actions")
-    assert worker.answer() == 6
+    worker.send("num_actions")
+    assert worker.receive() == 6
     assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
     worker.close()

@@ -14,7 +14,6 @@ from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.evaluation.policies import (
     RANDOM,
-    LoadOptions,
     infer_game,
     load_any_policy,
     load_named_policy,
@@ -55,7 +54,7 @@ def test_a_teacher_is_its_reference() -> None:
 
 
 def test_random_is_a_policy_too() -> None:
-    policy = load_any_policy(RANDOM, "Breakout", torch.device("cpu"), LoadOptions())
+    policy = load_any_policy(RANDOM, "Breakout", torch.device("cpu"))
     assert policy(torch.zeros(3, 4, 84, 84)).shape == (3, 4)
 
 
@@ -68,7 +67,7 @@ def test_the_teacher_of_a_run_is_the_very_archive(run: Path) -> None:
 def test_a_revision_is_not_forgotten(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = {"ref": "hub:sb3/ppo-PongNoFrameskip-v4", "revision": "5e1f", "sha256": "0"}
     loader = "policykd.evaluation.policies.load_named_policy"
-    monkeypatch.setattr(loader, lambda ref, game, _: pytest.fail(f"{ref} on {game}"))
+    monkeypatch.setattr(loader, lambda ref, game, **_: pytest.fail(f"{ref} on {game}"))
     with pytest.raises(pytest.fail.Exception, match="hub:sb3/ppo-PongNoFrameskip-v4@5e1f on Pong"):
         load_run_teacher(copied(run, tmp_path, teacher=teacher))
 
