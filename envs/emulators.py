@@ -93,6 +93,7 @@ class Emulator:
         self._ale = ale_py.ALEInterface()
         self._ale.setFloat("repeat_action_probability", 0.0)
         self._ale.setInt("max_num_frames_per_episode", MAX_FRAMES)
+        self._loaded_for = 0
         self._load(1)
         self._actions = [int(a.value) for a in self._ale.getMinimalActionSet()]
         self._presses_fire = ale_py.Action.FIRE.value in self._actions
