@@ -102,46 +102,42 @@ def _rows_of_stacks(recordings: Iterable[Recording], source: Path) -> Iterator[A
     """Keeps stacks as they were recorded, whatever they are padded with."""
     previous: np.ndarray | None = None
     num_past = 0
+    num_rows = 0
     num_states = 0
-    num_context = 0
     for r in recordings:
-        obs = r.obs
-        num_before = obs.shape[1] - 1
-        # Is each stack the previous one, shifted by a frame?
-        shifted_T = np.zeros(len(obs), np.bool_)
-        shifted_T[1:] = (obs[1:, :-1] == obs[:-1, 1:]).all(axis=(1, 2, 3))
-        shifted_T[0] = previous is not None and bool((obs[0, :-1] == previous[1:]).all())
-        previous = obs[-1].copy()
-
-        # If not, its older frames become rows too, except the zeros that it is padded with.
-        is_seen_TS = np.asarray(obs[:, :-1].any(axis=(2, 3)))
-        num_older_T = np.where(is_seen_TS.any(axis=1), num_before - is_seen_TS.argmax(axis=1), 0)
-        num_older_T[shifted_T] = 0
-        num_states += len(obs)
-        num_context += int(num_older_T.sum())
-        if num_context > max(64, num_states):
+        frames = list[np.ndarray]()
+        num_past_frames = list[int]()
+        rows_of_states = list[int]()
+        for stack in r.obs:
+            num_before = len(stack) - 1
+            if previous is not None and np.array_equal(stack[:-1], previous[1:]):
+                num_past = min(num_past + 1, num_before)
+            else:
+                # Not the previous stack shifted by a frame: all frames but the zeros of its padding become rows.
+                is_padding_S = ~stack[:-1].any(axis=(1, 2))
+                num_past = num_before - int(np.argmin([*is_padding_S, False]))
+                frames += list(stack[num_before - num_past : -1])
+                num_past_frames += range(num_past)
+            rows_of_states.append(len(frames))
+            frames.append(stack[-1])
+            num_past_frames.append(num_past)
+            previous = stack
+        num_rows += len(frames)
+        num_states += len(r.obs)
+        if num_rows - num_states > max(64, num_states):
             raise BadFile(
                 f"{source}: its observations are not stacks of the last frames in time order, only such are stored;"
                 " record again with SB3's wrappers"
             )
-
-        rows_T = np.cumsum(1 + num_older_T) - 1
-        num_rows = int(rows_T[-1]) + 1
-        frames = np.empty((num_rows, *obs.shape[2:]), obs.dtype)
-        num_past_frames = np.empty(num_rows, np.uint8)
-        context_only = np.ones(num_rows, np.bool_)
-        frames[rows_T] = obs[:, -1]
+        rows_T = np.array(rows_of_states)
+        context_only = np.ones(len(frames), np.bool_)
         context_only[rows_T] = False
-        for t, row in enumerate(rows_T.tolist()):
-            if shifted_T[t]:
-                num_past = min(num_past + 1, num_before)
-            else:
-                num_past = int(num_older_T[t])
-                frames[row - num_past : row] = obs[t, num_before - num_past : -1]
-                num_past_frames[row - num_past : row] = np.arange(num_past)
-            num_past_frames[row] = num_past
-        steps = _steps(r, rows_T)
-        yield {"frames": frames, "num_past_frames": num_past_frames, "context_only": context_only, **steps}
+        yield {
+            "frames": np.stack(frames),
+            "num_past_frames": np.array(num_past_frames, np.uint8),
+            "context_only": context_only,
+            **_steps(r, rows_T),
+        }
 
 
 def _steps(r: Recording, rows_T: np.ndarray) -> Arrays:

@@ -193,12 +193,12 @@ def write_dataset(
         folder: created if missing.
         info: description of the states.
         parts: any number of rows each, all with the same arrays (`StatesInfo.layout`). Always from the first row on:
-            the rows that are saved already are compared.
+            the rows that are saved already are compared, and replaced from the first difference on.
         rows_per_shard: bounds the memory that is needed.
 
     Raises:
         ValueError: the folder holds a dataset, or part of another import.
-        BadFile: no states, or other rows than when the import was interrupted.
+        BadFile: no states.
         OSError: no space left, no permission, or another process writes there; the shards so far stay.
         KeyboardInterrupt: a signal has arrived; the shards so far stay.
     """
@@ -220,7 +220,7 @@ def write_dataset(
                         shards[name] = entry
                         num_rows += entry.num_rows
                         continue
-                    previous = None  # damaged: this shard and the following ones are written again
+                    previous = None
                     saved = []
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
                 previous = commit(folder, previous, manifest, new_rows=arrays, first_row=num_rows)
@@ -247,21 +247,17 @@ def check_free(folder: Path) -> None:
 
 
 def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
-    """Returns whether a shard of an interrupted import is intact.
-
-    Raises:
-        BadFile: it is, but the source gives other rows now.
-    """
+    """Returns whether a shard of an interrupted import is intact and holds what the source gives now."""
     try:
         saved = generation.read_shard(name)
+        is_equal = saved.keys() == arrays.keys() and all(saved[k].tobytes() == arrays[k].tobytes() for k in saved)
+        reason = f"{generation.folder / name}: the source now gives other rows"
     except BadFile as error:
-        print(f"warning: {error}: this shard and the following ones are imported again", file=sys.stderr)
-        return False
-    if len(saved["frames"]) > len(arrays["frames"]):
-        return False  # fewer states are wanted now
-    if saved.keys() != arrays.keys() or any(saved[key].tobytes() != arrays[key].tobytes() for key in saved):
-        raise BadFile(f"{generation.folder / name}: the source has changed since; use another folder, or remove it")
-    return True
+        is_equal = False
+        reason = str(error)
+    if not is_equal:
+        print(f"warning: {reason}; this shard and the following ones are imported again", file=sys.stderr)
+    return is_equal
 
 
 def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:
