@@ -50,9 +50,11 @@ def save_checkpoint(state: TrainState, folder: Path, origin: Origin | None = Non
     """
     previous = last(folder, "round", max_position=state.round)
     shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
+    # The rows of a dataset that the run started with stay in that dataset.
     num_saved = state.replay.num_preloaded + sum(shard.num_rows for shard in shards.values())
     tensors = {f"{prefix}{key}": tensor for prefix, m in _modules(state) for key, tensor in m.state_dict().items()}
     tensors |= optimizer_tensors(state.optimizer)
+    # Without the generators' states a resumed run would draw other actions and batches.
     tensors["action_generator"] = state.action_generator.get_state()
     tensors["batch_generator"] = state.batch_generator.get_state()
     progress = RunProgress(
@@ -91,6 +93,7 @@ def restore_checkpoint(state: TrainState, folder: Path) -> None:
     restore_optimizer(state.optimizer, tensors)
     state.action_generator.set_state(tensors["action_generator"])
     state.batch_generator.set_state(tensors["batch_generator"])
+    # The environments continue in the middle of their episodes.
     state.obs = state.envs.restore(progress.envs)
     state.episode_starts_B = torch.tensor(progress.episode_starts)
     state.round = progress.round

@@ -55,6 +55,7 @@ class Generation:
         """
         path = self.folder / name
         entry = self.files[name]
+        # The size first: a file that grew, by damage or by intent, is never read into memory.
         content = _read(path, entry.num_bytes)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise Damaged(f"{path}: damaged (its sha256 is not the one in the manifest)")
@@ -87,6 +88,7 @@ def has_generations(folder: Path) -> bool:
     """
     if _numbers(folder):
         return True
+    # Not read: the formats differ in every file, and states are cheaper to import again than to convert.
     for pattern in _OLD_MANIFESTS:
         for old in sorted(folder.glob(pattern)):
             raise BadFile(
@@ -117,9 +119,11 @@ def newest(folder: Path, unit: Unit | None = None) -> Generation:
         raise BadFile(f"{folder}: no checkpoint to resume from; start without --resume")
     numbers = _numbers(folder)
     problems = list[str]()
+    # A manifest that somebody deleted leaves its files behind; so does a commit that was killed.
     lost = max((path for path in _files(folder) if _number(path.name) > numbers[0]), default=None)
     if unit and lost:
         problems.append(f"{lost}: belongs to a generation without a manifest")
+    # From the newest to the oldest, until all files of one are what was committed.
     for number in numbers:
         try:
             generation = _read_generation(folder, number, unit)
@@ -194,6 +198,7 @@ def commit(
     Raises:
         OSError: no space left or no permission; the previous generation stays intact.
     """
+    # New names throughout, so that nothing of a complete generation is ever overwritten.
     number = 1 + max(_numbers(folder), default=0)
     contents = {_name(*name.split("."), number=number): content for name, content in files.items()}
     entries = {name: FileEntry(_sha256(content), len(content)) for name, content in contents.items()}
@@ -214,6 +219,7 @@ def commit(
             replace_file(folder / name, content)
         # One sync for all names: should a power cut keep the manifest's name only, its hashes tell.
         sync_folder(folder)
+        # Only now that the new generation is safe are older ones removed.
         for path in _files(folder):
             if path.name not in _all_names(generation) | _all_names(previous):
                 path.unlink()
