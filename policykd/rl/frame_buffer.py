@@ -74,7 +74,7 @@ class FrameReplayBuffer(ReplayBuffer):
         action: np.ndarray,
         reward: np.ndarray,
         done: np.ndarray,
-        infos: list[dict[str, Any]],
+        infos: list[Any],
     ) -> None:
         """Appends a step of every environment; `next_obs` is the next call's `obs`, and unused after a `done`."""
         # The newest frame of each stack; the older ones are in the ring already, or zeros.

@@ -29,7 +29,7 @@ class Method:
     """An algorithm, its defaults on Atari, and the flags that only some methods have."""
 
     algorithm: type[TeacherMixin]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     """SB3's keyword arguments"""
     weight: Quantity = 1.0
     """weight of the distillation"""
@@ -120,13 +120,13 @@ def with_method_defaults(args: Args) -> Args:
         ValueError: a flag of another method.
     """
     method = METHODS[args.method]
-    defaults: dict[str, Any] = {"weight": method.weight, **method.flags}
     for name in ("reward_weight", "entropy_weight", "offline_steps", "offline_updates"):
         if getattr(args, name) is not None and name not in method.flags:
             others = ", ".join(other for other, spec in METHODS.items() if name in spec.flags)
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is not for --method {args.method} but for {others}; leave it out")
-    return replace(args, **{name: default for name, default in defaults.items() if getattr(args, name) is None})
+    missing: Any = {name: default for name, default in method.flags.items() if getattr(args, name) is None}
+    return replace(args, weight=method.weight if args.weight is None else args.weight, **missing)
 
 
 def check_weight(weight: Quantity, random_return: float, teacher_return: float | None) -> None:
@@ -159,7 +159,7 @@ def make_model(
         device: device to train on.
     """
     method = METHODS[args.method]
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = {  # SB3's keyword arguments
         **method.settings,
         "teacher": teacher,
         "teacher_temperature": args.temperature or None,

@@ -8,10 +8,10 @@ collected.
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from safetensors.torch import load as load_tensors
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
@@ -38,12 +38,12 @@ class TrainingProgress:
     counters: dict[str, int | float]
     episodes: tuple[dict[str, int | float], ...]
     """SB3's `ep_info_buffer`"""
-    envs: dict[str, Any]
+    envs: dict[str, JsonValue]
     """state of the environments: JSON that only they understand"""
     episode_starts: tuple[bool, ...]
     numpy_random: tuple[str, int, int, float]
     """name of the generator, position, whether a Gaussian is cached, and that Gaussian"""
-    action_random: dict[str, Any]
+    action_random: dict[str, JsonValue]
     """state of NumPy's bit generator"""
     wall_seconds: float
 

@@ -48,8 +48,8 @@ from policykd.runs.settings import to_settings
 
 AlgorithmFlag = Literal["ppo", "a2c", "dqn", "qrdqn"]
 ALGORITHMS: dict[AlgorithmFlag, Any] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}
-_REPLAY = {"buffer_size": 100_000, "learning_starts": 100_000, "train_freq": 4, "gradient_steps": 1}
-ZOO: dict[AlgorithmFlag, dict[str, Any]] = {
+_REPLAY = {"buffer_size": 100_000, "learning_starts": 100_000, "train_freq": 4}
+ZOO: dict[AlgorithmFlag, dict[str, object]] = {
     "ppo": {
         "n_steps": 128,
         "n_epochs": 4,
@@ -179,7 +179,8 @@ def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device
     settings = ZOO[config.algo] | _parse_hyperparams(config.hyperparams)
     if "buffer_size" in settings:
         # One gradient step per train_freq steps of any environment, as with the zoo's single environment.
-        settings["gradient_steps"] *= envs.num_envs
+        gradient_steps: Any = settings.get("gradient_steps", 1)
+        settings["gradient_steps"] = gradient_steps * envs.num_envs
         settings["replay_buffer_class"] = FrameReplayBuffer
         n_steps = settings.pop("n_steps", 1)
         settings["replay_buffer_kwargs"] = {"n_steps": n_steps, "gamma": settings.get("gamma", 0.99)}

@@ -24,14 +24,12 @@ from policykd.evaluation.evaluate import Evaluation, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
 from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
-from policykd.io.files import write_atomically
 from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
-from policykd.io.typed import write_json
-from policykd.report import ReportOptions, write_report
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
 from policykd.rl.training import RESUMABLE_CHANGES, Training
+from policykd.runs.finish import finish_run
 from policykd.runs.folder import (
     FINAL_EVALUATION,
     Machine,
@@ -52,9 +50,8 @@ from policykd.runs.groups import (
     check_flags,
     check_name,
 )
-from policykd.runs.results import RESULTS, RunResult, load_results
+from policykd.runs.results import RunResult, load_results
 from policykd.runs.settings import to_settings
-from policykd.viewer.animation import play_to_gif
 
 NUM_SCALING_STEPS = 100
 """agent steps of the teacher in 8 environments whose frames determine the student's input scaling"""
@@ -193,12 +190,7 @@ def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teach
         versions=versions(),
         command=command,
     )
-    play_to_gif(student, config.game, run / "student.gif", seed=config.seed)
-    ensure_run_dir_exists(run)
-    write_atomically(run / "results.md", result.summary().encode())
-    write_report(run, result, student, teacher, ReportOptions(seed=config.seed))
-    write_json(run / RESULTS, result)
-    print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")
+    finish_run(run, result, student, teacher, game=config.game, seed=config.seed)
     return result
 
 
