@@ -82,12 +82,12 @@ def test_temperatures_reach_the_teacher_and_leave_the_student_unchanged(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_learns_from_its_first_rollouts(name: MethodName) -> None:
     student, obs = student_for(name), frames()
-    model = made(name, student, steps=128)
+    model = made(name, student, steps=256)
     updates_offline = 0
     if isinstance(model, QDagger):
         model.learn_offline(60, 5)
         updates_offline = model.num_gradient_steps
-    model.learn(128, reset_num_timesteps=False, log_interval=1000)
+    model.learn(256, reset_num_timesteps=False, log_interval=1000)
     assert model.num_gradient_steps > updates_offline
     curves = model.logger.name_to_value
     assert all(np.isfinite(curves[f"train/{curve}"]) for curve in ("teacher_kl", "distillation_weight"))

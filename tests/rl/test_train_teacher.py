@@ -95,7 +95,7 @@ def test_a_replay_buffer_is_filled_by_the_teacher_that_training_starts_from() ->
         ("--game Pong --algo dqn --hyperparams buffer_size:16", "too small for 8 environments"),
         ("--game Pong --name ../x", "--name must be the name of a folder"),
         ("--game Pong --stpes 9", "--stpes"),
-        ("--game Breakout --start-from bundled", "no teacher is bundled for Breakout"),
+        ("--game Breakout --start-from bundled", "no bundled teacher for Breakout"),
     ],
 )
 def test_invalid_flags_are_refused_before_anything_is_written(flags: str, message: str, tmp_path: Path) -> None:
