@@ -1,13 +1,14 @@
-"""A network as one C99 header: weights and two functions, no library, no memory but the stack."""
+"""Networks as one C99 header: weights and two functions, no library, no memory but the stack."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from policykd.agents.networks import MLP, FrameNet
-from policykd.export.c99_layers import EMIT, Call, Source, Value
+from policykd.export.c99_layers import ADD_LAYER, Source, Value
 from policykd.export.layers import layers_of
 
+# Words in capitals are replaced; the comment at the top documents the header for its users.
 _HEADER = """\
 /* A policy, written by policykd: C99, reentrant, nothing but the stack, and of libm only what tanh and ELU need.
  *
@@ -66,30 +67,31 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
     """Returns a header with `PREFIX_scores` and `PREFIX_act`; the same text for the same weights.
 
     Args:
-        net: whose weights; a student's `folded_net()`.
-        prefix: of every name in it.
-        actions: what they are called, for a comment.
+        net: the network, such as a student's `folded_net()`.
+        prefix: prefix of every name in it.
+        actions: meaning of each action, for a comment.
 
     Raises:
-        ValueError: a prefix that is no C identifier, or a network whose layers are not known.
+        ValueError: the prefix is not a C identifier.
     """
     check_prefix(prefix)
     layers = layers_of(net)
-    is_frames, shape = len(net.obs_shape) == 3, tuple(net.obs_shape)
+    is_frames = len(net.obs_shape) == 3
+    shape = tuple(net.obs_shape)
     source = Source(prefix)
     source.values["obs"] = Value(shape, "obs", channels_first=is_frames)
     fused = set[str]()
     for layer in layers:
         if layer.gives in fused:
             continue
-        takers = [other for other in layers if layer.gives in other.takes]
-        with_relu = layer.operator in ("conv", "dense") and [t.operator for t in takers] == ["relu"]
-        gives = takers[0].gives if with_relu else layer.gives
+        # A ReLU right after sums of products is computed with them, unless something else reads the sums.
+        readers = [other for other in layers if layer.gives in other.takes]
+        with_relu = layer.operator in ("conv", "dense") and [r.operator for r in readers] == ["relu"]
+        gives = readers[0].gives if with_relu else layer.gives
         fused.add(gives)
-        EMIT[layer.operator](source, layer, gives, with_relu)
+        ADD_LAYER[layer.operator](source, layer, gives, with_relu)
     buffers, calls = _buffers(source)
-    stack = 4 * (sum(buffers.values()) + source.num_floats_inside + net.num_actions)
-    finite = "" if is_frames else f"for (int i = 0; i < {shape[0]}; i++)\n    if (!isfinite(obs[i])) return -1;"
+    stack = 4 * (sum(buffers.values()) + net.num_actions)
     words = {
         "PREFIX": prefix,
         "GUARD": prefix.upper(),
@@ -103,43 +105,46 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
         "FUNCTIONS": "\n\n".join(source.functions),
         "BUFFERS": f"float {', '.join(f'{name}[{size}]' for name, size in buffers.items())};" if buffers else "",
         "CALLS": "\n  ".join(calls),
-        "REFUSED": finite,
+        "REFUSED": "" if is_frames else f"for (int i = 0; i < {shape[0]}; i++)\n    if (!isfinite(obs[i])) return -1;",
         "OBS_SIZE": str(math.prod(shape)),
     }
     return re.sub("|".join(sorted(words, key=len, reverse=True)), lambda word: words[word[0]], _HEADER)
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises ValueError for what no name in C may begin with."""
+    """Raises ValueError unless C names may begin with the prefix."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", prefix):
         raise ValueError(f"prefix {prefix!r} is not a C identifier; use a letter, then letters, digits, underscores")
 
 
 def stack_bytes(header: str) -> int:
-    """Returns how much stack the functions of a header take for their arrays."""
+    """Returns the stack that a header's functions need for their arrays, as its first lines document it."""
     return int(header.partition("Stack: ")[2].partition(" bytes")[0].replace(",", ""))
 
 
 def _plain(name: str) -> str:
+    """Returns a name that cannot end the comment it stands in."""
     return re.sub(r"[^A-Za-z0-9_ ]", "", name)
 
 
 def _buffers(source: Source) -> tuple[dict[str, int], list[str]]:
-    """Returns arrays on the stack by name, with their sizes, and the calls with those names: few arrays serve all."""
-    last_use = {taken: i for i, call in enumerate(source.calls) for taken in call.takes}
+    """Returns the arrays on the stack, name -> size, and the calls in C.
+
+    An array is free again after the last call that reads its value, so that a few arrays serve all layers.
+    """
+    last_use = {value: i for i, call in enumerate(source.calls) for value in call.takes}
     sizes: dict[str, int] = {}
-    holds: dict[str, str] = {}
+    array_of: dict[str, str] = {}
     lines = []
     for i, call in enumerate(source.calls):
         if call.gives != "scores":
-            free = [name for name in sizes if name not in holds.values()]
-            fitting = [name for name in free if sizes[name] >= call.size] or sorted(free, key=lambda n: -sizes[n])
-            holds[call.gives] = chosen = fitting[0] if fitting else f"values{len(sizes)}"
+            free = [name for name in sizes if name not in array_of.values()]
+            large_enough = [name for name in free if sizes[name] >= call.size]
+            candidates = large_enough or sorted(free, key=lambda name: -sizes[name]) or [f"values{len(sizes)}"]
+            chosen = candidates[0]
+            array_of[call.gives] = chosen
             sizes[chosen] = max(sizes.get(chosen, 0), call.size)
-        lines.append(_line(call, holds))
-        holds = {value: name for value, name in holds.items() if last_use.get(value, -1) > i}
+        arguments = ", ".join(array_of.get(name, name) for name in (*call.takes, call.gives))
+        lines.append(f"{call.function}({arguments});")
+        array_of = {value: name for value, name in array_of.items() if last_use.get(value, -1) > i}
     return sizes, lines
-
-
-def _line(call: Call, holds: Mapping[str, str]) -> str:
-    return f"{call.function}({', '.join(holds.get(name, name) for name in (*call.takes, call.gives))});"

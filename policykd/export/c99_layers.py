@@ -1,8 +1,8 @@
-"""The layers of a network in C, one function each.
+"""Layers of a network as C functions, one each.
 
-What a value holds lies channels last, so that the innermost loop goes over filters and a compiler makes vectors of it;
-frames lie channels first, as the emulator's stacks do, and are turned into floats a strip of rows at a time.
-Suffixes name dimensions: G groups, O outputs of a group, K what a filter sees.
+Values lie channels last in memory: the innermost loop then runs over filters, which compilers vectorise. Frames lie
+channels first, as the emulator stacks them, and are converted to floats one strip of rows at a time.
+Suffixes name dimensions: G groups, O outputs of a group, K inputs of a filter.
 """
 
 import math
@@ -15,121 +15,129 @@ import numpy as np
 from policykd.export.layers import Layer
 
 LANES = 16
-"""outputs that are summed side by side: a vector register of AVX-512, two of AVX2, four of SSE or NEON"""
+"""outputs that are summed in parallel: one vector register of AVX-512, two of AVX2, four of SSE or NEON"""
 _PLACES = range(5, 9)
-"""of a filter that are computed at once: with fewer, gcc 12 unrolls the loop over outputs and makes no vectors of it,
-which takes 15 times as long"""
+"""places of a filter computed at once: below 5, gcc 12 unrolls the loop over outputs instead of vectorising it and
+takes 15 times as long (docs/log.md, 2026-11-27)"""
 
 
 @dataclass(frozen=True)
 class Value:
-    """Where what a layer gives lies."""
+    """A layer's output in memory."""
 
     shape: tuple[int, ...]
     """(channels, height, width) or (features,)"""
     name: str
+    """name of the array in C"""
     channels_first: bool = False
     image: tuple[int, ...] = ()
-    """of flattened features that lie channels last: the shape that they had"""
+    """shape before flattening, of features that lie channels last"""
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Count of its numbers."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One line of the program."""
+    """One line of the main function: a layer's function with its arguments."""
 
     function: str
     takes: tuple[str, ...]
     gives: str
     size: int
+    """numbers in the output"""
 
 
 @dataclass
 class Source:
-    """The text so far."""
+    """Parts of the C file so far."""
 
     prefix: str
-    """of every name"""
     arrays: list[str] = field(default_factory=list)
-    """of weights"""
+    """weights"""
     functions: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     values: dict[str, Value] = field(default_factory=dict)
-    num_floats_inside: int = 0
-    """on the stack of the function that needs most"""
+    """outputs by the names in `Layer.takes` and `Layer.gives`"""
 
+    def add_function(self, layer: Layer, gives: str, shape: tuple[int, ...], body: str) -> None:
+        """Adds a function that computes one value from others, its call, and the value."""
+        name = f"{self.prefix}_layer{len(self.functions)}"
+        inputs = [self.values[value] for value in layer.takes]
+        kinds = ["uint8_t" if value.name == "obs" and len(value.shape) == 3 else "float" for value in inputs]
+        parameters = ", ".join(f"const {kind} *in{i}" for i, kind in enumerate(kinds))
+        title = f"/* {layer.operator} {layer.name} */"
+        self.functions.append(f"{title}\nstatic void {name}({parameters}, float *restrict out)\n{{\n{body}\n}}")
+        output = Value(shape, "scores" if gives == "scores" else f"value{len(self.calls)}")
+        self.calls.append(Call(name, tuple(value.name for value in inputs), output.name, output.size))
+        self.values[gives] = output
 
-def _function(source: Source, layer: Layer, gives: str, shape: tuple[int, ...], body: str) -> None:
-    """Adds a function that computes one value from others, its call, and the value."""
-    name = f"{source.prefix}_layer{len(source.functions)}"
-    taken = [source.values[value] for value in layer.takes]
-    kinds = ["uint8_t" if value.name == "obs" and len(value.shape) == 3 else "float" for value in taken]
-    inputs = ", ".join(f"const {kind} *in{i}" for i, kind in enumerate(kinds))
-    title = f"/* {layer.operator} {layer.name} */"
-    source.functions.append(f"{title}\nstatic void {name}({inputs}, float *restrict out)\n{{\n{body}\n}}")
-    made = Value(shape, "scores" if gives == "scores" else f"value{len(source.calls)}")
-    source.calls.append(Call(name, tuple(value.name for value in taken), made.name, made.size))
-    source.values[gives] = made
+    def add_constant(self, name: str, numbers: np.ndarray) -> str:
+        """Adds an array of weights and returns its name in C.
 
-
-def _constant(source: Source, name: str, numbers: np.ndarray) -> str:
-    """Adds an array of weights, in hexadecimal, which reads back exactly, and returns its name."""
-    full = f"{source.prefix}_{re.sub(r'[^A-Za-z0-9]', '_', name)}"
-    words = [re.sub(r"\.?0*p", "p", float(number).hex()) + "f" for number in numbers.ravel()]
-    lines = ",\n".join(",".join(words[i : i + 8]) for i in range(0, len(words), 8))
-    source.arrays.append(f"static const float {full}[{len(words)}] = {{\n{lines}}};")
-    return full
-
-
-def _lanes(num_outputs: int, most: int) -> tuple[int, int]:
-    """Returns into how many blocks outputs go, and how many a block has; what is too many is filled up with zeros."""
-    blocks = math.ceil(num_outputs / most)
-    return blocks, max(LANES, 4 * math.ceil(num_outputs / blocks / 4))
+        Hexadecimal floats read back exactly in every compiler.
+        """
+        full_name = f"{self.prefix}_{re.sub(r'[^A-Za-z0-9]', '_', name)}"
+        words = [re.sub(r"\.?0*p", "p", float(number).hex()) + "f" for number in numbers.ravel()]
+        lines = ",\n".join(",".join(words[i : i + 8]) for i in range(0, len(words), 8))
+        self.arrays.append(f"static const float {full_name}[{len(words)}] = {{\n{lines}}};")
+        return full_name
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """How a filter walks over what it takes: rows, columns, and runs of neighbours in memory."""
+    """How a bank of filters walks over its input: rows, columns, and runs of neighbours in memory."""
 
+    image: tuple[int, int]
+    """height and width of the output, its places"""
     rows: tuple[int, int]
-    """how many, and how far apart"""
+    """count, and distance in memory"""
     columns: tuple[int, int]
+    """count, and distance in memory"""
     run: int
+    """numbers next to each other in memory"""
     step: int = 0
-    """from one place to the next"""
+    """distance from one place to the next"""
     down: int = 0
-    """from one row of places to the next"""
+    """distance from one row of places to the next"""
     group: int = 0
-    """from what one group of filters sees to what the next one does"""
+    """distance between the inputs of two groups of filters"""
 
 
-def _filters(
-    source: Source, layer: Layer, gives: str, relu: bool, weights_GOK: np.ndarray, image: tuple[int, int], walk: _Walk
+def _add_filters(
+    source: Source, layer: Layer, gives: str, with_relu: bool, weights_GOK: np.ndarray, walk: _Walk
 ) -> None:
-    """Adds sums of products at `image` places, bias and perhaps ReLU; a dense layer has one place."""
-    groups, of_group, num_products = weights_GOK.shape
-    high, wide = image
+    """Adds sums of products at every place, with bias and perhaps ReLU; a dense layer has one place."""
+    groups, group_size, num_products = weights_GOK.shape
+    num_outputs = groups * group_size
+    high, wide = walk.image
+    # Rows of places are cut into equal parts with as few places computed twice as possible; the last part overlaps.
     places = min(wide, min(_PLACES, key=lambda p: (math.ceil(wide / p) * p, p)))
-    blocks, lanes = _lanes(of_group, LANES if wide > 1 else 4 * LANES)
+    each = range(places)
+
+    # Outputs go in blocks of whole vector registers; the last block is padded with zeros, which are not written out.
+    max_lanes = LANES if wide > 1 else 4 * LANES
+    blocks = math.ceil(group_size / max_lanes)
+    lanes = max(LANES, 4 * math.ceil(group_size / blocks / 4))
     padded_GOK = np.zeros((groups, blocks * lanes, num_products), np.float32)
-    padded_GOK[:, :of_group] = weights_GOK
+    padded_GOK[:, :group_size] = weights_GOK
     bias_GO = np.zeros((groups, blocks * lanes), np.float32)
     if layer.bias is not None:
-        bias_GO[:, :of_group] = layer.bias.numpy().reshape(groups, of_group)
+        bias_GO[:, :group_size] = layer.bias.numpy().reshape(groups, group_size)
+    # Within a block, the weights of all lanes for one input lie next to each other.
     blocks_GKO = padded_GOK.reshape(groups, blocks, lanes, num_products).swapaxes(2, 3)
-    weights = _constant(source, f"{layer.name}_weight", blocks_GKO)
-    bias = _constant(source, f"{layer.name}_bias", bias_GO)
-    num_outputs, each = groups * of_group, range(places)
-    is_frames = source.values[layer.takes[0]].name == "obs" and walk.down > 0
+    weights = source.add_constant(f"{layer.name}_weight", blocks_GKO)
+    bias = source.add_constant(f"{layer.name}_bias", bias_GO)
+
+    taken = source.values[layer.takes[0]]
+    is_frames = taken.name == "obs" and walk.down > 0
     top = "strip" if is_frames else f"in0 + y * {walk.down}"
-    limit = "" if blocks * lanes == of_group else f" && b * {lanes} + o < {of_group}"
-    result = "s{p}[o] > 0.0f ? s{p}[o] : 0.0f" if relu else "s{p}[o]"
+    limit = "" if blocks * lanes == group_size else f" && b * {lanes} + o < {group_size}"
+    result = "s{p}[o] > 0.0f ? s{p}[o] : 0.0f" if with_relu else "s{p}[o]"
     body = f"""\
-  for (int y = 0; y < {high}; y++) {{{_strip(source.values[layer.takes[0]], layer) if is_frames else ""}
+  for (int y = 0; y < {high}; y++) {{{_strip(taken, layer) if is_frames else ""}
     for (int block = 0; block < {groups * blocks}; block++)
       for (int from = 0; from < {wide}; from += {places}) {{
         const int at = from < {wide - places} ? from : {wide - places}, b = block % {blocks}, g = block / {blocks};
@@ -147,18 +155,18 @@ def _filters(
               }}
             }}
           }}
-        float *to = out + (y * {wide} + at) * {num_outputs} + g * {of_group} + b * {lanes};
+        float *to = out + (y * {wide} + at) * {num_outputs} + g * {group_size} + b * {lanes};
         for (int o = 0; o < {lanes}{limit}; o++) {{
           {" ".join(f"to[{p * num_outputs} + o] = {result.format(p=p)};" for p in each)}
         }}
       }}
   }}"""
     shape = (num_outputs, high, wide) if layer.operator == "conv" else (num_outputs,)
-    _function(source, layer, gives, shape, body)
+    source.add_function(layer, gives, shape, body)
 
 
 def _strip(frames: Value, layer: Layer) -> str:
-    """Returns C that turns the rows under a filter into floats, for frames that lie channels first."""
+    """Returns C that converts the rows under a filter to floats, of frames that lie channels first."""
     assert layer.weight is not None
     channels, height, width = frames.shape
     size = layer.weight.shape[2] * width
@@ -169,40 +177,49 @@ def _strip(frames: Value, layer: Layer) -> str:
         strip[c * {size} + i] = in0[(c * {height} + y * {layer.stride}) * {width} + i];"""
 
 
-def _conv(source: Source, layer: Layer, gives: str, relu: bool) -> None:
+def _add_conv(source: Source, layer: Layer, gives: str, with_relu: bool) -> None:
     if layer.padding:
-        layer = _padded(source, layer)
+        layer = _add_padding(source, layer)
     assert layer.weight is not None
-    taken, weight, groups = source.values[layer.takes[0]], layer.weight.numpy(), layer.groups
+    weight = layer.weight.numpy()
+    taken = source.values[layer.takes[0]]
     channels, height, width = taken.shape
-    kernel, stride, inside = weight.shape[2], layer.stride, channels // groups
+    kernel, stride, groups = weight.shape[2], layer.stride, layer.groups
+    group_channels = channels // groups
     image = 1 + (height - kernel) // stride, 1 + (width - kernel) // stride
+    row = width * channels
     if taken.channels_first:
-        apart = width * (kernel if taken.name == "obs" else height)
-        walk = _Walk((inside, apart), (kernel, width), kernel, stride, stride * width, inside * apart)
-    elif groups == 1:
-        walk = _Walk(
-            (kernel, width * channels), (1, 0), kernel * channels, stride * channels, stride * width * channels
-        )
+        # Of frames, one strip of rows is in memory at a time.
+        plane = width * (kernel if taken.name == "obs" else height)
+        rows, columns = (group_channels, plane), (kernel, width)
+        walk = _Walk(image, rows, columns, kernel, stride, stride * width, group_channels * plane)
+        order = (0, 1, 2, 3)
     else:
-        across = width * channels
-        walk = _Walk((kernel, across), (kernel, channels), inside, stride * channels, stride * across, inside)
-    order = (0, 1, 2, 3) if taken.channels_first else (0, 2, 3, 1)
+        order = (0, 2, 3, 1)
+        down = stride * row
+        if groups == 1:
+            walk = _Walk(image, (kernel, row), (1, 0), kernel * channels, stride * channels, down)
+        else:
+            rows, columns = (kernel, row), (kernel, channels)
+            walk = _Walk(image, rows, columns, group_channels, stride * channels, down, group_channels)
     weights_GOK = weight.transpose(order).reshape(groups, len(weight) // groups, -1)
-    _filters(source, layer, gives, relu, weights_GOK, image, walk)
+    _add_filters(source, layer, gives, with_relu, weights_GOK, walk)
 
 
-def _dense(source: Source, layer: Layer, gives: str, relu: bool) -> None:
+def _add_dense(source: Source, layer: Layer, gives: str, with_relu: bool) -> None:
     assert layer.weight is not None
-    taken, weight = source.values[layer.takes[0]], layer.weight.numpy()
-    if taken.image:  # the weights count (channels, height, width), the memory has channels last
+    taken = source.values[layer.takes[0]]
+    weight = layer.weight.numpy()
+    # The weights are in the order (channels, height, width), the memory has channels last.
+    if taken.image:
         weight = weight.reshape(-1, *taken.image).transpose(0, 2, 3, 1).reshape(len(weight), -1)
-    _filters(source, layer, gives, relu, weight[None], (1, 1), _Walk((1, 0), (1, 0), taken.size))
+    _add_filters(source, layer, gives, with_relu, weight[None], _Walk((1, 1), (1, 0), (1, 0), taken.size))
 
 
-def _padded(source: Source, layer: Layer) -> Layer:
+def _add_padding(source: Source, layer: Layer) -> Layer:
     """Adds a copy with a margin of zeros, and returns the layer without padding that takes it."""
-    taken, margin = source.values[layer.takes[0]], layer.padding
+    taken = source.values[layer.takes[0]]
+    margin = layer.padding
     channels, height, width = taken.shape
     assert not taken.channels_first, "the first convolution has no padding"
     high, wide = height + 2 * margin, width + 2 * margin
@@ -213,25 +230,30 @@ def _padded(source: Source, layer: Layer) -> Layer:
       out[((y + {margin}) * {wide} + {margin}) * {channels} + i] = in0[y * {width * channels} + i];"""
     name = f"{layer.takes[0]} padded"
     if name not in source.values:
-        _function(source, replace(layer, name="margin"), name, (channels, high, wide), body)
+        source.add_function(replace(layer, name="margin"), name, (channels, high, wide), body)
     return replace(layer, takes=(name,), padding=0)
 
 
-def _pool(source: Source, layer: Layer, gives: str, relu: bool) -> None:
-    taken, kernel, stride, margin = source.values[layer.takes[0]], layer.kernel, layer.stride, layer.padding
+def _add_pool(source: Source, layer: Layer, gives: str, with_relu: bool) -> None:
+    taken = source.values[layer.takes[0]]
+    kernel, stride, margin = layer.kernel, layer.stride, layer.padding
     channels, height, width = taken.shape
     high, wide = (1 + (size + 2 * margin - kernel) // stride for size in (height, width))
-    along = f"((c * {height} + v) * {width} + u)" if taken.channels_first else f"((v * {width} + u) * {channels} + c)"
-    into = f"((c * {high} + y) * {wide} + x)" if taken.channels_first else f"((y * {wide} + x) * {channels} + c)"
-    is_max = layer.operator == "max_pool"
+    if taken.channels_first:
+        loops = [("c", channels), ("y", high), ("x", wide)]
+        input_index = f"((c * {height} + v) * {width} + u)"
+        output_index = f"((c * {high} + y) * {wide} + x)"
+    else:
+        loops = [("y", high), ("x", wide), ("c", channels)]
+        input_index = f"((v * {width} + u) * {channels} + c)"
+        output_index = f"((y * {wide} + x) * {channels} + c)"
+    if layer.operator == "max_pool":
+        start, end = "-HUGE_VALF", "sum"
+        add = f"sum = in0[{input_index}] > sum ? in0[{input_index}] : sum;"
+    else:
+        start, end = "0.0f", f"sum * {float.hex(1.0 / kernel**2)}f"
+        add = f"sum += in0[{input_index}];"
     inside = f"if (v >= 0 && v < {height} && u >= 0 && u < {width}) " if margin else ""
-    add = f"sum = in0[{along}] > sum ? in0[{along}] : sum;" if is_max else f"sum += in0[{along}];"
-    start, end = ("-HUGE_VALF", "sum") if is_max else ("0.0f", f"sum * {float.hex(1.0 / kernel**2)}f")
-    loops = (
-        [("c", channels), ("y", high), ("x", wide)]
-        if taken.channels_first
-        else [("y", high), ("x", wide), ("c", channels)]
-    )
     body = "\n".join(f"{'  ' * (i + 1)}for (int {v} = 0; {v} < {n}; {v}++)" for i, (v, n) in enumerate(loops))
     body += f""" {{
         float sum = {start};
@@ -240,15 +262,15 @@ def _pool(source: Source, layer: Layer, gives: str, relu: bool) -> None:
             const int v = y * {stride} + j - {margin}, u = x * {stride} + i - {margin};
             {inside}{add}
           }}
-        out[{into}] = {end};
+        out[{output_index}] = {end};
       }}"""
-    _function(source, layer, gives, (channels, high, wide), body)
-    if taken.channels_first:
-        source.values[gives] = replace(source.values[gives], channels_first=True)
+    source.add_function(layer, gives, (channels, high, wide), body)
+    source.values[gives] = replace(source.values[gives], channels_first=taken.channels_first)
 
 
-def _pointwise(source: Source, layer: Layer, gives: str, relu: bool) -> None:
-    taken, alpha = source.values[layer.takes[0]], float.hex(float(np.float32(layer.alpha))) + "f"
+def _add_pointwise(source: Source, layer: Layer, gives: str, with_relu: bool) -> None:
+    taken = source.values[layer.takes[0]]
+    alpha = float.hex(float(np.float32(layer.alpha))) + "f"
     formula = {
         "relu": "in0[i] > 0.0f ? in0[i] : 0.0f",
         "elu": f"in0[i] > 0.0f ? in0[i] : {alpha} * expm1f(in0[i])",
@@ -257,20 +279,22 @@ def _pointwise(source: Source, layer: Layer, gives: str, relu: bool) -> None:
         "add": "in0[i] + in1[i]",
     }[layer.operator]
     body = f"  for (int i = 0; i < {taken.size}; i++) out[i] = {formula};"
-    _function(source, layer, gives, taken.shape, body)
+    source.add_function(layer, gives, taken.shape, body)
 
 
-def _flatten(source: Source, layer: Layer, gives: str, relu: bool) -> None:
+def _add_flatten(source: Source, layer: Layer, gives: str, with_relu: bool) -> None:
+    """Gives the same memory another shape; no code is added."""
     taken = source.values[layer.takes[0]]
-    order = () if taken.channels_first else taken.shape
-    source.values[gives] = replace(taken, shape=(taken.size,), image=order, channels_first=False)
+    image = () if taken.channels_first else taken.shape
+    source.values[gives] = replace(taken, shape=(taken.size,), image=image, channels_first=False)
 
 
-EMIT: dict[str, Callable[[Source, Layer, str, bool], None]] = {
-    "conv": _conv,
-    "dense": _dense,
-    "average_pool": _pool,
-    "max_pool": _pool,
-    "flatten": _flatten,
-    **dict.fromkeys(("relu", "elu", "leaky_relu", "tanh", "add"), _pointwise),
+ADD_LAYER: dict[str, Callable[[Source, Layer, str, bool], None]] = {
+    "conv": _add_conv,
+    "dense": _add_dense,
+    "average_pool": _add_pool,
+    "max_pool": _add_pool,
+    "flatten": _add_flatten,
+    **dict.fromkeys(("relu", "elu", "leaky_relu", "tanh", "add"), _add_pointwise),
 }
+"""operator -> function that adds such a layer, under a name, with or without a following ReLU"""

@@ -1,5 +1,6 @@
 """The C header compiles without a warning and gives torch's outputs."""
 
+import hashlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.networks import MLP
+from policykd.agents.networks import MLP, FrameNet
 from policykd.agents.student import Size, Student, make_student
 from policykd.export.c99 import stack_bytes, to_c
 
@@ -72,6 +73,24 @@ def test_two_policies_in_one_program_act(frames: Tensor, tmp_path: Path) -> None
     with torch.inference_mode():
         expected = [*one(frames).argmax(-1).tolist(), int(net(torch.tensor([[1.0, 2.0, 3.0]])).argmax()), -1]
     assert [int(word) for word in done.stdout.split()] == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "sha256"),
+    [("0.1%", "976939b59e894c4a"), ("half", "22ee1eb26914c1b4"), ("depthwise", "8986e9d545adddb8"),
+     ("impala", "09953d1a8c9751a8")],
+)  # fmt: skip
+def test_the_same_weights_give_the_same_text(size: Size, sha256: str) -> None:
+    """Multiples of 1/64 and a scaling by powers of two make all sums exact, so the hash holds on every machine."""
+    net = make_student(size, 6).net
+    assert isinstance(net, FrameNet)
+    with torch.no_grad():
+        net.centre.fill_(64.0)
+        net.scale.fill_(32.0)
+        for parameter in net.parameters():
+            multiples = (torch.arange(parameter.numel()) * 37) % 101 - 50
+            parameter.copy_(multiples.reshape(parameter.shape) / 64.0)
+    assert hashlib.sha256(to_c(net, actions=("NOOP", "FIRE")).encode()).hexdigest().startswith(sha256)
 
 
 def test_weights_read_back_exactly(tmp_path: Path) -> None:
