@@ -8,14 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from policykd.agents.student import load_student, read_student_card
-from policykd.agents.teacher import TEACHER_HELP, load_teacher
+from policykd.agents.student import Student, read_student_card
+from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.groups import Positive, SeedArgs
 from policykd.envs.actions import action_names
-from policykd.envs.games import canonical_name
+from policykd.evaluation.policies import infer_game, load_named_policy, run_folder
 from policykd.evaluation.real_states import on_policy_states
-from policykd.export import FORMATS, Export, ExportSource, FormatName, check_format, export
-from policykd.io.files import BadFile
+from policykd.export import FORMATS, ExportSource, FormatName, Manifest, check_format, export
 from policykd.io.machine import prepare_device
 from policykd.runs.groups import check_flags
 
@@ -64,9 +63,10 @@ def run(args: ExportArgs) -> None:
     check_flags(args)
     prepare_device("cpu", args.threads)
     source, folder = _load_source(args)
+    is_student = isinstance(source.policy, Student)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: not a folder; give another")
-    formats = tuple(dict.fromkeys(args.formats)) or tuple(f for f in FORMATS if f != "sb3" or _is_student(source))
+    formats = tuple(dict.fromkeys(args.formats)) or tuple(f for f in FORMATS if f != "sb3" or is_student)
     # Before the games: a wrong flag or a missing compiler should not take a minute to be reported.
     for format_name in args.formats:
         check_format(source, format_name)
@@ -76,15 +76,16 @@ def run(args: ExportArgs) -> None:
     states = on_policy_states(source.policy, source.game, args.states, seed=2 * args.seed)
     calibration = on_policy_states(source.policy, source.game, args.calibration, seed=2 * args.seed + 1)
 
+    # One format that fails, for want of a package say, does not keep the others from being written.
     failures: list[Exception] = []
     for format_name in formats:
         try:
-            done = export(source, format_name, folder, states, calibration, shlex.join(sys.argv))
+            manifest = export(source, format_name, folder, states, calibration, shlex.join(sys.argv))
         except (FloatingPointError, ValueError) as error:
             failures.append(error)
             print(f"{format_name}: not written: {error}", file=sys.stderr, flush=True)
             continue
-        print(_summary(done), flush=True)
+        print(_summary(folder / manifest.file, manifest), flush=True)
     if failures:
         # A failed validation decides the exit code: it is the news, a missing package is not.
         first = next((error for error in failures if isinstance(error, FloatingPointError)), failures[0])
@@ -93,36 +94,30 @@ def run(args: ExportArgs) -> None:
 
 def _load_source(args: ExportArgs) -> tuple[ExportSource, Path]:
     """Returns the policy to export, and the folder for its files."""
-    path = Path(args.policy)
-    run_folder = path.parent if path.name == "student.json" else path
-    if (run_folder / "student.json").is_file():
-        card = read_student_card(run_folder / "student.json")
-        if card.shape.module:
-            raise ValueError(f"{run_folder}: a student of your own module; export it from Python, see docs/export.md")
-        game = canonical_name(args.game or card.game)
-        student = load_student(run_folder)
-        source = ExportSource(student, game, action_names(game), card.teacher, args.prefix)
-        folder = args.out or run_folder / "export"
-    else:
+    run_path = run_folder(args.policy)
+    teacher = None
+    if run_path is None:
         if not args.game or args.out is None:
             raise ValueError(f"{args.policy}: not the folder of a run; a teacher needs --game and --out")
-        game = canonical_name(args.game)
-        source = ExportSource(load_teacher(args.policy, game=game), game, action_names(game), c_prefix=args.prefix)
         folder = args.out
-    if len(source.action_names) != source.net.num_actions:
-        expected = f"{game} has {len(source.action_names)}"
-        raise BadFile(f"{args.policy}: {source.net.num_actions} actions, {expected}; give another --game")
+    else:
+        card = read_student_card(run_path / "student.json")
+        # Its class is not in the folder, so only the user's own program can load it.
+        if card.shape.module:
+            raise ValueError(f"{args.policy}: a student of your own module; export it from Python, see docs/export.md")
+        folder = args.out or run_path / "export"
+        teacher = card.teacher
+    game = infer_game([args.policy], args.game)
+    policy = load_named_policy(args.policy, game).policy
+    source = ExportSource(policy, game, action_names(game), teacher, args.prefix)
+    _ = source.net  # refuses ensembles and ONNX teachers, before any game is played
     return source, folder
 
 
-def _is_student(source: ExportSource) -> bool:
-    return source.file_stem == "student"
-
-
-def _summary(done: Export) -> str:
-    validation = done.manifest.validation
+def _summary(path: Path, manifest: Manifest) -> str:
+    validation = manifest.validation
     return (
-        f"{done.path}: {done.manifest.num_bytes:,} bytes; on {validation.num_states:,} real states outputs within"
+        f"{path}: {manifest.num_bytes:,} bytes; on {validation.num_states:,} real states outputs within"
         f" {validation.max_difference:.1e} of torch's, the same action in {validation.agreement:.2%}"
         f" ({validation.num_ties} ties)"
     )

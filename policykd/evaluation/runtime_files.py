@@ -106,8 +106,8 @@ class ArtifactBuilder:
             on_policy_states(self.named.policy, self.game, NUM_INT8_STATES, seed=seed)
             for seed in (2 * self.seed + 1, 2 * self.seed)
         )
-        done = export(self.source, "int8", self.folder, states, calibration)
-        return RuntimeFile(done.path, done.manifest.num_bytes, int8=str(done.manifest.details.get("int8", "")))
+        manifest = export(self.source, "int8", self.folder, states, calibration)
+        return RuntimeFile(self.folder / manifest.file, manifest.num_bytes, int8=str(manifest.details.get("int8", "")))
 
     def _numpy(self) -> RuntimeFile:
         return self._write("policy.npz", to_npz(self.source.layered_net))

@@ -91,14 +91,6 @@ class Manifest:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Export:
-    """A finished artifact."""
-
-    path: Path
-    manifest: Manifest
-
-
 def export(
     source: ExportSource,
     format_name: FormatName,
@@ -106,8 +98,10 @@ def export(
     states: Tensor,
     calibration: Tensor,
     command: str = "",
-) -> Export:
-    """Writes a policy in one format, with its manifest, after validating the file on real states in its own runtime.
+) -> Manifest:
+    """Writes a policy in one format, after validating the file on real states in its own runtime.
+
+    The file is `folder / manifest.file`; its manifest is next to it.
 
     Args:
         source: the policy.
@@ -122,6 +116,7 @@ def export(
         ValueError: the policy cannot be exported in this format, or a package or compiler is missing.
         OSError: no space left or no permission.
     """
+    # Nothing appears under its final name before the validation; what fails leaves no trace.
     with tempfile.TemporaryDirectory() as temporary:
         artifact = make_artifact(source, format_name, Path(temporary), calibration)
         validation = validate(artifact, format_name, source, states)
@@ -152,7 +147,7 @@ def export(
             write_atomically(folder / name, extra)
         write_atomically(path, content)
         write_atomically(manifest_path, to_json(manifest))
-    return Export(path, manifest)
+    return manifest
 
 
 def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, states: Tensor) -> Validation:
@@ -173,6 +168,7 @@ def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, 
     single = np.concatenate([artifact.run(state[None]) for state in states[:8]])
     difference = max(float(np.abs(found - expected).max()), float(np.abs(single - expected[:8]).max()))
 
+    # A tie is left out of the agreement: each of its two outputs may move by the tolerance, in opposite directions.
     largest = float(np.abs(expected).max())
     tolerance = TOLERANCE * max(1.0, largest)
     best_two = np.sort(expected, axis=1)[:, -2:]
@@ -191,6 +187,7 @@ def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, 
         allowed_difference=None if is_int8 else tolerance,
         required_agreement=INT8_AGREEMENT if is_int8 else 1.0,
     )
+    # The outputs of int8 differ visibly by design, so only its actions are compared.
     where = f"{format_name}: on {len(states):,} real states"
     if agreement < validation.required_agreement:
         raise FloatingPointError(

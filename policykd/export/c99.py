@@ -90,8 +90,10 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
         gives = readers[0].gives if with_relu else layer.gives
         fused.add(gives)
         ADD_LAYER[layer.operator](source, layer, gives, with_relu)
+    # Stack: the arrays between layers, and the outputs that PREFIX_act keeps.
     buffers, calls = _buffers(source)
     stack = 4 * (sum(buffers.values()) + net.num_actions)
+    # Longest words first, so that a word is never mistaken for a shorter one that it begins with.
     words = {
         "PREFIX": prefix,
         "GUARD": prefix.upper(),

@@ -64,6 +64,7 @@ class Source:
 
     def add_function(self, layer: Layer, gives: str, shape: tuple[int, ...], body: str) -> None:
         """Adds a function that computes one value from others, its call, and the value."""
+        # Only the observation itself may be bytes; every other value is an array of floats.
         name = f"{self.prefix}_layer{len(self.functions)}"
         inputs = [self.values[value] for value in layer.takes]
         kinds = ["uint8_t" if value.name == "obs" and len(value.shape) == 3 else "float" for value in inputs]
@@ -185,6 +186,7 @@ def _add_conv(source: Source, layer: Layer, gives: str, with_relu: bool) -> None
     taken = source.values[layer.takes[0]]
     channels, height, width = taken.shape
     kernel, stride, groups = weight.shape[2], layer.stride, layer.groups
+    # The order of the weights follows the order in which the filter reads its inputs from memory.
     group_channels = channels // groups
     image = 1 + (height - kernel) // stride, 1 + (width - kernel) // stride
     row = width * channels
@@ -228,6 +230,7 @@ def _add_padding(source: Source, layer: Layer) -> Layer:
   for (int y = 0; y < {height}; y++)
     for (int i = 0; i < {width * channels}; i++)
       out[((y + {margin}) * {wide} + {margin}) * {channels} + i] = in0[y * {width * channels} + i];"""
+    # Two layers that pad the same value share one copy.
     name = f"{layer.takes[0]} padded"
     if name not in source.values:
         source.add_function(replace(layer, name="margin"), name, (channels, high, wide), body)
@@ -247,6 +250,7 @@ def _add_pool(source: Source, layer: Layer, gives: str, with_relu: bool) -> None
         loops = [("y", high), ("x", wide), ("c", channels)]
         input_index = f"((v * {width} + u) * {channels} + c)"
         output_index = f"((y * {wide} + x) * {channels} + c)"
+    # Padding does not count: -inf for a maximum, and an average has no padding.
     if layer.operator == "max_pool":
         start, end = "-HUGE_VALF", "sum"
         add = f"sum = in0[{input_index}] > sum ? in0[{input_index}] : sum;"

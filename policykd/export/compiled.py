@@ -43,6 +43,7 @@ class CompiledNet:
             ValueError: observations of another shape or dtype, or vectors that are not finite.
         """
         check_obs(obs, self.obs_shape)
+        # ReLU in ONNX Runtime may turn NaN into 0, so vectors are checked before it sees them.
         rows = obs if len(self.obs_shape) == 3 else finite(obs)
         outputs_BA = self._session.run(["scores"], {"obs": rows.contiguous().cpu().numpy()})[0]
         return torch.from_numpy(outputs_BA).to(obs.device)
@@ -93,6 +94,7 @@ def compile_policy(teacher: Teacher, obs: Tensor, *, num_threads: int = 1) -> Te
     if isinstance(teacher.net, Ensemble):
         members = [compile_policy(member, obs, num_threads=num_threads) for member in teacher.net.teachers]
         return replace(teacher, session=teacher.net.with_members(members))
+    # On a GPU torch stays; so does any network that policykd did not build, such as a policy loaded by SB3 itself.
     is_installed = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
     if not is_installed or obs.device.type != "cpu" or not isinstance(teacher.net, ConvNet | MLP):
         return teacher

@@ -93,6 +93,7 @@ class Artifact:
 
 def check_format(source: ExportSource, format_name: FormatName) -> None:
     """Raises ValueError if a policy cannot be exported in a format on this machine, before any work is done."""
+    # Packages first: without them no other check says anything useful.
     for package in _PACKAGES.get(format_name, ()):
         if not importlib.util.find_spec(package):
             extra = "sb3" if format_name == "sb3" else "onnx"
@@ -119,6 +120,7 @@ def make_artifact(source: ExportSource, format_name: FormatName, folder: Path, c
         ValueError: the policy cannot be exported in this format, or a package or compiler is missing.
     """
     check_format(source, format_name)
+    # The packages behind a format are imported inside its function: none is needed for the others.
     stem = folder / source.file_stem
     if format_name == "onnx":
         return _onnx_artifact(stem.with_suffix(".onnx"), to_onnx(source.net))
@@ -147,6 +149,7 @@ def log_probabilities(outputs: np.ndarray) -> np.ndarray:
 def _onnx_artifact(path: Path, content: bytes) -> Artifact:
     from policykd.agents.onnx_policy import OnnxPolicy
 
+    # Read back from the file, through the checks that every foreign ONNX file has to pass.
     path.write_bytes(content)
     policy = OnnxPolicy(path)
     return Artifact(path, lambda obs: outputs_of(policy, obs), manifest={"runtime": policy.backend})
@@ -200,6 +203,7 @@ def _sb3_artifact(source: ExportSource, path: Path) -> Artifact:
     from policykd.agents.trusted import Sb3Scores
 
     assert isinstance(source.policy, Student)
+    # PPO.load executes the pickles in an archive: this one was written a moment ago.
     source.policy.to_sb3().save(path)
     model = PPO.load(path, device="cpu")
     policy = Sb3Scores(model.policy.eval(), "PPO", source.net.obs_shape, source.net.num_actions)

@@ -51,6 +51,7 @@ def quantize_weights(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         name = node.input[1]
         weight = numpy_helper.to_array(initializers[name])
         weight_OK = weight.reshape(len(weight), -1).astype(np.float64)
+        # One step per filter; a filter of zeros gets an arbitrary one.
         largest = np.abs(weight_OK).max(axis=1, keepdims=True)
         step_O1 = np.where(largest > 0.0, largest, 1.0) / _MAX_LEVEL
         if weight_OK.shape[1] > _MAX_INPUTS:
@@ -58,6 +59,7 @@ def quantize_weights(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         else:
             inputs_NK = _layer_inputs(model, node, weight, calibration_obs)
             multiples_OK = _compensated_rounding(weight_OK, step_O1, inputs_NK)
+        # From here on the model computes with the quantized weights, so later layers compensate for them too.
         multiples = multiples_OK.reshape(weight.shape).astype(np.int8)
         step = step_O1.astype(np.float32).reshape(-1, *[1] * (weight.ndim - 1))
         model.graph.initializer.remove(initializers[name])
@@ -124,6 +126,7 @@ def _load(onnx_model: bytes, obs: np.ndarray) -> "onnx.ModelProto":
     if not len(obs):
         raise ValueError("quantization needs states for calibration; give a thousand that the policy visits")
     model = onnx.load_model_from_string(onnx_model)
+    # ONNX Runtime's quantization needs names to exclude nodes by.
     for i, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{i}"
     return model
@@ -163,6 +166,7 @@ def _compensated_rounding(weight_OK: np.ndarray, step_O1: np.ndarray, inputs_NK:
     Cholesky factor of the inverse second moments says by how much.
     """
     moments_KK = (inputs_NK.T.astype(np.float64) @ inputs_NK) / len(inputs_NK)
+    # Damping also makes the matrix invertible where inputs are constant, such as pixels of the background.
     moments_KK += (_DAMPING * np.diag(moments_KK).mean() + 1e-12) * np.eye(len(moments_KK))
     order = np.argsort(-np.diag(moments_KK))
     factor_KK = np.linalg.cholesky(np.linalg.inv(moments_KK[np.ix_(order, order)])).T

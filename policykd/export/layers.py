@@ -57,6 +57,7 @@ def layers_of(net: nn.Module) -> list[Layer]:
             f"{type(module).__name__}: a module of your own has no known layers; export it as onnx, or use one of"
             " policykd's networks"
         )
+    # Convolutional part first, then the dense layers, which all networks have.
     chain = _Chain([])
     if isinstance(net, ConvNet):
         _add_convolutions(chain, net)
@@ -73,6 +74,7 @@ def layers_of(net: nn.Module) -> list[Layer]:
         # The first of two low-rank factors has no bias and no activation; nor has the output layer an activation.
         if dense.bias is not None and i < len(net.dense) - 1:
             chain.add(activation, alpha=alpha)
+    # The last output has one name in every format, whatever the number of layers.
     chain.layers[-1] = replace(chain.layers[-1], gives="scores")
     return chain.layers
 
@@ -121,6 +123,7 @@ def _add_stages(chain: _Chain, net: ImpalaNet) -> None:
         for j, block in enumerate(stage.blocks):
             assert isinstance(block, ResidualBlock)
             skip = chain.last
+            # x + conv(relu(conv(relu(x)))): the skip connection carries x before its ReLU.
             for k, conv in enumerate((block.conv1, block.conv2), start=1):
                 chain.add("relu")
                 chain.add_conv(f"stages.{i}.blocks.{j}.conv{k}", conv, net)

@@ -44,10 +44,10 @@ class Policy:
         if len(layers) > MAX_LAYERS:
             raise ValueError("too many layers")
         uses = [name for layer in layers for name in layer["takes"]]
+        # A blank observation passes through every layer as it is built, which shows the next layer its input's shape.
         values = {"obs": np.zeros((1, *self.obs_shape), self.dtype)}
         image_shapes: dict[str, tuple[int, ...]] = {}  # (H, W, C) of what a `flatten` gives
         self._steps: list[tuple[Step, tuple[str, ...], str]] = []
-        # A blank observation passes through every layer as it is built, which shows the next layer its input's shape.
         for layer in layers:
             inputs = [values[name] for name in layer["takes"]]
             _check_size(layer, weights, inputs)
@@ -73,6 +73,7 @@ class Policy:
         batch = np.ascontiguousarray(obs[None] if is_single else obs, self.dtype)
         if not len(batch):
             return np.zeros((0, self.num_actions), np.float32)
+        # Values live in a local dict, so that several threads can call the same policy.
         values = {"obs": batch}
         for step, takes, gives in self._steps:
             values[gives] = step(*[values[name] for name in takes])
@@ -117,6 +118,7 @@ def load(path: str | Path) -> Policy:
         OSError: not readable.
     """
     try:
+        # np.load would decompress a bomb before anybody can look at it; the directory of the zip states the sizes.
         with zipfile.ZipFile(path) as members:
             size = sum(member.file_size for member in members.infolist())
         if size > MAX_BYTES:
@@ -126,6 +128,7 @@ def load(path: str | Path) -> Policy:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']!r:.20}, this numpy_policy.py reads {FORMAT}")
             weights = {name: arrays[name] for name in arrays.files if name != "about"}
+        # A NaN among the weights would become action 0 in every state.
         if not all(w.dtype == np.float32 and np.isfinite(w).all() for w in weights.values()):
             raise ValueError("weights that are not finite float32 numbers")
         return Policy(about, weights)
@@ -183,6 +186,7 @@ def _make_step(
         return _frame_conv(weight, bias, stride) if is_frames and has_blocks else _conv(layer, weight, bias, is_frames)
     if operator == "dense":
         assert weight is not None
+        # The rows of images are (H, W, C) here; reordering the weights once saves a transposition per call.
         if len(image_shape) == 3:
             height, width, channels = image_shape
             weight = weight.reshape(-1, channels, height, width).transpose(0, 2, 3, 1).reshape(len(weight), -1)
@@ -229,7 +233,7 @@ def _conv(layer: dict[str, Any], weight: np.ndarray, bias: Any, is_frames: bool)
         size = patches.shape[:3]
         if groups == 1:
             flat = patches.reshape(math.prod(size), -1).dot(weight_GKO[0])
-        else:
+        else:  # each group of filters sees its own channels
             parts = patches.reshape(math.prod(size), kernel * kernel, groups, -1).transpose(2, 0, 1, 3)
             flat = (parts.reshape(groups, math.prod(size), -1) @ weight_GKO).transpose(1, 0, 2)
         return np.asarray(flat.reshape(*size, num_outputs) + bias)

@@ -55,6 +55,7 @@ def to_onnx(net: nn.Module) -> bytes:
     # Frames are cast once; every layer that takes `obs` then takes the floats.
     first_input = "frames" if on_frames else "obs"
     nodes = [helper.make_node("Cast", ["obs"], ["frames"], to=TensorProto.FLOAT)] if on_frames else []
+    # Weights keep their names in the state dict, which graph viewers show.
     initializers = []
     for layer in layers:
         inputs = [first_input if name == "obs" else name for name in layer.takes]
@@ -72,6 +73,7 @@ def to_onnx(net: nn.Module) -> bytes:
         ir_version=_IR_VERSION,
         producer_name="policykd",
     )
+    # Deterministic, so that the sha256 in the manifest identifies the weights.
     content: bytes = model.SerializeToString(deterministic=True)
     return content
 
@@ -90,6 +92,7 @@ def _without_groups(layer: Layer) -> Layer:
     if layer.groups == 1:
         return layer
     assert layer.weight is not None
+    # Filters of one group get zeros for the channels of all others.
     dense = torch.block_diag(*(part.flatten(1) for part in layer.weight.chunk(layer.groups)))
     return replace(layer, weight=dense.reshape(len(dense), -1, *layer.weight.shape[2:]), groups=1)
 
@@ -115,6 +118,7 @@ def _traced(net: UserNet) -> bytes:
     Raises:
         ValueError: onnxscript is not installed, or torch cannot export the module.
     """
+    # Tracing needs evaluation mode; the caller's module is left in the mode in which it came.
     was_training = net.training
     try:
         with quiet():

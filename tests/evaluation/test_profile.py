@@ -162,7 +162,7 @@ def test_int8_is_the_file_that_an_export_writes(
     source = ExportSource(student, "Pong", action_names("Pong"))
     written = export(source, "int8", tmp_path / "out", states, calibration)
     assert file.path is not None
-    assert file.path.read_bytes() == written.path.read_bytes()
+    assert file.path.read_bytes() == (tmp_path / "out" / written.file).read_bytes()
 
 
 def test_an_int8_file_that_an_export_would_refuse_is_not_measured(

@@ -47,17 +47,17 @@ def source(student: Student) -> ExportSource:
 def test_each_format_is_written_with_its_manifest(
     format_name: FormatName, source: ExportSource, student: Student, frames: Tensor, tmp_path: Path
 ) -> None:
-    done = export(source, format_name, tmp_path, frames[1::2], frames[::2], "a test")
-    manifest = read_json(Manifest, tmp_path / f"{done.path.name}.json")
-    assert manifest == done.manifest
-    assert manifest.sha256 == hashlib.sha256(done.path.read_bytes()).hexdigest()
+    manifest = export(source, format_name, tmp_path, frames[1::2], frames[::2], "a test")
+    path = tmp_path / manifest.file
+    assert manifest == read_json(Manifest, tmp_path / f"{path.name}.json")
+    assert manifest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert manifest.source.student == hashlib.sha256(packed_weights(student)).hexdigest()
     assert (manifest.format, manifest.game, manifest.command) == (format_name, "Pong", "a test")
     assert manifest.source.teacher == TEACHER
     assert manifest.input.shape == ("batch", 4, 84, 84)
     assert manifest.validation.num_states == 64
     assert manifest.validation.agreement >= (0.99 if format_name == "int8" else 1.0)
-    expected = {done.path.name, f"{done.path.name}.json", *manifest.extra_files}
+    expected = {path.name, f"{path.name}.json", *manifest.extra_files}
     assert {path.name for path in tmp_path.iterdir()} == expected
 
 
@@ -108,20 +108,20 @@ def test_the_archive_opens_in_sb3_and_is_no_teacher(
     source: ExportSource, student: Student, frames: Tensor, tmp_path: Path
 ) -> None:
     """In a fresh process; policykd's own reader, which unpickles nothing, refuses it in one line."""
-    done = export(source, "sb3", tmp_path, frames[1::2], frames[::2])
+    archive = tmp_path / export(source, "sb3", tmp_path, frames[1::2], frames[::2]).file
     np.save(tmp_path / "obs.npy", frames[:64].numpy())
     code = (
         "import sys, numpy; from stable_baselines3 import PPO\n"
         "model = PPO.load(sys.argv[1], device='cpu')\n"
         "numpy.save(sys.argv[2], model.predict(numpy.load(sys.argv[3]), deterministic=True)[0])"
     )
-    paths = [str(done.path), str(tmp_path / "actions.npy"), str(tmp_path / "obs.npy")]
+    paths = [str(archive), str(tmp_path / "actions.npy"), str(tmp_path / "obs.npy")]
     subprocess.run([sys.executable, "-c", code, *paths], check=True, capture_output=True)
     with torch.inference_mode():
         expected = student(frames[:64]).argmax(-1).tolist()
     assert np.load(tmp_path / "actions.npy").tolist() == expected
     with pytest.raises(BadFile, match=r"student\.zip: "):
-        load_teacher(done.path)
+        load_teacher(archive)
 
 
 def test_the_command_exports_a_run(student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +177,8 @@ def test_a_module_of_the_users_is_exported_from_python(frames: Tensor, tmp_path:
     with pytest.raises(ValueError, match=r"your own module; export it from Python, see docs/export\.md"):
         execute("export", [str(tmp_path)])
     source = ExportSource(load_student(tmp_path, module=Own()), "Pong")
-    assert export(source, "onnx", tmp_path / "export", frames[1::2], frames[::2]).path.is_file()
+    manifest = export(source, "onnx", tmp_path / "export", frames[1::2], frames[::2])
+    assert (tmp_path / "export" / manifest.file).is_file()
     for format_name in ("numpy", "c", "sb3"):
         with pytest.raises(ValueError, match="a module of your own has no known layers"):
             check_format(source, format_name)
