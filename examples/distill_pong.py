@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor
 
 import policykd
-from policykd.agents.student import Student
+from policykd.agents.student import Size, Student
 from policykd.agents.teacher import Teacher
 from policykd.envs.vector import VectorEnv
 
@@ -28,7 +28,7 @@ class Args:
 
     game: str = "Pong"
     """Atari game with a bundled or public teacher"""
-    student: str = "1%"
+    student: Size = "1%"
     """size of the student: percent of the teacher's parameters"""
     rounds: int = 10
     """rounds of collecting states and training on all collected so far"""

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from code_metrics import ROOT, SourceFile, source_files
 
 import policykd
-from benchmarks.code_metrics import ROOT, SourceFile, source_files
 
 # From the ground floor up: a module may import from its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (

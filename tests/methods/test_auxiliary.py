@@ -190,7 +190,8 @@ def test_a_weight_with_a_schedule_is_active() -> None:
 def test_a_seed_decides_the_projection(ppo: Teacher, student: Student) -> None:
     def projection(seed: int) -> Tensor:
         losses = AuxiliaryLosses(ForwardKL(), AuxiliaryLossWeights(hint=1.0), student, ppo, seed=seed)
-        return losses.state_dict()["projection.weight"]
+        assert losses.projection is not None
+        return losses.projection.weight
 
     assert torch.equal(projection(0), projection(0))
     assert not torch.equal(projection(0), projection(1))
