@@ -110,6 +110,7 @@ def to_sb3(
         ValueError: an unsupported algorithm, other observations or actions than the student's, an invalid temperature,
             or `policy_kwargs` that the student determines.
     """
+    # The kind of policy decides what the student's outputs become: logits or Q-values.
     chosen: Any = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else algorithm
     kind = getattr(chosen, "policy_aliases", {}).get("MlpPolicy")
     if kind not in (ActorCriticPolicy, DQNPolicy):
@@ -154,7 +155,7 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
     """Returns a student with the current weights of an SB3 agent that `to_sb3` made.
 
     Its logits correspond to those that `to_sb3` was given: a DQN's Q-values divided by the temperature given there. A
-    value head gets the critic's weights; if no critic uses the student's features, a warning says that it stays.
+    value head gets the critic's weights; if no critic uses the student's features, it stays, with a warning.
 
     Args:
         model: trained further, or loaded from its `.zip`.
@@ -173,6 +174,7 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
     if found != expected:
         raise ValueError(f"the agent's student has {found}, `like` has {expected}; give one of the same shape")
 
+    # The extractor's weights as they are, the head's from Q-values back to the student's own units.
     student = copy.deepcopy(like)
     ratio = like.shape.temperature / extractor.temperature
     last = zip(_last_layer(student), head.parameters(), strict=True)
@@ -205,9 +207,11 @@ def _copy_weights(student: Student, policy: nn.Module, temperature: float) -> No
     features = {name: weight for name, weight in student.net.state_dict().items() if name not in last}
     for extractor in [module for module in policy.modules() if isinstance(module, StudentFeatures)]:
         extractor.net.load_state_dict(features)
+    # Outputs of the student's network are temperature times its logits; the policy's are another multiple of them.
     for head in _action_heads(policy):
         for weight, source in zip(head.parameters(), last.values(), strict=True):
             weight.copy_(source * (temperature / student.shape.temperature))
+    # Without a value head the critic starts at zero, not at random values that would push the shared features about.
     if isinstance(policy, ActorCriticPolicy):
         if student.value_head is not None:
             policy.value_net.load_state_dict(student.value_head.state_dict())

@@ -125,6 +125,7 @@ def with_method_defaults(args: Args) -> Args:
             others = ", ".join(other for other, spec in METHODS.items() if name in spec.flags)
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is not for --method {args.method} but for {others}; leave it out")
+    # None in the arguments means the default of the method, so that flags of other methods are noticed.
     missing: Any = {name: default for name, default in method.flags.items() if getattr(args, name) is None}
     return replace(args, weight=method.weight if args.weight is None else args.weight, **missing)
 
@@ -136,6 +137,7 @@ def check_weight(weight: Quantity, random_return: float, teacher_return: float |
         ValueError: it is negative or not finite somewhere, or it follows the return of a teacher that is not known to
             be better than a random policy.
     """
+    # Bounds over the whole run, then whether the returns that it may follow are known.
     check_bounds("--weight", weight, 0.0)
     resolve(weight, Progress(0.0, None, teacher_return, random_return))
 

@@ -109,6 +109,7 @@ class QDagger(TeacherMixin, DQN):
         assert isinstance(self.train_freq, TrainFreq)
         steps_per_train = self.train_freq.frequency * self.n_envs
         target_interval = max(self.target_update_interval * max(self.gradient_steps, 1) // steps_per_train, 1)
+        # Constant, because the student's return does not change before it plays.
         weight = self.current_weight()
         metrics: Metrics = defaultdict(list)
         self.policy.set_training_mode(True)
@@ -196,6 +197,7 @@ def collect_with_teacher(
     buffer: Any = model.replay_buffer
     for _ in range(max(1, num_steps // model.n_envs)):
         obs: Any = model._last_obs
+        # SB3's own collection loop, with the teacher's actions in place of the student's.
         log_BA = teacher_log_policy(obs_as_tensor(obs, model.device)).cpu()
         random_B = torch.randint(log_BA.shape[1], (model.n_envs,), generator=generator)
         is_random_B = torch.rand(model.n_envs, generator=generator) < epsilon

@@ -34,6 +34,7 @@ class StudentDrivenMethod:
 
     def cost_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
         """Returns what the action that led to each state is charged, nats `(batch,)`, without a gradient."""
+        # A reward is a number: the gradient through it is the score-function term of the policy gradient.
         loss_B = self.loss_B(student_log_BA, teacher_log_BA).detach()
         return loss_B if self.charges_actions else torch.zeros_like(loss_B)
 
@@ -66,6 +67,7 @@ class NDistill(_CrossEntropyMethod):
 
     def loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
         """Returns H(teacher || student) - entropy_weight H(teacher)."""
+        # -sum p log q + w sum p log p, in one sum
         return cross_entropy_B(teacher_log_BA, student_log_BA - self.entropy_weight * teacher_log_BA)
 
 
@@ -80,6 +82,7 @@ class ExpectedEntropyRegularised(_CrossEntropyMethod):
 
     def loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
         """Returns H(student || teacher) - entropy_weight H(student)."""
+        # The same with the roles exchanged: here both factors depend on the student.
         return cross_entropy_B(student_log_BA, teacher_log_BA - self.entropy_weight * student_log_BA)
 
 

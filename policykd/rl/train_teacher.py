@@ -116,7 +116,7 @@ def train_teacher(config: TrainTeacherConfig) -> Card:
         ValueError: an invalid config, or the folder holds another run.
         BadFile: `start_from` does not fit the game, or a file of the run is damaged.
         OSError: another process holds the run's folder, or it is not writable.
-        KeyboardInterrupt: a signal was received; the message says how to resume.
+        KeyboardInterrupt: a signal was received; the message contains the command that resumes.
     """
     check_flags(config)
     check_name(config.name)
@@ -124,6 +124,7 @@ def train_teacher(config: TrainTeacherConfig) -> Card:
     config = replace(config, game=canonical_name(config.game), num_envs=num_envs)
     device = prepare_device(config.device, config.threads)
     run = config.folder / config.game / (config.name or f"{config.algo}-seed{config.seed}")
+    # One process per folder; the emulators are closed whatever happens.
     with lock_folder(run), closing(make_atari(config.game, num_envs, config.seed)) as envs:
         return _train(run, config, SB3VecEnv(envs, clip_rewards=True), device)
 
@@ -176,6 +177,7 @@ def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device
     Raises:
         ValueError: an unknown hyperparameter, or an invalid value.
     """
+    # The zoo's for one environment, then the user's.
     settings = ZOO[config.algo] | _parse_hyperparams(config.hyperparams)
     if "buffer_size" in settings:
         # One gradient step per train_freq steps of any environment, as with the zoo's single environment.
@@ -221,6 +223,7 @@ def measure_scaling(game: str, seed: int) -> InputScaling:
 
 def _explore_with(teacher: Teacher, model: OffPolicyAlgorithm) -> None:
     """Fills the replay buffer with the teacher's steps, where SB3 would take random actions."""
+    # Resets the environments; the steps count as training steps, as SB3's random ones do.
     model._setup_learn(model.learning_starts)
 
     def teacher_log_policy(obs: torch.Tensor) -> torch.Tensor:
@@ -232,6 +235,7 @@ def _explore_with(teacher: Teacher, model: OffPolicyAlgorithm) -> None:
 
 def _write_card(archive: Path, config: TrainTeacherConfig, training: Training) -> Card:
     """Plays full episodes with the archive's agent under every protocol, and writes its card next to it."""
+    # Read back from the archive, so that the card describes what users will load.
     teacher = load_teacher(archive)
     games = FinishedGames(archive.parent / FINAL_EVALUATION)
     protocols: dict[str, CardProtocol] = {}
@@ -245,6 +249,7 @@ def _write_card(archive: Path, config: TrainTeacherConfig, training: Training) -
             num_unfinished=len(episodes.unfinished),
         )
         print(f"{protocol}: mean {episodes.mean_return:.2f}", flush=True)
+    # Settings that determine the weights; the others, such as the folder, mean nothing elsewhere.
     settings = {name: value for name, value in to_settings(config).items() if name not in RESUMABLE_CHANGES}
     model: Any = training.model
     card = Card(

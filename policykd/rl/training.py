@@ -77,6 +77,7 @@ class Training(BaseCallback):
         self.evaluate = evaluate
         self.wall_seconds = 0.0
         """duration of the training up to the last checkpoint"""
+        # Everything below must see the state from which the training continues.
         self.is_resumed = has_generations(run / CHECKPOINTS)
         if self.is_resumed:
             self.wall_seconds = restore_training(model, envs, run / CHECKPOINTS)
@@ -91,6 +92,7 @@ class Training(BaseCallback):
 
     def train(self) -> None:
         """Trains the remaining steps and saves the result."""
+        # The time that building and restoring took does not count.
         self._saved_at = time.perf_counter()
         self.model.learn(max(0, self.args.steps - self.model.num_timesteps), self, reset_num_timesteps=False)
         self.save()
@@ -128,6 +130,7 @@ class Training(BaseCallback):
         model: Any = self.model
         steps = model.num_timesteps
         interval = self.args.eval_every
+        # A multiple of the interval has been passed since the last evaluation, here or before an interruption.
         is_evaluation_due = interval and steps // interval > model.evaluated_at // interval
         is_checkpoint_due = (
             steps - self.saved_steps >= self.args.checkpoint_every
@@ -137,6 +140,7 @@ class Training(BaseCallback):
         if is_evaluation_due or is_checkpoint_due:
             self.save()
         if is_evaluation_due:
+            # As SB3's EvalCallback logs it.
             episodes = self.evaluate()
             model.logger.record("eval/mean_reward", episodes.mean_return)
             model.logger.record("eval/mean_ep_length", float(np.mean(episodes.lengths)))

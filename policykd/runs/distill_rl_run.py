@@ -98,7 +98,7 @@ def distill_rl_run(config: DistillRLConfig) -> RunResult:
         BadFile: the teacher does not fit the game or plays no better than random, or a file of the run is damaged.
         OSError: another process holds the run's folder, or it is not writable.
         FloatingPointError: training has diverged.
-        KeyboardInterrupt: a signal was received; the message says how to resume.
+        KeyboardInterrupt: a signal was received; the message contains the command that resumes.
     """
     config = check_config(config)
     device = prepare_device(config.device, config.threads)
@@ -110,6 +110,7 @@ def distill_rl_run(config: DistillRLConfig) -> RunResult:
 
 def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources: ExitStack) -> RunResult:
     started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    # A finished run is shown again, but not lengthened: its learning rate has reached 0.
     results = load_results(run)
     finished_steps = (results.num_states_labelled or 0) - _offline_steps(config) if results else config.steps
     if finished_steps < config.steps:
@@ -140,6 +141,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     if results:
         print(results.summary())
         return results
+    # Checked once per run; a resumed one keeps the result, from which schedules take the returns.
     checked = started.teacher_check if started else None
     if checked is None:
         checked = check_teacher(teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher)
@@ -174,6 +176,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
 
 def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teacher, training: Training) -> RunResult:
     """Saves the student, plays the final evaluation, and writes results, film and report."""
+    # The student first: an interrupted evaluation does not lose it.
     ensure_run_dir_exists(run)
     command = shlex.join(sys.argv)
     save_student(student, run, Provenance(game=config.game, teacher=teacher.record, command=command))
@@ -197,6 +200,7 @@ def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teach
 @torch.no_grad()
 def _teacher_frames(teacher: Teacher, envs: VectorEnv, seed: int, device: torch.device) -> Tensor:
     """Returns frames that the teacher sees, `(n, 84, 84)`."""
+    # As it plays: actions sampled at its own temperature.
     generator = torch.Generator().manual_seed(seed)
     obs = envs.reset()
     frames: list[Tensor] = []

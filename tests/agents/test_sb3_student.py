@@ -1,4 +1,4 @@
-"""A student as SB3's policy: the same scores there and back, and it goes on learning with its own input scaling."""
+"""A student as SB3's policy: the same outputs there and back, and it learns with its own input scaling."""
 
 import importlib
 import sys
@@ -83,7 +83,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("kind", ["frames", "vectors"])
 @pytest.mark.parametrize("algorithm", ["PPO", "A2C", "DQN"])
-def test_it_scores_the_same_there_and_back(algorithm: AlgorithmName, kind: str) -> None:
+def test_its_outputs_are_the_same_there_and_back(algorithm: AlgorithmName, kind: str) -> None:
     student, obs = student_of(kind, temperature=0.5), obs_of(kind)
     settings = {k: v for k, v in SHORT[algorithm].items() if k in ("buffer_size", "device", "seed")}
     model = to_sb3(student, env_of(kind), algorithm, **settings)
@@ -120,7 +120,7 @@ def test_every_design_goes_there_and_back(size: Size, rank: int, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["frames", "vectors"])
 @pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
-def test_it_goes_on_learning_and_comes_back(algorithm: AlgorithmName, kind: str, tmp_path: Path) -> None:
+def test_it_continues_to_learn_and_comes_back(algorithm: AlgorithmName, kind: str, tmp_path: Path) -> None:
     student, obs = student_of(kind), obs_of(kind)
     before = {name: t.clone() for name, t in student.state_dict().items()}
     model = to_sb3(student, env_of(kind), algorithm, **SHORT[algorithm])
