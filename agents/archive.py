@@ -29,6 +29,7 @@ MAX_MEMBER = {"data": 8 << 20, "policy.pth": 32 << 20}
 """bytes unpacked: the last observations of 128 Atari environments; both networks of that QR-DQN"""
 MAX_MEMBERS = 64
 _MAX_JSON = 1 << 20
+# The file type in the upper half of `external_attr`.
 _UNIX_LINK = 0o120000
 _PICKLE = re.compile(rb'":serialized:"\s*:\s*"[^"\\]*"')
 _GET_AGAIN = "download or save it again"
@@ -122,10 +123,12 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
     Raises:
         BadFile: as `read_archive`, for everything outside the members.
     """
+    # The Hub's unpacked form is hashed as `sha256sum` would, so that a user can compare.
     if path.is_dir():
         contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
         sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
         return hashlib.sha256(sums.encode()).hexdigest(), {n: io.BytesIO(content) for n, content in contents.items()}
+    # The whole file is read first: what is hashed is what is parsed, even if the file changes meanwhile.
     whole = _read_file(path, MAX_FILE)
     try:
         with zipfile.ZipFile(BoundedReader(io.BytesIO(whole))) as archive:
@@ -143,6 +146,7 @@ def parse_data(path: Path, content: bytes) -> Sb3Data:
     Raises:
         BadFile: invalid JSON, or too much of it.
     """
+    # The pickles go before the JSON is parsed: they are most of its bytes, and nothing may decode them.
     plain = _PICKLE.sub(b'":serialized:": ""', content)
     if len(plain) > _MAX_JSON:
         raise BadFile(f"{path}: unsafe archive, {len(plain):,} bytes of `data` are not pickles; {_UNSAFE}")
@@ -160,9 +164,11 @@ def _read_file(path: Path, limit: int) -> bytes:
 
 def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Returns the members by name, once none of them is unsafe, not even one that is not read."""
+    # zipfile has read the directory only, no member yet.
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
         raise BadFile(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; {_UNSAFE}")
+    # All are checked, also those that are never opened: other tools may unpack the same file.
     names = [member.filename for member in members]
     for member in members:
         if reason := _danger(member, names):

@@ -164,6 +164,7 @@ class Ensemble:
                     f"{first.ref} has {first.num_actions} actions on observations {first.obs_shape}, {other.ref} has"
                     f" {other.num_actions} on {other.obs_shape}; give teachers of one game"
                 )
+        # Weights that are not one per member have neither values nor returns.
         given = getattr(weights, "values", getattr(weights, "returns", self.teachers))
         if len(given) != len(self.teachers):
             raise ValueError(f"{len(given)} teacher weights for {len(self.teachers)} teachers; give one for each")
@@ -226,6 +227,7 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Weights) -> Teacher:
     """
     net = Ensemble(teachers, weights)
     games = {t.card.game for t in teachers if t.card.game}
+    # The members' archives and the weights identify the mixture. Its card has no return: nobody has measured it.
     return Teacher(
         net,
         "ENSEMBLE",
@@ -265,6 +267,7 @@ def load_teachers(
         if weights != "equal":
             raise ValueError(f"{ref}: --teacher-weights {weights} is for several teachers; give REF+REF, or leave it")
         return load_teacher(ref, game=game, trust_pickle=trust_pickle)
+    # Each member has its own card, hash and game check.
     refs = ref.split("+")
     if not all(refs):
         raise ValueError(f"{ref}: no teacher before or after a +; give REF+REF")

@@ -64,6 +64,7 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
             explained = _explained(error, repo, revision, layouts[0][0])
             if snapshot is None or not isinstance(explained, OSError):
                 raise explained from error
+            # Whoever sets HF_HUB_OFFLINE knows that the cache is used.
             if not _is_offline():
                 reason = f"hub:{repo}: {_reason(error)}; using commit {snapshot.revision[:12]} of the cache"
                 warnings.warn(reason, stacklevel=5)
@@ -77,6 +78,7 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
 def _from_cache(repo: str, revision: str, layouts: Sequence[Sequence[str]]) -> Snapshot | None:
     from huggingface_hub import try_to_load_from_cache
 
+    # A layout is cached only if all its files are.
     for layout in layouts:
         paths = [try_to_load_from_cache(repo, file, revision=revision or None) for file in layout]
         if all(isinstance(path, str) for path in paths):
@@ -162,6 +164,7 @@ def _reason(error: Exception) -> str:
 
     if _is_offline():
         return "HF_HUB_OFFLINE is set"
+    # huggingface_hub hides the failed request behind "not in the cache".
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)
     if isinstance(error, HfHubHTTPError):
@@ -181,6 +184,7 @@ def _check_content(repo: str, path: Path) -> None:
     Raises:
         OSError: they differ; the file is removed from the cache.
     """
+    # The cache links names to files that are called by their hash.
     if not path.is_symlink():  # a cache without links, as on Windows, has no hashes in its names
         return
     etag = path.readlink().name

@@ -70,6 +70,7 @@ class FrameNet(nn.Module):
         self.hidden = tuple(hidden)
         self.rank = rank
         self.num_features = [num_flat, *hidden][-1]
+        # The first dense layer has most parameters; a low rank replaces it by two factors.
         layers = [nn.Linear(i, o) for i, o in pairwise([num_flat, *hidden, num_actions])]
         if rank:
             layers[:1] = [nn.Linear(num_flat, rank, bias=False), nn.Linear(rank, layers[0].out_features)]
@@ -122,6 +123,7 @@ class FrameNet(nn.Module):
 
     def first_layer(self) -> tuple[Tensor, Tensor]:
         """Returns the first convolution's weight and bias for pixels from 0 to 255, normalisation included."""
+        # conv((x - c) / s) = conv(x) / s - c * sum(w) / s, without padding.
         weight = self.first.weight / self.scale
         bias: Tensor = self.first.bias - self.centre * weight.sum(dim=(1, 2, 3))  # type: ignore[operator]
         return weight, bias
@@ -167,6 +169,7 @@ class ConvNet(FrameNet):
         self.design = design
         if len(self.widths) != len(DESIGNS[design]):
             raise ValueError(f"design {design} has {len(DESIGNS[design])} convolutions, not {len(self.widths)} widths")
+        # Output side of a convolution without padding: (side - kernel) // stride + 1.
         channels = ATARI_OBS_SHAPE[0]
         side = ATARI_OBS_SHAPE[1] // (2 if design == "half" else 1)
         for i, (width, (kernel, stride, is_depthwise)) in enumerate(zip(widths, DESIGNS[design], strict=True), start=1):
@@ -339,6 +342,7 @@ class UserNet(nn.Module):
 
     def acting_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that the logits depend on, each once; a critic in the same module is left out."""
+        # A parameter acts if the logits have a gradient with respect to it.
         weights = dict(self.module.named_parameters())
         is_training = self.module.training
         with torch.inference_mode(False), torch.enable_grad():

@@ -113,6 +113,7 @@ def _check_message_sizes(path: Path, content: bytes) -> None:
             field, wire_type = divmod(key, 8)
             if wire_type == 2:  # a message, text or bytes: a length, then the content
                 size, position = _varint(content, position)
+                # Nested messages are walked, weights are free, anything else counts.
                 if field in _NESTED[kind]:
                     messages.append((_NESTED[kind][field], position, min(position + size, end)))
                 elif (kind, field) not in _WEIGHTS:
@@ -167,6 +168,7 @@ def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
     known = {dtypes.FLOAT, dtypes.FLOAT16, dtypes.DOUBLE, dtypes.BOOL}
     known |= {dtypes.INT8, dtypes.UINT8, dtypes.INT32, dtypes.INT64}
     for tensor in _tensors(model):
+        # ONNX Runtime would open the file that a tensor names.
         if tensor.external_data or tensor.data_location != dtypes.DEFAULT:
             raise BadFile(f"{path}: unsafe, {tensor.name!r} is in another file; export it with external_data=False")
         if tensor.data_type not in known:
@@ -211,6 +213,7 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
     output_shape = _checked_shapes(path, model, graph_input.name, is_batch_open=dims[0] == 0)[output_name]
     if len(output_shape) != 2 or output_shape[0] != 1:
         raise BadFile(f"{path}: one observation gives {output_shape}, expected (1, num_actions); export it like that")
+    # Frames have more pixels per side than stacked channels.
     channels_last = len(dims) == 4 and dims[3] < dims[1]
     return OnnxGraph(
         content=content,
@@ -251,6 +254,7 @@ def _checked_shapes(
         BadFile: an unknown shape, or more numbers than a policy needs.
     """
     shapes = _inferred_shapes(path, model, input_name, batch=1)
+    # A size may hide in the batch: batch^4 numbers are few for one observation.
     if is_batch_open:
         of_one = sum(map(math.prod, shapes.values()))
         of_two = sum(map(math.prod, _inferred_shapes(path, model, input_name, batch=2).values()))

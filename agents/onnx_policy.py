@@ -63,6 +63,7 @@ class OnnxPolicy:
         """
         check_obs(obs, self.obs_shape)
         rows = self._rows(obs)
+        # A graph exported with a batch of 1 is called once per observation.
         parts = np.split(rows, len(rows)) if self._graph.is_single else [rows]
         outputs = [self._graph.output_name]
         try:
@@ -91,6 +92,7 @@ class OnnxPolicy:
         if not self._graph.takes_bytes:
             obs = finite(obs) / self._graph.divide_by
         if self._graph.channels_last:
+            # policykd's frames are channels first.
             obs = obs.movedim(1, -1)
         return np.ascontiguousarray(obs.detach().cpu().numpy())
 
@@ -119,6 +121,7 @@ def open_session(content: bytes, num_threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
+    # Waiting threads would otherwise spin and take the cores that emulate games.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     # Without this the runtime reads content that says ORTM in another format than the one that was checked.

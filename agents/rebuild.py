@@ -61,6 +61,7 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
     dense = _dense_names(archive, sequential)
     if is_on_policy:
         dense.append("action_net.")
+    # A tensor that is not read but might act would make another policy of it.
     convolutions, dense = _with_extractor(archive, extractors, dense)
     _check_all_are_read(archive, [*convolutions, *dense])
     layers = _layers(archive, convolutions, dense)
@@ -179,6 +180,7 @@ def _mean_over_quantiles(archive: Archive, kwargs: Mapping[str, JsonValue], laye
     """Returns the layers with a last one that gives mean Q-values: the mean of linear layers is a linear layer."""
     num_actions = archive.data.num_actions
     num_quantiles = kwargs.get("n_quantiles", archive.data.entries.get("n_quantiles", _DEFAULT_QUANTILES))
+    # sb3-contrib lays the outputs out as (quantiles, actions).
     *hidden, (weight, bias) = layers.dense
     if num_actions is None or type(num_quantiles) is not int or num_actions * num_quantiles != len(bias):
         expected = f"n_quantiles times the number of actions ({num_actions}), as its `data` says"
@@ -209,6 +211,7 @@ def _network(
         net, state = _mlp(archive, layers, activation)
     for i, (weight, bias) in enumerate(layers.dense):
         state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
+    # The network's own shapes are the last check: convolution outputs that do not fit the dense layer.
     for name, expected in net.state_dict().items():
         if state[name].shape != expected.shape:
             raise _unexpected(archive, f"{name} of {tuple(expected.shape)}", tuple(state[name].shape))
@@ -218,6 +221,7 @@ def _network(
 
 def _activation(archive: Archive, kwargs: Mapping[str, JsonValue], default: type[nn.Module]) -> type[nn.Module]:
     """Returns the activation that the archive's readable policy_kwargs name, or SB3's default."""
+    # An activation is a class, so SB3 pickles it; its readable text names it.
     if "activation_fn" not in kwargs:
         return default
     found = text(kwargs["activation_fn"])
@@ -242,8 +246,10 @@ def _conv_net(
     if len(layers.dense) > 2 and activation is not nn.ReLU:
         expected = "ReLU between the dense layers after the convolutions"
         raise _unexpected(archive, expected, activation.__name__)
+    # Without memory for weights: the tensors of the archive become the network's own.
     with torch.device("meta"):
         net = ConvNet([len(k) for k in kernels], layers.widths[:-1], layers.widths[-1])
+    # SB3 divides frames by 255 unless policy_kwargs turn it off.
     scale = 1.0 if kwargs.get("normalize_images") is False else 255.0
     state = {"centre": torch.zeros(()), "scale": torch.tensor(scale)}
     for i, (kernel, bias) in enumerate(layers.kernels, start=1):

@@ -51,6 +51,7 @@ def find_teacher(ref: str | Path, *, game: str | None = None) -> Source:
         OSError: the Hub cannot be reached.
     """
     kind, colon, rest = ("", "", "") if isinstance(ref, Path) else ref.partition(":")
+    # `auto` prefers what needs no network.
     if kind == "auto" and not colon:
         if game and not any(_bundled_archive(algorithm, game).is_file() for algorithm in ALGORITHMS):
             return _on_hub("hub:ppo", game)
@@ -89,6 +90,7 @@ def _on_hub(ref: str, game: str | None) -> Source:
         raise ValueError(
             f"{ref!r}: invalid revision {revision!r}; give a branch, a tag or a commit, as in hub:dqn@main"
         )
+    # A word is short for the zoo's agent of the game.
     if "/" not in repo:
         if repo not in ALGORITHMS:
             algorithms = ", ".join(ALGORITHMS)
@@ -99,6 +101,7 @@ def _on_hub(ref: str, game: str | None) -> Source:
     if not re.fullmatch(f"{_NAME}/{_NAME}", repo, re.ASCII):
         raise ValueError(f"{ref!r}: invalid repository {repo!r}; give OWNER/NAME, as in hub:sb3/dqn-PongNoFrameskip-v4")
     snapshot = hub.fetch(repo, revision)
+    # The benchmark is of the zoo's own agents, which only the organisation sb3 publishes.
     card = read_zoo_files(repo.split("/")[1], snapshot.folder)
     if repo.startswith("sb3/"):
         card = _with_benchmark(card)
@@ -114,6 +117,7 @@ def _local(ref: str, path: Path) -> Source:
         return Source(ref, path, card=_card_of(path).with_defaults(card))
     if (path / "policy.pth").is_file():
         return Source(ref, path, card=_card_of(path))
+    # A zoo folder may also hold best_model.zip and checkpoints, which have no folder of their name.
     archives = [file for file in sorted(path.glob("*.zip")) if file.with_suffix("").is_dir()]
     if len(archives) != 1:
         found = ", ".join(file.name for file in archives) or "none"

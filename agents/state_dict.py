@@ -76,8 +76,10 @@ def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
     """
     with zipfile.ZipFile(BoundedReader(pth)) as archive:
         records = {m.filename.partition("/")[2]: m for m in archive.infolist()}
+        # torch.save never compresses; a record that did could unpack to any size.
         if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in records.values()):
             raise ValueError("its records are compressed")
+        # Two records of one name would let the checked one differ from the read one.
         if "data.pkl" not in records or len(records) < len(archive.infolist()):
             raise ValueError("its records are missing or duplicated")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
@@ -117,6 +119,7 @@ def _tensors(views: dict[str, _View], storages: dict[str, Tensor]) -> dict[str, 
         if not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{name!r:.80} holds NaN or infinite weights")
         tensors[view] = tensor
+    # Dense views that fit one by one can still share numbers with each other.
     if sum(t.numel() for t in tensors.values()) > sum(s.numel() for s in storages.values()):
         raise ValueError("its tensors overlap")
     return {name: tensors[view] for name, view in views.items()}
@@ -131,6 +134,7 @@ def _is_plain(view: _View) -> bool:
 
 def _is_dense(view: _View) -> bool:
     """Returns whether the view covers its numbers once each, without gaps, in any order of the dimensions."""
+    # In order of their strides, each dimension must continue where the smaller ones end.
     covered = 1
     for stride, length in sorted(zip(view.strides, view.size, strict=True)):
         if length != 1 and stride != covered:

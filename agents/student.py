@@ -185,6 +185,7 @@ class Student(nn.Module):
         """Returns a network that gives the student's logits: its own, or a copy with the temperature folded in."""
         if self.shape.temperature == 1.0:
             return self.net
+        # The last layer is linear, so dividing its parameters divides the outputs.
         net = copy.deepcopy(self.net)
         if isinstance(net, UserNet):
             net.divisor = self.shape.temperature
@@ -247,6 +248,7 @@ class Student(nn.Module):
         Raises:
             ValueError: another shape or dtype, or observations that are not finite.
         """
+        # SB3 passes frames channels last, policykd channels first.
         obs = np.asarray(observation)
         expected = self.shape.obs_shape
         if len(expected) == 3 and obs.shape[-3:] == (*expected[1:], expected[0]):
@@ -317,6 +319,7 @@ def _initialized(shape: Shape, seed: int) -> Student:
     """Returns a student with weights drawn as He et al. (2015) do, small ones in the heads: policies start uniform."""
     student = Student(shape)
     assert not isinstance(student.net, UserNet)
+    # torch's own initial weights are replaced: the result depends on the seed alone, not on global state.
     heads = (student.net.dense[-1], student.value_head)
     generator = torch.Generator().manual_seed(seed)
     for layer in student.modules():
@@ -344,10 +347,12 @@ def save_student(student: Student, path: Path, provenance: Provenance | None = N
     Raises:
         OSError: no space left or no permission; the previous files stay.
     """
+    # The weights come first: student.json marks a complete student.
     weights = packed_weights(student)
     write_atomically(path / "student.safetensors", weights)
     shape = student.shape
     version = 1
+    # The lowest version that reads this student correctly, so that older releases load most students.
     if shape.value or shape.temperature != 1.0:
         version = 2
     if shape.design != "nature" or shape.rank or shape.module:
@@ -390,6 +395,7 @@ def load_student(path: str | Path, *, module: nn.Module | None = None) -> Studen
     folder = path.parent if path.name == "student.json" else path
     card = read_student_card(folder / "student.json")
     weights = read_bounded(folder / "student.safetensors", MAX_STUDENT_BYTES, next_step="copy the folder again")
+    # Also catches a folder in which only one of the two files was replaced.
     if hashlib.sha256(weights).hexdigest() != card.sha256:
         raise BadFile(f"{folder}/student.safetensors: not the file that student.json describes; copy both again")
     _check_module(folder, card.shape, module)

@@ -115,6 +115,7 @@ class Teacher:
                 f"{self.ref or self.path}: no critic, only SB3 archives of PPO and A2C that are read without"
                 " --trust-pickle have one here; give another teacher"
             )
+        # Most users never need the critic, so it is read on first use, from the same file.
         archive = read_archive(self.path)
         if archive.sha256 != self.sha256:
             raise BadFile(f"{self.path}: changed since it was loaded; start again")
@@ -134,6 +135,7 @@ class Teacher:
         Raises:
             ValueError: no critic and no Q-values.
         """
+        # V(s) = max_a Q(s, a) for the greedy policy that these agents follow.
         if self.algorithm in ("DQN", "QRDQN"):
             return (self(obs_BCHW) if activations is None else activations.outputs_BA).amax(dim=-1)
         critic = self.critic
@@ -164,6 +166,7 @@ def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pic
     """
     source = find_teacher(ref, game=game)
     trained_on = source.card.game
+    # Other games can have the same number of actions, so shapes do not find this out.
     if game and trained_on and played_game(trained_on) != played_game(game):
         raise BadFile(
             f"{source.path}: this teacher plays {played_game(trained_on)}, not {played_game(game)}; give another"
@@ -186,6 +189,7 @@ def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, 
                 f"{source.path}: unknown algorithm {named!r} in its card; give one of {', '.join(_FILE_ALGORITHMS)}"
             )
         return policy, cast(Algorithm, named), policy.sha256
+    # The very bytes that were hashed are executed, not the file read again.
     if trust_pickle:
         from policykd.agents.trusted import load_with_sb3
 

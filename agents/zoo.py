@@ -68,6 +68,7 @@ def read_zoo_files(name: str, *folders: Path) -> Card:
         BadFile: a damaged or unsafe file, or preprocessing that policykd does not have.
     """
     named = re.fullmatch(r"(ppo|a2c|dqn|qrdqn)-(.+)", name)
+    # args.yml is what the training command got; the name is a convention of the Hub.
     args = _read_yaml(_find("args.yml", folders))
     algorithm = args.get("algo") or (named[1] if named else "")
     env_id = args.get("env") or (named[2] if named else "")
@@ -91,11 +92,13 @@ def played_game(env_id: str) -> str:
 def _check_preprocessing(path: Path, env_id: str) -> None:
     """Raises BadFile for observations that policykd does not produce; warns where they may differ."""
     config = _read_yaml(path)
+    # VecNormalize's running statistics are a pickle next to the archive, which is not read.
     normalize = config.get("normalize")
     if normalize and not (isinstance(normalize, str) and re.search(r"norm_obs\W+False", normalize)):
         raise BadFile(
             f"{path}: expected plain observations, found normalize: {_SHORT.repr(normalize)}; give another --teacher"
         )
+    # The other checks are about frames only.
     if not re.search("NoFrameskip|^ALE[/-]", env_id):
         return
     if (found := config.get("frame_stack", 1)) != 4:
