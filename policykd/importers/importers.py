@@ -111,6 +111,7 @@ def _read_sb3_buffer(path: Path, game: str | None, trust_pickle: bool) -> tuple[
             if is_full and stacked.shape != frames_first(obs[:1, 0]).shape[1:]:
                 # Single images whose first stacks the ring has overwritten in part: start at the next episode.
                 steps = order[int(np.argmax(dones[order, env] > 0)) + 1 :]
+            # In chunks: the stacks of a whole stream would take as much memory again as the buffer.
             for first in range(0, len(steps), CHUNK):
                 steps_T = steps[first : first + CHUNK]
                 starts_T = dones[steps_T - 1, env] > 0
@@ -171,6 +172,7 @@ def _dqn_replay_chunks(folder: Path, number: int) -> Iterator[tuple[np.ndarray, 
         is_present.append(default is None or path.exists())
         shape = (84, 84) if name == "observation" else ()
         readers.append(_npy_chunks(path, shape) if is_present[-1] else itertools.repeat(np.full(CHUNK, default)))
+    # The files are read side by side, so they must end together.
     while True:
         chunks = [next(reader, np.empty(0)) for reader in readers]
         lengths = {len(chunk) for chunk in itertools.compress(chunks, is_present)}
@@ -190,6 +192,7 @@ def _npy_chunks(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
             dtype, found = npy_header(file)
             if len(found) != 1 + len(shape) or found[1:] != shape or (shape and dtype != "uint8"):
                 raise ValueError(f"expected {'uint8 ' if shape else ''}{('n', *shape)}, found {dtype} {found}")
+            # The header may claim any number of rows: memory is allocated for one chunk at a time.
             for first in range(0, found[0], CHUNK):
                 chunk = np.empty((min(CHUNK, found[0] - first), *shape), dtype)
                 if file.readinto(chunk.data.cast("B")) != chunk.nbytes:

@@ -137,6 +137,7 @@ def _array(file: Any, episode: str, name: str) -> Any:
     """Returns an array that the file itself holds: no link into another file, and no larger than its bytes allow."""
     import h5py
 
+    # HDF5 can link to other files on this machine, and declare terabytes in a few bytes.
     for place, key in ((file, episode), (file.get(episode), name)):
         if not isinstance(place, h5py.Group) or not isinstance(place.get(key, getlink=True), h5py.HardLink):
             raise ValueError(f"{episode} has no {name} of its own")
@@ -178,6 +179,7 @@ def export_to_minari(dataset: str | Path, folder: Path) -> int:
     replay = load_dataset(dataset)
     steps = _steps(source.generation, replay)
     episodes = _episodes(replay, steps["starts"])
+    # Minari needs the bounds of the space, which a dataset does not store.
     low, high = (0, 255) if info.dtype == "uint8" else (-np.inf, np.inf)
     metadata = {
         "dataset_id": folder.name,
@@ -230,6 +232,7 @@ def _episodes(replay: Replay, starts_N: np.ndarray) -> list[torch.Tensor]:
     episodes = []
     is_state_N = np.ones(len(replay), np.bool_)
     is_state_N[replay.context_only_rows.numpy()] = False
+    # Rows of different environments alternate; an episode is consecutive within its own.
     for env in range(replay.num_envs):
         rows_T = np.arange(env, len(replay), replay.num_envs)
         rows_T = rows_T[is_state_N[rows_T]]

@@ -51,6 +51,7 @@ def frames_first(obs: np.ndarray) -> np.ndarray:
     """Returns a batch of image stacks with the frames along axis 1; single images without that axis; others as is."""
     if obs.ndim != 4:
         return obs
+    # The frames may also be along the last axis; there are always fewer of them than rows of pixels.
     if obs.shape[3] < obs.shape[1]:
         obs = np.moveaxis(obs, 3, 1)
     return obs[:, 0] if obs.shape[1] == 1 else obs
@@ -124,6 +125,7 @@ def _rows_of_stacks(recordings: Iterable[Recording], source: Path) -> Iterator[A
             previous = stack
         num_rows += len(frames)
         num_states += len(r.obs)
+        # Colour channels look like a stack, but one is never the previous one shifted: all channels would become rows.
         if num_rows - num_states > max(64, num_states):
             raise BadFile(
                 f"{source}: its observations are not stacks of the last frames in time order, only such are stored;"

@@ -127,6 +127,7 @@ def load_dataset(
             f" {memory / 1e9:,.1f}; import fewer with --num-states"
         )
 
+    # Everything is allocated once; the shards are then read one at a time.
     shape = (dataset.num_rows + room, info.num_envs, num_actions, info.obs_shape)
     replay = Replay(*shape, stack=info.stack, dtype=getattr(torch, info.dtype))
     replay.num_held_out = num_held_out
@@ -136,6 +137,7 @@ def load_dataset(
         replay.extend(arrays)
         _check_rows(replay, arrays, dataset.generation.folder / name)
 
+    # Rows that only complete stacks are not states: neither part may consist of them alone.
     num_training = dataset.num_rows - num_held_out
     num_training -= int((replay.context_only_rows < num_training).sum())
     if not num_training or (num_held_out and num_training == replay.num_states):
@@ -174,7 +176,7 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
         FloatingPointError: an output is not finite.
     """
     is_missing_N = replay.teacher_NA[: len(replay)].isnan().any(dim=1)
-    is_missing_N[replay.context_only_rows] = False
+    is_missing_N[replay.context_only_rows] = False  # never drawn, so never labelled
     rows = is_missing_N.nonzero().squeeze(1)
     for rows_B in rows.split(batch_size):
         teacher_BA = teacher(replay.gather(rows_B)).to(replay.teacher_NA.device)
@@ -214,6 +216,7 @@ def write_dataset(
         num_rows = 0
         try:
             for arrays in _regrouped(parts, rows_per_shard):
+                # What an interrupted import saved is compared rather than trusted: the source may have changed.
                 if previous and saved:
                     name, entry = saved.pop(0)
                     if _is_saved(previous, name, arrays):
@@ -222,10 +225,11 @@ def write_dataset(
                         continue
                     previous = None
                     saved = []
-                manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
-                previous = commit(folder, previous, manifest, new_rows=arrays, first_row=num_rows)
-                shards = previous.manifest.shards
+                first_row = num_rows
                 num_rows += len(arrays["frames"])
+                manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
+                previous = commit(folder, previous, manifest, new_rows=arrays, first_row=first_row)
+                shards = previous.manifest.shards
         except KeyboardInterrupt:
             num_states = sum(shard.num_states for shard in shards.values())
             reason = f"{num_states:,} states are imported; run the same import again to continue it"
@@ -234,9 +238,9 @@ def write_dataset(
             raise BadFile(f"{info.origin.source}: holds no states; use another source")
         if saved:
             previous = None  # fewer states are wanted than were imported before
-        return _as_dataset(
-            commit(folder, previous, Manifest(unit="row", position=num_rows, shards=shards, states=info))
-        )
+        # One more generation, without new rows, marks the dataset as complete.
+        manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info)
+        return _as_dataset(commit(folder, previous, manifest))
 
 
 def check_free(folder: Path) -> None:
@@ -264,6 +268,7 @@ def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:
     """Writes a replay as a dataset; its teacher outputs too if `origin.teacher` is given."""
     firsts = range(0, len(replay), ROWS_PER_SHARD)
     parts = (replay.arrays(first, min(first + ROWS_PER_SHARD, len(replay))) for first in firsts)
+    # Outputs of an unknown teacher would never be used.
     if origin.teacher is None:
         parts = ({key: array for key, array in part.items() if key != "teacher"} for part in parts)
     return write_dataset(folder, describe(replay, origin), parts)

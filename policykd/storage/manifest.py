@@ -23,6 +23,7 @@ def _canonical(game: str) -> str:
     return game
 
 
+# Far above what is plausible, far below what overflows or could not be allocated.
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, Field(max_length=2000)]
@@ -128,6 +129,7 @@ def _is_readable(version: int) -> int:
 class Manifest:
     """Content of `manifest-NNNNNN.json`: the files that make up one generation."""
 
+    # The first field, so that its error is the one that is reported.
     format: Annotated[int, AfterValidator(_is_readable)] = FORMAT
     number: Annotated[int, Field(ge=1, lt=10**9)] = 1
     unit: Unit

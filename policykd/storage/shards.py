@@ -72,6 +72,7 @@ def declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
         members = archive.namelist()
         if len(members) != len(set(members)):
             raise ValueError("two members have the same name")
+        # Only the headers are decompressed here, so a bomb costs nothing.
         for member in members:
             with archive.open(member) as stream:
                 declared[member.removesuffix(".npy")] = npy_header(stream)
@@ -88,6 +89,7 @@ def npy_header(stream: IO[bytes] | gzip.GzipFile) -> tuple[str, tuple[int, ...]]
     if np.lib.format.read_magic(stream) != (1, 0):
         read_header = np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(stream)
+    # Objects would be unpickled; Fortran order would need the array twice.
     if dtype.kind not in "buif" or fortran_order:
         raise ValueError(f"it holds {dtype}{' in Fortran order' if fortran_order else ''}, not plain numbers")
     return str(dtype), tuple(shape)

@@ -314,7 +314,7 @@ def test_a_damaged_manifest_falls_back_to_the_previous_one(small: Path, capsys: 
     with pytest.raises(BadFile, match=r"small: an import that .*after 40 states"):  # the last one only completes it
         load(small)
     assert re.fullmatch(
-        r"warning: \S+manifest-000003.json: damaged .*continuing from row \d+.*\n", capsys.readouterr().err
+        r"warning: \S+manifest-000003.json: damaged .*continuing from row 40.*\n", capsys.readouterr().err
     )
 
 

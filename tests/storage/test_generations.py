@@ -437,11 +437,6 @@ def kill_and_reopen(folder: Path, times: int, seed: int) -> None:
         assert [arrays["x"][0] for _, arrays in generation.read_shards()][-1] == committed
 
 
-def test_a_process_that_is_killed_loses_no_commit(tmp_path: Path) -> None:
-    """C01: the short form."""
-    kill_and_reopen(tmp_path, times=1, seed=0)
-
-
 @pytest.mark.faults
 def test_a_process_that_is_killed_200_times_loses_no_commit(tmp_path: Path) -> None:
     """C01."""
