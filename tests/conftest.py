@@ -1,6 +1,7 @@
 """One thread per test process: the suite runs in parallel, and OpenMP threads that wait for a busy core spin."""
 
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Benchmarks are scripts, not a package: tests import them as `python benchmarks/NAME.py` does.
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path += [str(folder) for folder in (BENCHMARKS, BENCHMARKS / "compression", BENCHMARKS / "peers")]
 
 if TYPE_CHECKING:
     from policykd.agents.student import Student

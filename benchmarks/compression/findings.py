@@ -9,7 +9,6 @@ from pathlib import Path
 import tyro
 
 from policykd.compression.comparison import RANDOM, Comparison, Row, read_comparison
-from policykd.compression.recipes import parse_recipe
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.evaluation.statistics import difference_interval
 
@@ -22,7 +21,7 @@ NAMES: dict[ProtocolName, str] = {"noop_sampled": "no-op starts, sampled", "stic
 
 def origin(recipe: str) -> str:
     """Returns what a network was initialized from or trained on: distillation, hard labels or the teacher's weights."""
-    start = parse_recipe(recipe).start
+    start = recipe.partition("+")[0]
     if start == "teacher":
         return "teacher"
     return "hard labels" if start.endswith(":hard") else "distillation"

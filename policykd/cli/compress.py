@@ -11,7 +11,7 @@ from policykd.agents.teacher import Teacher
 from policykd.compression.comparison import compare, comparison_table
 from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.pareto import draw_pareto
-from policykd.compression.recipes import STANDARD, parse_recipe
+from policykd.compression.recipes import STANDARD, check_recipe
 from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
@@ -38,7 +38,7 @@ class CompressArgs(SeedArgs):
     run: Annotated[Path, tyro.conf.Positional]
     """folder of a finished run"""
     method: str = "structured"
-    """magnitude, structured, low-rank, int8, int8-weights (computed in float32), or several joined by +"""
+    """magnitude, structured, low-rank, int8 (weights), int8-static (activations too), or several joined by +"""
     sparsity: float = 0.5
     """fraction of the weights (magnitude) or parameters (structured) to remove"""
     rank: int = 8
@@ -82,8 +82,8 @@ def run(args: CompressArgs) -> None:
     methods = [method + amounts.get(method, "") for method in args.method.split("+")]
     recipes = args.compare or ("student", "+".join(["student", *methods]))
     recipes = STANDARD if recipes == ("standard",) else recipes
-    for text in recipes:
-        parse_recipe(text)
+    for recipe in recipes:
+        check_recipe(recipe)
 
     device = prepare_device("cpu", args.threads)
     game = infer_game([str(args.run)])

@@ -19,8 +19,8 @@ from policykd.agents.networks import num_macs
 from policykd.agents.onnx_policy import OnnxPolicy, open_session
 from policykd.agents.student import Student, load_student, save_student
 from policykd.compression.fine_tuning import FineTuning, Settings
-from policykd.compression.quantization import export_student, stored_size
-from policykd.compression.recipes import Recipe, apply_last_step, parse_recipe, start_student
+from policykd.compression.quantization import export_student, shipped_bytes
+from policykd.compression.recipes import check_recipe, family, make_student, num_trainings, parent, quantization
 from policykd.evaluation.costs import measure_latencies
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
 from policykd.evaluation.results import FinishedGames, PolicyResult, protocols_of_card, summarise_episodes
@@ -83,12 +83,16 @@ def compare(folder: Path, recipes: Sequence[str], student: Student, tuning: Fine
         ValueError: an invalid recipe, or a row that was made with other settings.
         BadFile: a file of a row is damaged.
     """
+    for recipe in recipes:
+        check_recipe(recipe)
     for recipe in _with_parents(recipes):
-        with lock_folder(folder / _row_name(recipe)):
+        with lock_folder(_row_folder(folder, recipe)):
             _make_row(folder, recipe, student, tuning, episodes)
+
+    # All rows of the folder, those of earlier commands too, from large to small.
     rows = [_read_row(path, tuning.settings) for path in sorted(folder.glob(f"*/{ROW_FILE}"))]
     finished = [row for row in rows if len(row.protocols) == len(PROTOCOLS) or not episodes]
-    finished = _with_latencies(folder, finished)
+    finished = _with_latencies(folder, sorted(finished, key=lambda row: -row.num_bytes))
     if episodes:
         finished.append(_random_play(folder, tuning, episodes))
     by_recipe = {row.recipe: row for row in finished}
@@ -106,19 +110,18 @@ def read_comparison(folder: Path) -> Comparison:
     return read_json(Comparison, folder / COMPARISON_FILE, next_step="run policykd compress --compare again")
 
 
-def _row_name(recipe: Recipe) -> str:
-    return str(recipe).replace("%", "pct").replace(":", "-")
+def _row_folder(folder: Path, recipe: str) -> Path:
+    return folder / recipe.replace("%", "pct").replace(":", "-")
 
 
-def _with_parents(recipes: Sequence[str]) -> list[Recipe]:
+def _with_parents(recipes: Sequence[str]) -> list[str]:
     """Returns recipes, the teacher first, each after the one that it starts from, without repetitions."""
-    ordered: dict[str, Recipe] = {}
-    for text in ("teacher", *recipes):
-        chain = [parse_recipe(text)]
-        while (parent := chain[0].parent) is not None:
-            chain.insert(0, parent)
-        ordered |= {str(recipe): recipe for recipe in chain if str(recipe) not in ordered}
-    return list(ordered.values())
+    ordered: dict[str, None] = {}
+    for recipe in ("teacher", *recipes):
+        methods = recipe.split("+")
+        for num_methods in range(1, len(methods) + 1):
+            ordered["+".join(methods[:num_methods])] = None
+    return list(ordered)
 
 
 def _read_row(path: Path, settings: Settings) -> Row:
@@ -128,9 +131,9 @@ def _read_row(path: Path, settings: Settings) -> Row:
     return row
 
 
-def _make_row(folder: Path, recipe: Recipe, student: Student, tuning: FineTuning, episodes: int) -> None:
+def _make_row(folder: Path, recipe: str, student: Student, tuning: FineTuning, episodes: int) -> None:
     """Trains, stores, measures and plays one row, each step unless `row.json` has it already."""
-    row_folder = folder / _row_name(recipe)
+    row_folder = _row_folder(folder, recipe)
     path = row_folder / ROW_FILE
     if path.is_file():
         row = _read_row(path, tuning.settings)
@@ -141,7 +144,7 @@ def _make_row(folder: Path, recipe: Recipe, student: Student, tuning: FineTuning
     policy = OnnxPolicy(row_folder / row.file)
     games = FinishedGames(row_folder / "games.json")
     # The teacher's episodes are those of its card, if it has any.
-    on_card = protocols_of_card(tuning.teacher) if str(recipe) == "teacher" else {}
+    on_card = protocols_of_card(tuning.teacher) if recipe == "teacher" else {}
     for protocol in PROTOCOLS:
         known = row.protocols.get(protocol)
         if not episodes or (known and (known.num_episodes >= episodes or protocol in on_card)):
@@ -150,37 +153,38 @@ def _make_row(folder: Path, recipe: Recipe, student: Student, tuning: FineTuning
         if result is None:
             game, seed = tuning.settings.game, tuning.settings.seed
             result = summarise_episodes(games.play(policy, row.sha256, game, protocol, episodes, seed=seed))
+        # Written after every protocol, so that an interrupted row continues with the next one.
         row = replace(row, protocols={**row.protocols, protocol: result})
         write_json(path, row)
         print(f"{recipe}: {protocol} {_with_interval(result.mean, result.interval, '.2f')}", flush=True)
 
 
-def _train_row(folder: Path, recipe: Recipe, student: Student, tuning: FineTuning) -> Row:
+def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) -> Row:
     """Makes a row's network from its parent's, exports it and measures its costs and fidelity."""
-    row_folder = folder / _row_name(recipe)
+    row_folder = _row_folder(folder, recipe)
     began = time.perf_counter()
-    if recipe.parent is None:
-        made = start_student(recipe, student, tuning)
-    else:
-        made = apply_last_step(recipe, load_student(folder / _row_name(recipe.parent)), tuning)
+    previous = load_student(_row_folder(folder, parent(recipe))) if parent(recipe) else student
+    made = make_student(recipe, previous, tuning)
     seconds = time.perf_counter() - began
 
     settings = tuning.settings
-    provenance = Provenance(game=settings.game, teacher=tuning.teacher.record, made_by=str(recipe), fit_seconds=seconds)
-    save_student(made, row_folder, provenance)
-    path = export_student(made, row_folder, recipe.precision, tuning)
-    kl, agreement = tuning.measure(OnnxPolicy(path))
+    record = tuning.teacher.record
+    save_student(made, row_folder, Provenance(game=settings.game, teacher=record, made_by=recipe, fit_seconds=seconds))
+    exported = export_student(made, row_folder, quantization(recipe), tuning)
+    # What is measured, like what is played, is the exported file and not the student in memory.
+    kl, agreement = tuning.measure(OnnxPolicy(exported))
     print(f"{recipe}: made in {seconds:.0f} s, KL {kl:.4f} nats, agreement {agreement:.1%}", flush=True)
+    is_quantized = quantization(recipe) is not None
     return Row(
-        recipe=str(recipe),
-        family=recipe.family,
+        recipe=recipe,
+        family=family(recipe),
         settings=settings,
         num_parameters=sum(int(parameter.count_nonzero()) for parameter in made.parameters()),
         num_macs=num_macs(made, made.shape.obs_shape),
-        num_bytes=stored_size(made, row_folder, recipe.precision, is_sparse="magnitude" in str(recipe)),
-        file=path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        updates=recipe.num_trainings * settings.updates,
+        num_bytes=shipped_bytes(made, exported, is_quantized=is_quantized, is_sparse="magnitude" in recipe),
+        file=exported.name,
+        sha256=hashlib.sha256(exported.read_bytes()).hexdigest(),
+        updates=num_trainings(recipe) * settings.updates,
         kl=kl,
         agreement=agreement,
         protocols={},
@@ -192,7 +196,7 @@ def _with_latencies(folder: Path, rows: Sequence[Row]) -> list[Row]:
     obs = np.random.default_rng(0).integers(0, 256, (1, 4, 84, 84), np.uint8)
     calls = {}
     for row in rows:
-        path = folder / _row_name(parse_recipe(row.recipe)) / row.file
+        path = _row_folder(folder, row.recipe) / row.file
         session = open_session(read_verified(path, row.sha256, f"; remove {path.parent}, the row is made again"), 1)
         calls[row.recipe] = lambda session=session: session.run(None, {"obs": obs})
     latencies = measure_latencies(calls)

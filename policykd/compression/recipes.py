@@ -1,7 +1,11 @@
-"""Recipes: where a compressed network starts from and which methods are applied, as in `7%+structured:0.5+int8`."""
+"""Recipes: text that says where a compressed network starts and which methods follow, such as `7%+structured:0.5+int8`.
 
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+A start is `student` (of the run), `teacher`, or a size that is distilled from scratch, `1%:hard` on hard labels and
+`1%:sharp` on sharper targets. Methods that train have an amount: `magnitude` and `structured` a sparsity (the fraction
+of weights or parameters to remove), `low-rank` a rank.
+"""
+
+from typing import cast, get_args
 
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import SIZES, Size, Student
@@ -9,10 +13,14 @@ from policykd.compression.fine_tuning import FineTuning, train_from_scratch
 from policykd.compression.low_rank import factorize_and_tune
 from policykd.compression.networks import teacher_as_student
 from policykd.compression.pruning import prune_by_magnitude, prune_structured
-from policykd.compression.quantization import Precision
+from policykd.compression.quantization import Quantization
 from policykd.losses import ActionNLL, ForwardKL, LossFn
 
-Tuned = Literal["magnitude", "structured", "low-rank"]
+TRAINED = ("magnitude", "structured", "low-rank")
+"""methods that spend the budget of updates"""
+STARTS = ("student", "teacher")
+TARGETS = {"": "distilled", "hard": "hard labels", "sharp": "sharp targets"}
+"""what a size is trained on -> its family in tables and pictures"""
 
 SHARPENED = 0.25
 """factor of the teacher's temperature for `:sharp` targets, between its own policy and hard labels"""
@@ -24,100 +32,96 @@ STANDARD = (
 """the recipes of `--compare standard`"""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One way to a small network."""
-
-    start: str
-    """`student` (of the run), `teacher`, or a size that is distilled from scratch, with `:hard` labels or `:sharp`
-    targets if given"""
-    steps: tuple[tuple[Tuned, float], ...] = ()
-    """methods that tune, each with its sparsity (fraction of weights or parameters removed) or rank"""
-    precision: Precision = "float32"
-
-    def __str__(self) -> str:
-        """Returns the text that `parse_recipe` reads."""
-        steps = [f"{method}:{amount:g}" for method, amount in self.steps]
-        precision = [] if self.precision == "float32" else [self.precision]
-        return "+".join([self.start, *steps, *precision])
-
-    @property
-    def family(self) -> str:
-        """The kind of method, for tables and pictures."""
-        size, _, targets = self.start.partition(":")
-        if len(self.steps) > 1 or (self.steps and (self.start != "teacher" or self.precision != "float32")):
-            return "combined"
-        if self.steps:
-            return self.steps[0][0]
-        if self.precision != "float32":
-            return "int8"
-        return {"hard": "hard labels", "sharp": "sharp targets"}.get(targets, "distilled" if size in SIZES else size)
-
-    @property
-    def num_trainings(self) -> int:
-        """How many times the budget of updates is spent."""
-        return len(self.steps) + (self.start not in ("student", "teacher"))
-
-    @property
-    def parent(self) -> "Recipe | None":
-        """The recipe without its last method, whose student the last method starts from; None without methods."""
-        if self.precision != "float32":
-            return Recipe(self.start, self.steps)
-        return Recipe(self.start, self.steps[:-1]) if self.steps else None
-
-
-def parse_recipe(text: str) -> Recipe:
-    """Returns a recipe given as text.
+def check_recipe(recipe: str) -> None:
+    """Checks a recipe given as text.
 
     Raises:
         ValueError: unknown start or method, or an invalid amount.
     """
-    start, *methods = text.split("+")
+    start, *methods = recipe.split("+")
     size, _, targets = start.partition(":")
-    if start not in ("student", "teacher") and (size not in SIZES or targets not in ("", "hard", "sharp")):
-        raise ValueError(f"{text}: starts with {start!r}, expected student, teacher or a size ({', '.join(SIZES)})")
-    precision: Precision = "float32"
-    if methods and methods[-1] in get_args(Precision):
-        precision = cast(Precision, methods.pop())
-    steps = []
+    if start not in STARTS and (size not in SIZES or targets not in TARGETS):
+        raise ValueError(f"{recipe}: starts with {start!r}, expected student, teacher or a size ({', '.join(SIZES)})")
+    # Quantization comes last: what it gives is an ONNX file, which no other method takes.
+    if methods and methods[-1] in get_args(Quantization):
+        methods.pop()
     for part in methods:
         method, _, amount = part.partition(":")
-        if method not in get_args(Tuned):
-            raise ValueError(f"{text}: unknown method {part!r}; use {', '.join(get_args(Tuned))}, then int8 at the end")
-        try:
-            number = float(amount)
-        except ValueError:
-            number = -1.0
-        valid = number >= 1 and number.is_integer() if method == "low-rank" else 0.0 < number < 1.0
-        if not valid:
-            expected = "a rank, such as low-rank:8" if method == "low-rank" else f"a sparsity, such as {method}:0.5"
-            raise ValueError(f"{text}: expected {expected}")
-        steps.append((cast(Tuned, method), number))
-    return Recipe(start, tuple(steps), precision)
+        if method not in TRAINED:
+            raise ValueError(f"{recipe}: unknown method {part!r}; use {', '.join(TRAINED)}, then int8 at the end")
+        if method == "low-rank" and not (amount.isdecimal() and int(amount) > 0):
+            raise ValueError(f"{recipe}: expected a rank, such as low-rank:8")
+        if method != "low-rank" and not 0.0 < _as_float(amount) < 1.0:
+            raise ValueError(f"{recipe}: expected a sparsity, such as {method}:0.5")
 
 
-def start_student(recipe: Recipe, student: Student, tuning: FineTuning) -> Student:
-    """Returns the network that a recipe starts from; `student` is the run's."""
-    if recipe.start == "student":
+def _as_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
+def parent(recipe: str) -> str:
+    """Returns the recipe without its last method, whose student that method starts from; empty without methods."""
+    return recipe.rpartition("+")[0]
+
+
+def quantization(recipe: str) -> Quantization | None:
+    """Returns how a recipe's network is quantized, None for float32."""
+    last = recipe.rpartition("+")[2]
+    return cast(Quantization, last) if last in get_args(Quantization) else None
+
+
+def num_trainings(recipe: str) -> int:
+    """Returns how many times a recipe spends the budget of updates."""
+    start, *methods = recipe.split("+")
+    return (start not in STARTS) + sum(method.startswith(TRAINED) for method in methods)
+
+
+def family(recipe: str) -> str:
+    """Returns the kind of a recipe's last method, for tables and pictures; several that train are `combined`."""
+    start, *methods = recipe.split("+")
+    size, _, targets = start.partition(":")
+    trained = [method.partition(":")[0] for method in methods if method.startswith(TRAINED)]
+    if trained:
+        is_single = methods == [methods[0]] and start in STARTS
+        return trained[0] if is_single else "combined"
+    if methods:
+        return "int8"
+    return size if size in STARTS else TARGETS[targets]
+
+
+def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
+    """Returns the student of a recipe.
+
+    Args:
+        recipe: only its last method is applied.
+        previous: the student of `parent(recipe)`; the run's student for a recipe without methods.
+        tuning: teacher, states and budget.
+    """
+    start, *methods = recipe.split("+")
+    if not methods:
+        return _starting_student(start, previous, tuning)
+    method, _, amount = methods[-1].partition(":")
+    if method == "magnitude":
+        return prune_by_magnitude(previous, tuning, float(amount))
+    if method == "structured":
+        return prune_structured(previous, tuning, round((1.0 - float(amount)) * num_parameters(previous)))
+    if method == "low-rank":
+        return factorize_and_tune(previous, tuning, int(amount))
+    return previous  # quantized when it is exported
+
+
+def _starting_student(start: str, student: Student, tuning: FineTuning) -> Student:
+    if start == "student":
         return student
-    if recipe.start == "teacher":
+    if start == "teacher":
         return teacher_as_student(tuning.teacher)
-    size, _, targets = recipe.start.partition(":")
+    size, _, targets = start.partition(":")
     losses: dict[str, LossFn] = {
         "": ForwardKL(),
         "hard": ActionNLL(),
         "sharp": ForwardKL(tuning.teacher.temperature * SHARPENED),
     }
     return train_from_scratch(cast(Size, size), tuning, losses[targets])
-
-
-def apply_last_step(recipe: Recipe, student: Student, tuning: FineTuning) -> Student:
-    """Returns the student of `recipe.parent` after the recipe's last method; int8 leaves it as it is."""
-    if recipe.precision != "float32":
-        return student
-    method, amount = recipe.steps[-1]
-    if method == "magnitude":
-        return prune_by_magnitude(student, tuning, amount)
-    if method == "structured":
-        return prune_structured(student, tuning, round((1.0 - amount) * num_parameters(student)))
-    return factorize_and_tune(student, tuning, int(amount))

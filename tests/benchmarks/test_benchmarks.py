@@ -22,6 +22,7 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.evaluation.costs import Latency
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation
 from policykd.evaluation.results import PolicyResult, summarise_episodes
+from policykd.io.typed import write_json
 from policykd.replay import Replay
 from policykd.runs.results import RunResult
 
@@ -88,7 +89,7 @@ def test_stages_measure_checkpoints(teacher: Teacher, tmp_path: Path) -> None:
     rows = stages.storage(stages.Args(repetitions=1, num_states=64), teacher, tmp_path)
     assert [row.unit for row in rows] == ["ms", "s"]
     path = tmp_path / "table.json"
-    stages.write_json(path, stages.Table("machine", [0.0], rows=rows))
+    write_json(path, stages.Table("machine", [0.0], rows=rows))
     assert json.loads(path.read_text())["rows"][0]["goal"] == "30 ms"
 
 

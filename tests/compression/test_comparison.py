@@ -22,34 +22,39 @@ from policykd.compression.comparison import (
 from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.networks import weight_layers
 from policykd.compression.pareto import draw_pareto, pareto_front
-from policykd.compression.quantization import export_student, pack_sparse, stored_size
-from policykd.compression.recipes import STANDARD, parse_recipe
+from policykd.compression.quantization import export_student, pack_sparse, shipped_bytes
+from policykd.compression.recipes import STANDARD, check_recipe, family, num_trainings, parent
+from policykd.compression.recipes import quantization as recipe_quantization
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation
 from policykd.evaluation.results import FinishedGames, summarise_episodes
 from policykd.io.files import BadFile
 
 
 @pytest.mark.parametrize(
-    ("text", "family", "parent", "num_trainings"),
+    ("recipe", "kind", "previous", "trainings", "how"),
     [
-        ("teacher", "teacher", None, 0),
-        ("student", "student", None, 0),
-        ("7%", "distilled", None, 1),
-        ("1%:hard", "hard labels", None, 1),
-        ("1%:sharp", "sharp targets", None, 1),
-        ("student+int8", "int8", "student", 0),
-        ("teacher+magnitude:0.94", "magnitude", "teacher", 1),
-        ("teacher+low-rank:8", "low-rank", "teacher", 1),
-        ("7%+structured:0.5+int8", "combined", "7%+structured:0.5", 2),
-        ("student+structured:0.5+magnitude:0.25+int8-weights", "combined", "student+structured:0.5+magnitude:0.25", 2),
+        ("teacher", "teacher", "", 0, None),
+        ("student", "student", "", 0, None),
+        ("7%", "distilled", "", 1, None),
+        ("1%:hard", "hard labels", "", 1, None),
+        ("1%:sharp", "sharp targets", "", 1, None),
+        ("student+int8", "int8", "student", 0, "int8"),
+        ("7%+int8", "int8", "7%", 1, "int8"),
+        ("teacher+magnitude:0.94", "magnitude", "teacher", 1, None),
+        ("student+low-rank:8", "low-rank", "student", 1, None),
+        ("7%+structured:0.5+int8", "combined", "7%+structured:0.5", 2, "int8"),
+        ("7%+structured:0.5", "combined", "7%", 2, None),
+        ("student+structured:0.5+magnitude:0.25+int8-static", "combined", None, 2, "int8-static"),
     ],
 )
-def test_recipes_are_read_and_written(text: str, family: str, parent: str | None, num_trainings: int) -> None:
-    recipe = parse_recipe(text)
-    assert str(recipe) == text
-    assert recipe.family == family
-    assert (recipe.parent and str(recipe.parent)) == parent
-    assert recipe.num_trainings == num_trainings
+def test_a_recipe_names_family_parent_budget_and_quantization(
+    recipe: str, kind: str, previous: str | None, trainings: int, how: str | None
+) -> None:
+    check_recipe(recipe)
+    assert family(recipe) == kind
+    assert parent(recipe) == (recipe.rpartition("+")[0] if previous is None else previous)
+    assert num_trainings(recipe) == trainings
+    assert recipe_quantization(recipe) == how
 
 
 @pytest.mark.parametrize(
@@ -67,11 +72,12 @@ def test_recipes_are_read_and_written(text: str, family: str, parent: str | None
 )
 def test_invalid_recipes_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        parse_recipe(text)
+        check_recipe(text)
 
 
 def test_all_standard_recipes_are_valid() -> None:
-    assert [str(parse_recipe(text)) for text in STANDARD] == list(STANDARD)
+    for recipe in STANDARD:
+        check_recipe(recipe)
 
 
 @pytest.fixture
@@ -152,17 +158,18 @@ def test_each_stored_form_is_a_real_file(tuning: FineTuning, obs: Tensor, tmp_pa
     student = make_student("1%", 6)
     for layer in weight_layers(student):
         layer.weight.data[::2] = 0.0
-    num_bytes: dict[tuple[str, bool], int] = {}
-    for precision in ("float32", "int8", "int8-weights"):
-        path = export_student(student, tmp_path, precision, tuning)
+    num_bytes: dict[tuple[str | None, bool], int] = {}
+    ways: tuple[quantization.Quantization | None, ...] = (None, "int8", "int8-static")
+    for way in ways:
+        path = export_student(student, tmp_path, way, tuning)
         policy = OnnxPolicy(path)
         agreement = float((policy(obs).argmax(1) == student(obs).argmax(1)).float().mean())
-        assert agreement > (0.99 if precision == "float32" else 0.7)
+        assert agreement > (0.7 if way else 0.99)
         for is_sparse in (False, True):
-            num_bytes[precision, is_sparse] = stored_size(student, tmp_path, precision, is_sparse=is_sparse)
-    assert num_bytes["float32", True] == (tmp_path / "sparse.npz").stat().st_size
-    assert num_bytes["int8", True] < num_bytes["int8", False] < num_bytes["float32", True]
-    assert num_bytes["float32", True] < 0.7 * num_bytes["float32", False]
+            num_bytes[way, is_sparse] = shipped_bytes(student, path, is_quantized=way is not None, is_sparse=is_sparse)
+    assert num_bytes[None, True] == (tmp_path / "sparse.npz").stat().st_size
+    assert num_bytes["int8", True] < num_bytes["int8", False] < num_bytes[None, True]
+    assert num_bytes[None, True] < 0.7 * num_bytes[None, False]
 
 
 def test_numpy_reads_a_sparse_network_bit_for_bit(tmp_path: Path) -> None:
