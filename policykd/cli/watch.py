@@ -136,12 +136,8 @@ def _as_player(named: NamedPolicy) -> Player:
 def _check_animation(players: list[Player], settings: VideoSettings) -> None:
     """Raises ValueError for an animation of one picture, or one that does not fit into memory, before it is played."""
     if settings.steps_per_picture > settings.num_steps:
-        raise ValueError(
-            f"--every {settings.steps_per_picture}: only one picture in {settings.num_steps} steps; lower it"
-        )
+        raise ValueError(f"--every must be at most the number of steps, {settings.num_steps}")
     num_bytes = video_bytes(players, settings)
     if num_bytes > MAX_PICTURE_BYTES:
-        raise ValueError(
-            f"{settings.num_pictures:,} pictures take {num_bytes / 1e9:,.1f} GB of memory, the maximum is"
-            f" {MAX_PICTURE_BYTES / 1e9:g} GB; lower --steps or --scale, or raise --every"
-        )
+        excess = f"{num_bytes / 1e9:,.1f} GB of memory, the maximum is {MAX_PICTURE_BYTES / 1e9:g} GB"
+        raise ValueError(f"the pictures take {excess}; lower --steps or --scale, or raise --every")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,11 @@ from policykd.report.data import read_run
 from policykd.report.page import ActionComparison, ComparedMethods, Film, comparison_page, run_page
 from policykd.runs.results import RunResult
 from policykd.viewer import colours
-from policykd.viewer.animation import (
-    STEPS_PER_SECOND,
-    Player,
-    VideoSettings,
-    encode_animation,
-    render_video,
-    truncate_webp,
-)
+from policykd.viewer.animation import STEPS_PER_SECOND, Player, VideoSettings, encode_animation, render_video
 
 REPORT_FILE = "report.html"
 MAX_FILM_BYTES = 1_500_000
-"""a longer film is cut, which keeps the page below 3 MB"""
+"""a larger film is made shorter, which keeps the page below 3 MB"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +91,7 @@ def newest_comparison(run: Path, student: PolicyResult, teacher_sha256: str) -> 
 
     A damaged one is left out with a warning: it must not cost a finished run its report.
     """
-    for path in sorted(run.resolve().parent.glob(f"*/{COMPARISON_FILE}"), key=_modified, reverse=True):
+    for path in sorted(run.resolve().parent.glob(f"*/{COMPARISON_FILE}"), key=os.path.getmtime, reverse=True):
         try:
             comparison = read_comparison(path.parent)
             if comparison.settings.teacher_sha256 != teacher_sha256:
@@ -119,13 +113,6 @@ def newest_comparison(run: Path, student: PolicyResult, teacher_sha256: str) -> 
         except (OSError, ValueError) as error:
             print(f"warning: {error}; left out of the report", file=sys.stderr)
     return None
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 @torch.inference_mode()
@@ -155,8 +142,11 @@ def render_film(student: Policy, teacher: Teacher, game: str, options: ReportOpt
     ]
     video = VideoSettings(game, seed=options.seed, num_steps=round(options.seconds * STEPS_PER_SECOND))
     pictures = list(render_video(players, video))
-    webp, seconds = truncate_webp(encode_animation(pictures, video.steps_per_picture), MAX_FILM_BYTES)
-    # The poster is the middle of what is left of the film.
+    webp = encode_animation(pictures, video.steps_per_picture)
+    while len(webp) > MAX_FILM_BYTES and len(pictures) > 1:
+        fraction = 0.9 * MAX_FILM_BYTES / len(webp)
+        pictures = pictures[: max(1, int(fraction * len(pictures)))]
+        webp = encode_animation(pictures, video.steps_per_picture)
     poster = io.BytesIO()
-    pictures[round(seconds * STEPS_PER_SECOND / video.steps_per_picture) // 2].save(poster, "PNG", optimize=True)
-    return Film(webp, poster.getvalue(), seconds)
+    pictures[len(pictures) // 2].save(poster, "PNG", optimize=True)
+    return Film(webp, poster.getvalue(), len(pictures) * video.steps_per_picture / STEPS_PER_SECOND)

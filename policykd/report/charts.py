@@ -32,6 +32,8 @@ COLOURS = {
 WIDTH_INCHES = 5.0
 MAX_BARS = 64
 MINUS = "\N{MINUS SIGN}"
+PLAIN = "{x:,.6g}"
+"""format of numbers on axes"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str,
         x_label: quantity on the x axis.
         scale: "linear", "log", or "%" for shares.
     """
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     with _figure(title, 3.2) as figure:
         ax = figure.subplots()
@@ -90,9 +92,9 @@ def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str,
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(x_label)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.xaxis.set_major_formatter(_short)
-        ax.yaxis.set_major_formatter(_percent if scale == "%" else _plain)
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        ax.yaxis.set_major_formatter("{x:.0%}" if scale == "%" else PLAIN)
         return _to_chart(figure, title, unit, tuple((line.label, line.look) for line in series))
 
 
@@ -102,7 +104,7 @@ def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) 
     Costs are logarithmic. Returns are logarithmic in the points below the best one, because good policies differ there
     and random play is far away.
     """
-    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
     ends = [random_mean, *(end for policy in policies for end in policy.interval)]
     unit = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1e-6) / 20.0))
@@ -131,10 +133,10 @@ def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) 
         ax.set_xlabel(title)
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(_short)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
         ax.yaxis.set_major_locator(FixedLocator([top - unit * below for below in (0, 1, 2, 5, 10, 20, 40, 100, 200)]))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(_plain)
+        ax.yaxis.set_major_formatter(PLAIN)
         caption = "; ".join(f"{policy.role} {policy.cost:,.0f}, return {policy.mean:,.2f}" for policy in policies)
         return _to_chart(figure, title, caption)
 
@@ -155,7 +157,7 @@ def histogram(title: str, policies: Sequence[PolicyPoint]) -> Chart:
             ax.axhline(0.0, color=COLOURS["rule"])
             ax.set_yticks([0.35 * counts.max()], [policy.role], color=COLOURS["ink"], weight="bold")
             ax.grid(visible=False)
-            ax.xaxis.set_major_formatter(_plain)
+            ax.xaxis.set_major_formatter(PLAIN)
             low, high = policy.interval
             captions.append(
                 f"{policy.role} {policy.mean:,.2f} [{low:,.2f}, {high:,.2f}] in {len(policy.returns)} games"
@@ -205,22 +207,6 @@ def _draw_interval(ax: "Axes", policy: PolicyPoint, x: float, y: float, axis: st
     yerr = errors if axis == "y" else None
     size = 5.0 if axis == "x" else 8.0
     ax.errorbar(x, y, yerr, xerr, "o", color=COLOURS[policy.role], markersize=size, elinewidth=2.0, clip_on=False)
-
-
-# Formatters of axes; matplotlib calls them with a value and its position.
-def _plain(value: float, _: object = None) -> str:
-    return f"{value:,.6g}"
-
-
-def _percent(value: float, _: object = None) -> str:
-    return f"{value:.0%}"
-
-
-def _short(value: float, _: object = None) -> str:
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return _plain(value)
 
 
 @contextmanager

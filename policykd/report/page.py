@@ -8,7 +8,6 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -68,14 +67,6 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str, Look, str], ...]], ...]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Claim that the interval of the difference to the teacher supports."""
-
-    word: Literal["above", "below", "within", "cannot tell"]
-    sentence: str
-
-
-@dataclass(frozen=True)
 class ActionComparison:
     """Actions of teacher and student in the same states."""
 
@@ -124,7 +115,7 @@ def run_page(
         "run.html",
         run=files,
         results=files.results,
-        verdicts=[verdict(files.results, protocol).sentence for protocol in files.results.comparison],
+        verdicts=[verdict(files.results, protocol) for protocol in files.results.comparison],
         histograms=[_histogram(files.results, protocol) for protocol in files.results.comparison],
         cost_charts=_cost_charts(files.results),
         curve_charts=_curve_charts(files),
@@ -140,8 +131,8 @@ def comparison_page(compared: ComparedMethods) -> str:
     return _render("comparison.html", compared=compared)
 
 
-def verdict(results: RunResult, protocol: ProtocolName) -> Verdict:
-    """Returns what the interval of the difference to the teacher supports under a protocol."""
+def verdict(results: RunResult, protocol: ProtocolName) -> str:
+    """Returns the sentence that the interval of the difference to the teacher supports under a protocol."""
     student = results.student.protocols[protocol]
     teacher = results.teacher.protocols[protocol]
     advantage = teacher.mean - results.random.protocols[protocol].mean
@@ -149,21 +140,18 @@ def verdict(results: RunResult, protocol: ProtocolName) -> Verdict:
     low, high = compared.difference_interval
     farthest = max(-low, high)
     num_games = min(student.num_episodes, teacher.num_episodes)
-    word: Literal["above", "below", "within", "cannot tell"]
-    if num_games < MIN_GAMES or (low <= 0.0 <= high and farthest > CLOSE * advantage):
-        word = "cannot tell"
+    is_zero_inside = low <= 0.0 <= high
+    if num_games < MIN_GAMES or (is_zero_inside and farthest > CLOSE * advantage):
         claim = f"{num_games} games cannot tell the student from the teacher"
-    elif low <= 0.0 <= high:
-        word = "within"
+    elif is_zero_inside:
         # Rounded up, so that the claim never exceeds the interval.
         points = math.ceil(round(100.0 * farthest, 6)) / 100.0
         claim = f"the student plays within {points:.2f} points of the teacher"
     else:
-        word = "above" if low > 0.0 else "below"
-        claim = f"the student plays {word} the teacher"
+        claim = f"the student plays {'above' if low > 0.0 else 'below'} the teacher"
     numbers = f"{compared.difference_to_teacher:+,.2f}, 95% interval [{low:+,.2f}, {high:+,.2f}]".replace("-", MINUS)
     games = f"{student.num_episodes} games against {teacher.num_episodes}"
-    return Verdict(word, f"{PROTOCOL_NAMES[protocol]}: {claim} ({numbers}, {games}).")
+    return f"{PROTOCOL_NAMES[protocol]}: {claim} ({numbers}, {games})."
 
 
 def _point(results: RunResult, role: PolicyRole, protocol: ProtocolName) -> PolicyPoint:

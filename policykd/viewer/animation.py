@@ -55,11 +55,6 @@ class VideoSettings:
     scale: int = 2
     """pixels per pixel of the emulator, along each side"""
 
-    @property
-    def num_pictures(self) -> int:
-        """Number of pictures in the film."""
-        return -(-self.num_steps // self.steps_per_picture)
-
 
 def play(player: Player, game: str, *, seed: int, protocol: ProtocolName) -> Iterator[Moment]:
     """Yields every agent step of a policy, game after game, without end.
@@ -96,9 +91,7 @@ def play(player: Player, game: str, *, seed: int, protocol: ProtocolName) -> Ite
 def render_video(players: Sequence[Player], settings: VideoSettings) -> Iterator[Image.Image]:
     """Yields RGB pictures of policies that play the same seed side by side, each in a game of its own.
 
-    Raises:
-        ValueError: unknown game.
-        FloatingPointError: a policy's outputs are not finite.
+    Raises the errors of `play`.
     """
     draw = _scoreboard(players, settings)
     title = f"{canonical_name(settings.game)}   seed {settings.seed}   {PROTOCOL_TITLES[settings.protocol]}"
@@ -111,7 +104,8 @@ def render_video(players: Sequence[Player], settings: VideoSettings) -> Iterator
 def video_bytes(players: Sequence[Player], settings: VideoSettings) -> int:
     """Returns the memory that the pictures of a film take before they are encoded, in bytes."""
     width, height = _scoreboard(players, settings).size()
-    return settings.num_pictures * width * height * 3
+    num_pictures = -(-settings.num_steps // settings.steps_per_picture)
+    return num_pictures * width * height * 3
 
 
 def _scoreboard(players: Sequence[Player], settings: VideoSettings) -> Scoreboard:
@@ -150,29 +144,6 @@ def _durations(num_pictures: int, steps_per_picture: int, *, tick: int) -> list[
     seconds_per_picture = steps_per_picture / STEPS_PER_SECOND
     ends = [round(i * seconds_per_picture * 1000 / tick) for i in range(num_pictures + 1)]
     return [tick * (end - begin) for begin, end in pairwise(ends)]
-
-
-def truncate_webp(webp: bytes, max_bytes: int) -> tuple[bytes, float]:
-    """Returns an animated WebP cut off after the pictures that fit, at least the first, and its duration in seconds.
-
-    Nothing is encoded again, because a picture depends only on those before it. A file is `RIFF`, its size and `WEBP`,
-    then chunks of a name, a size, the content and a padding byte if the size is odd (RFC 9649, section 2.3).
-    """
-    kept = bytearray(webp[:12])
-    milliseconds = 0
-    start = 12
-    while start < len(webp):
-        size = int.from_bytes(webp[start + 4 : start + 8], "little")
-        end = start + 8 + size + size % 2
-        if webp[start : start + 4] == b"ANMF":
-            if milliseconds and len(kept) + end - start > max_bytes:
-                break
-            # An animation frame begins with 12 bytes of position and size, followed by 3 bytes of duration.
-            milliseconds += int.from_bytes(webp[start + 20 : start + 23], "little")
-        kept += webp[start:end]
-        start = end
-    kept[4:8] = (len(kept) - 8).to_bytes(4, "little")
-    return bytes(kept), milliseconds / 1000
 
 
 def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_steps: int = 600) -> None:

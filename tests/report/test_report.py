@@ -387,18 +387,14 @@ def test_the_verdict_claims_what_the_interval_supports(word: str) -> None:
         return RunResult(**rows, comparison=compared)
 
     returns, sentence = GAMES[word]
-    found = verdict(result(returns), "noop_sampled")
-    assert found.word == word
-    assert sentence in found.sentence
-    few = verdict(result(returns[:6]), "noop_sampled")
-    assert few.word == "cannot tell"
-    assert "6 games cannot tell" in few.sentence
+    assert sentence in verdict(result(returns), "noop_sampled")
+    assert "6 games cannot tell" in verdict(result(returns[:6]), "noop_sampled")
 
 
 def test_within_is_never_smaller_than_the_interval(results: RunResult) -> None:
     compared = replace(results.comparison["noop_sampled"], difference_interval=(-0.9701, 0.5))
-    found = verdict(replace(results, comparison={"noop_sampled": compared}), "noop_sampled")
-    assert "within 0.98 points" in found.sentence
+    sentence = verdict(replace(results, comparison={"noop_sampled": compared}), "noop_sampled")
+    assert "within 0.98 points" in sentence
 
 
 def test_actions_are_those_of_both_policies(teacher: Teacher, student: Student, desktop: Page) -> None:

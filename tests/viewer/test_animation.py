@@ -124,23 +124,6 @@ def test_a_long_film_does_not_drift(tick: int, every: int) -> None:
     assert max(durations) - min(durations) == tick
 
 
-def test_a_film_is_cut_without_a_change(pictures: list[Image.Image]) -> None:
-    whole = encode_animation(pictures, 2)
-    assert animation.truncate_webp(whole, len(whole))[0] == whole
-    assert animation.truncate_webp(whole, len(whole))[1] == pytest.approx(4.0)
-    cut, seconds = animation.truncate_webp(whole, len(whole) // 2)
-    assert 0.4 * len(whole) < len(cut) <= len(whole) // 2
-    with Image.open(io.BytesIO(cut)) as film:
-        num: int = film.n_frames  # type: ignore[attr-defined]
-        assert 5 < num < 30
-        for i in range(num):
-            film.seek(i)
-            assert film.convert("RGB").tobytes() == pictures[i].tobytes()
-    assert seconds == pytest.approx(num * 2 / 15, abs=0.001)
-    with Image.open(io.BytesIO(animation.truncate_webp(whole, 1)[0])) as film:
-        assert film.n_frames == 1  # type: ignore[attr-defined]
-
-
 def test_a_film_says_how_much_memory_it_takes(teacher: Teacher, pictures: list[Image.Image]) -> None:
     players = [Player("a", teacher), Player("b", teacher)]
     taken = animation.video_bytes(players, VIDEO)
