@@ -114,7 +114,7 @@ def test_an_invalid_argument_is_one_line(words: list[str], reason: str, run: Pat
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("kind, ref", [(BadFile, "bundled:dqn"), (ValueError, "gone.zip")])
+@pytest.mark.parametrize(("kind", "ref"), [(BadFile, "bundled:dqn"), (ValueError, "gone.zip")])
 def test_another_teacher_or_none_is_refused_with_the_way_out(kind: type[Exception], ref: str, run: Path) -> None:
     card = run / "student.json"
     card.write_text(card.read_text().replace("bundled:ppo", ref))
