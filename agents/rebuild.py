@@ -17,7 +17,7 @@ from policykd.agents.archive import Archive, text
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, ConvNet
 from policykd.io.files import BadFile
 
-Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN"]
+Sb3Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN"]
 
 _KERNELS = ((8, 8), (4, 4), (3, 3))
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "Tanh": nn.Tanh, "ELU": nn.ELU, "LeakyReLU": nn.LeakyReLU}
@@ -49,7 +49,7 @@ class _Layers:
         return [len(bias) for _, bias in self.dense]
 
 
-def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Algorithm]:
+def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Sb3Algorithm]:
     """Returns the acting network that the archive describes, and the algorithm that trained it.
 
     Raises:
@@ -108,14 +108,14 @@ def _checked_kwargs(archive: Archive) -> Mapping[str, JsonValue]:
     return kwargs
 
 
-def _family(archive: Archive) -> tuple[Algorithm, tuple[str, ...], str]:
+def _family(archive: Archive) -> tuple[Sb3Algorithm, tuple[str, ...], str]:
     """Returns the algorithm, the possible prefixes of its features extractor and the prefix of its dense layers."""
     names = archive.tensors.keys()
     entries = archive.data.entries
     if any(name.startswith("lstm_") for name in names):
         raise BadFile(f"{archive.path}: a recurrent policy; only SB3's CnnPolicy and MlpPolicy are supported")
     if "action_net.weight" in names and "cg_damping" not in entries:  # which TRPO has
-        algorithm: Algorithm = "PPO" if "clip_range" in entries else "A2C"
+        algorithm: Sb3Algorithm = "PPO" if "clip_range" in entries else "A2C"
         # before SB3 1.7 there was one extractor; since then the actor's has its own name
         return algorithm, ("pi_features_extractor.", "features_extractor."), "mlp_extractor.policy_net."
     if any(n.startswith("q_net.q_net.") for n in names):

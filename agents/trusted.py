@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from policykd.agents.archive import Sb3Data, parse_data, text
-from policykd.agents.rebuild import Algorithm
+from policykd.agents.rebuild import Sb3Algorithm
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line
 
@@ -26,10 +26,12 @@ _SCHEDULES = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": 
 _SMALL_BUFFERS = {"n_envs": 1, "n_steps": 1, "buffer_size": 1, "optimize_memory_usage": False}
 
 
-class Sb3Scores(nn.Module):
+class Sb3PolicyNet(nn.Module):
     """The policy of an SB3 model, whatever its class, as a map from observations to logits or Q-values."""
 
-    def __init__(self, policy: nn.Module, algorithm: Algorithm, obs_shape: tuple[int, ...], num_actions: int) -> None:
+    def __init__(
+        self, policy: nn.Module, algorithm: Sb3Algorithm, obs_shape: tuple[int, ...], num_actions: int
+    ) -> None:
         super().__init__()
         acting_part = {"DQN": "q_net", "QRDQN": "quantile_net"}.get(algorithm)
         self.net = getattr(policy, acting_part) if acting_part else policy
@@ -49,7 +51,7 @@ class Sb3Scores(nn.Module):
         return outputs_BA.float()
 
 
-def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Scores, Algorithm]:
+def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3PolicyNet, Sb3Algorithm]:
     """Loads an archive with SB3, after a warning on standard error that this executes code in it.
 
     Args:
@@ -71,7 +73,7 @@ def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Sco
             warnings.filterwarnings("error", message="Could not deserialize")
             model = actor_class.load(_archive_of(members), device="cpu", custom_objects=_replacements(data))
         _remove_critic(model.policy)
-        net = Sb3Scores(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
+        net = Sb3PolicyNet(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
     except Exception as error:  # the file's code may raise anything
         raise BadFile(
             f"{path}: SB3 cannot load it ({type(error).__name__}: {one_line(str(error))}); its classes must be"
@@ -80,7 +82,7 @@ def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Sco
     return net.eval(), algorithm
 
 
-def _algorithm(path: Path, data: Sb3Data) -> Algorithm:
+def _algorithm(path: Path, data: Sb3Data) -> Sb3Algorithm:
     """Returns the algorithm whose hyperparameters the archive has."""
     entries = data.entries
     if "exploration_fraction" in entries:
@@ -93,7 +95,7 @@ def _algorithm(path: Path, data: Sb3Data) -> Algorithm:
     raise BadFile(f"{path}: expected a PPO, A2C, DQN or QR-DQN archive, found another; use another teacher")
 
 
-def _actor_class(path: Path, algorithm: Algorithm) -> Any:
+def _actor_class(path: Path, algorithm: Sb3Algorithm) -> Any:
     """Returns SB3's class of an algorithm, changed to load archives without an optimizer."""
     try:
         library = importlib.import_module("sb3_contrib" if algorithm == "QRDQN" else "stable_baselines3")

@@ -18,9 +18,9 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from policykd.agents.card import Card, CardProtocol
 from policykd.agents.policy import log_policy
-from policykd.agents.rebuild import Algorithm
+from policykd.agents.rebuild import Sb3Algorithm
 from policykd.agents.teacher import Teacher, load_teacher, policy_temperature
-from policykd.agents.trusted import Sb3Scores
+from policykd.agents.trusted import Sb3PolicyNet
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.envs.sb3_vec_env import SB3VecEnv
@@ -154,10 +154,10 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         write_run_config(run, record)
 
     # 3. Training from the last checkpoint on, then the archive and its card.
-    algorithm: Algorithm = ALGORITHMS[config.algo].__name__
+    algorithm: Sb3Algorithm = ALGORITHMS[config.algo].__name__
 
     def evaluate() -> Evaluation:
-        scores = Sb3Scores(model.policy.eval(), algorithm, envs.envs.obs_shape, envs.envs.num_actions)
+        scores = Sb3PolicyNet(model.policy.eval(), algorithm, envs.envs.obs_shape, envs.envs.num_actions)
         policy = TemperedPolicy(scores, policy_temperature(algorithm))
         return evaluate_on_atari(policy, config.game, "noop_sampled", 16, seed=config.seed)
 

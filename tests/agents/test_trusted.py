@@ -21,7 +21,7 @@ from policykd.agents.archive import read_archive, read_members
 from policykd.agents.networks import num_parameters
 from policykd.agents.rebuild import rebuild
 from policykd.agents.teacher import load_teacher
-from policykd.agents.trusted import Sb3Scores, load_with_sb3
+from policykd.agents.trusted import Sb3PolicyNet, load_with_sb3
 
 MODULE = '''
 import torch
@@ -71,7 +71,7 @@ def extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return __import__("my_extractor").Extractor
 
 
-def load(path: Path) -> tuple[Sb3Scores, str]:
+def load(path: Path) -> tuple[Sb3PolicyNet, str]:
     return load_with_sb3(path, read_members(path)[1])
 
 
@@ -124,7 +124,7 @@ def test_a_custom_policy_scores_as_in_sb3(
     assert (teacher.algorithm, teacher.num_actions, teacher.obs_shape) == (algorithm, 2, (4,))
     last = 2 * 200 if algorithm == "QRDQN" else 2
     acting = (4 * 8 + 8) + 2 * 8 + (8 * 16 + 16) + (16 * 8 + 8) + (8 * last + last)  # no target, no critic
-    assert num_parameters(cast(Sb3Scores, teacher.net)) == acting
+    assert num_parameters(cast(Sb3PolicyNet, teacher.net)) == acting
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {path}: loaded with SB3, which executes code in the file (--trust-pickle)"
     ]
@@ -193,7 +193,7 @@ def test_a_critic_of_its_own_is_no_cost(shared: bool, tmp_path: Path) -> None:
     policy_kwargs = {"share_features_extractor": shared}
     model = PPO("CnnPolicy", Frames(), n_steps=8, batch_size=8, device="cpu", policy_kwargs=policy_kwargs)
     before = num_parameters(model.policy)
-    live = Sb3Scores(model.policy.eval(), "PPO", (4, 84, 84), 6)
+    live = Sb3PolicyNet(model.policy.eval(), "PPO", (4, 84, 84), 6)
     assert num_parameters(model.policy) == before  # it may be in training
     model.save(tmp_path / "agent.zip")
     net, _ = load(tmp_path / "agent.zip")

@@ -13,16 +13,16 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
 from policykd.agents.networks import MLP, ConvNet
-from policykd.agents.rebuild import Algorithm
+from policykd.agents.rebuild import Sb3Algorithm
 from policykd.agents.teacher import load_teacher
-from policykd.agents.trusted import Sb3Scores
+from policykd.agents.trusted import Sb3PolicyNet
 from policykd.envs.atari import make_atari
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
 
 BUFFER = {"buffer_size": 200, "replay_buffer_class": FrameReplayBuffer}
-ALGORITHMS: dict[Algorithm, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+ALGORITHMS: dict[Sb3Algorithm, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "PPO": (PPO, {"n_steps": 8, "batch_size": 8}),
     "A2C": (A2C, {}),
     "DQN": (DQN, BUFFER),
@@ -30,7 +30,7 @@ ALGORITHMS: dict[Algorithm, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 }
 
 
-def make(algorithm: Algorithm) -> BaseAlgorithm:
+def make(algorithm: Sb3Algorithm) -> BaseAlgorithm:
     kind, settings = ALGORITHMS[algorithm]
     envs = SB3VecEnv(make_atari("Pong", 2, seed=0), clip_rewards=True)
     model = kind("CnnPolicy", envs, seed=1, device="cpu", **settings)
@@ -47,14 +47,14 @@ def frames() -> Tensor:
 
 
 @torch.no_grad()
-def scores(model: BaseAlgorithm, algorithm: Algorithm, obs: Tensor) -> Tensor:
-    found: Tensor = Sb3Scores(model.policy.eval(), algorithm, (4, 84, 84), 6)(obs)
+def scores(model: BaseAlgorithm, algorithm: Sb3Algorithm, obs: Tensor) -> Tensor:
+    found: Tensor = Sb3PolicyNet(model.policy.eval(), algorithm, (4, 84, 84), 6)(obs)
     return found if "DQN" in algorithm else found.log_softmax(dim=-1)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_centred_agent_is_the_plain_archive_it_is_written_as(
-    algorithm: Algorithm, tmp_path: Path, frames: Tensor
+    algorithm: Sb3Algorithm, tmp_path: Path, frames: Tensor
 ) -> None:
     model = make(algorithm)
     plain = scores(model, algorithm, frames)
