@@ -50,11 +50,11 @@ class StudentFeatures(BaseFeaturesExtractor):
 
         Args:
             observation_space: stacks of frames `(4, 84, 84)`, uint8, or vectors.
-            widths: as in a student's `Shape`.
-            hidden: as in `Shape`; not empty.
+            widths: as in a student's `Shape`, like `hidden`, `design` and `rank`.
+            hidden: not empty.
             temperature: factor from the student's logits to the policy's outputs; see `to_sb3`.
-            design: as in `Shape`.
-            rank: as in `Shape`.
+            design: kind of the convolutions.
+            rank: of the first dense layer.
 
         Raises:
             ValueError: observations of another shape, or a student without a hidden layer.
@@ -89,21 +89,19 @@ def to_sb3(
     """Returns an SB3 agent whose policy is the student, to train further with `learn` or to save.
 
     PPO and A2C: the policy's logits are the student's. The critic is the student's value head on the shared features;
-    without one it starts at zero, and what it then learns also changes the shared features: lower SB3's `vf_coef`, or
-    give `policy_kwargs={"share_features_extractor": False}`, where the critic's features start as a copy.
+    without one it starts at zero, and training it also changes the shared features: lower SB3's `vf_coef`, or give
+    `policy_kwargs={"share_features_extractor": False}`, where the critic's features start as a copy.
 
-    DQN: Q-values are `temperature` times the student's logits, in the target network too. A student that was trained
-    with a KL divergence knows Q-values up to a constant per state only, one trained by regression (`LogitMSE`) knows
-    them completely. SB3's DQN starts with random actions by default: give a low `exploration_initial_eps`.
+    DQN: Q-values are `temperature` times the student's logits. A student that was trained with a KL divergence knows
+    Q-values only up to a constant per state, one trained by regression (`LogitMSE`) completely. SB3's DQN starts with
+    random actions: give a low `exploration_initial_eps`.
 
     Args:
         student: its weights are copied.
-        env: whatever SB3 takes: a VecEnv such as `SB3VecEnv`, an environment or its id, frames first or last; None for
-            an agent that only plays and is saved, with the spaces of policykd's environments (`buffer_size` 1).
+        env: whatever SB3 takes; None for an agent that only plays and is saved (`buffer_size` 1).
         algorithm: a name, or a class of that kind, such as policykd's own or your own.
-        temperature: factor from logits to a DQN's Q-values; None takes the student's own, with which Q-values are the
-            outputs of its network. 0.01 makes Q-values of logits that were distilled from a DQN teacher at that
-            temperature (Rusu et al., 2015).
+        temperature: factor from logits to Q-values; None takes the student's own, with which Q-values are the outputs
+            of its network. 0.01 fits logits distilled from a DQN teacher at that temperature (Rusu et al., 2015).
         **kwargs: SB3's arguments for the algorithm, by keyword.
 
     Raises:

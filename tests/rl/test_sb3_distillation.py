@@ -18,14 +18,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
 
-from policykd.agents.sb3_student import from_sb3, to_sb3
-from policykd.agents.student import make_student
-from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
-from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
-from policykd.rl.sb3_checkpoints import restore_training, save_training
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.rl.teacher_mixin import TeacherRolloutSamples
@@ -220,44 +215,6 @@ def test_an_archive_has_no_teacher_and_opens_with_sb3s_own_class(
         lost.learn(130)
 
 
-RESUMED: list[tuple[Any, dict[str, Any]]] = [
-    (ProximalPolicyDistillation, SMALL_PPO),
-    (KickstartingPPO, {**SMALL_PPO, "distillation_weight": ReturnGap(1.0)}),
-    (StudentDriven, CPU),
-    (QDagger, {**SMALL_DQN, "replay_buffer_class": FrameReplayBuffer, "distillation_weight": ReturnGap(1.0)}),
-]
-
-
-@pytest.mark.parametrize(("algorithm", "settings"), RESUMED)
-def test_an_interrupted_training_is_resumed_bit_for_bit(
-    algorithm: Any, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    def make() -> tuple[Any, GymnasiumEnvs]:
-        envs = GymnasiumEnvs("CartPole-v1", 2, seed=0)
-        how = {"teacher": controller, "reference_returns": (0.0, 500.0), **settings}
-        return algorithm("MlpPolicy", SB3VecEnv(envs, clip_rewards=False), **how), envs
-
-    class Interrupt(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            if self.num_timesteps >= 256:
-                raise KeyboardInterrupt
-
-        def _on_step(self) -> bool:
-            return True
-
-    whole, _ = make()
-    whole.learn(512)
-    interrupted, envs = make()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.learn(512, Interrupt())
-    assert not are_equal(interrupted, whole)
-    save_training(interrupted, envs, tmp_path)
-    resumed, envs = make()
-    restore_training(resumed, envs, tmp_path)
-    resumed.learn(512 - resumed.num_timesteps, reset_num_timesteps=False)
-    assert are_equal(resumed, whole)
-
-
 def test_the_weight_follows_progress_and_returns_and_is_a_curve() -> None:
     how: dict[str, Any] = {"teacher": controller, "reference_returns": (0.0, 100.0)}
     model = KickstartingPPO("MlpPolicy", cart_poles(1), **how, **SMALL_PPO)
@@ -273,14 +230,3 @@ def test_the_weight_follows_progress_and_returns_and_is_a_curve() -> None:
     assert gap.current_weight() == pytest.approx(2.25)
     gap._current_progress_remaining = 0.4
     assert gap.current_weight() == 0.0  # after distillation_end_fraction
-
-
-def test_a_student_learns_as_sb3s_policy_and_comes_back() -> None:
-    student = make_student((16,), 2, (4,), seed=0)
-    obs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    how: dict[str, Any] = {"teacher": controller, "n_steps": 128, "batch_size": 128, "learning_rate": 3e-3, **CPU}
-    model: Any = to_sb3(student, cart_poles(8), ProximalPolicyDistillation, **how).learn(4096)
-    learned = from_sb3(model, student)
-    expected = model.policy.get_distribution(obs).distribution.logits
-    torch.testing.assert_close(learned(obs).log_softmax(dim=1), expected, rtol=0, atol=1e-5)
-    assert mean_return(model) > 100
