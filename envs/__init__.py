@@ -1,1 +1,1 @@
-"""Where agents play. Nothing here knows of agents or of learning."""
+"""Environments: Atari as SB3 trains on it, Gymnasium, and adapters for vectors of other libraries."""

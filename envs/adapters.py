@@ -106,10 +106,11 @@ class _Adapter(ABC):
         is_idle_N = actions_N < 0
         obs, rewards_N, ended_N, truncated_N, infos = self._step(np.where(is_idle_N, 0, actions_N) + self._first_action)
         ended_N = np.array(ended_N, np.bool_)
+        # The reward of the step that only resets is 0 in Gymnasium already.
         rewards_N = np.where(is_idle_N, 0.0, rewards_N)
         was_reset_N = self._ended_N if self.resets_next_step else np.zeros_like(ended_N)
         starts_N = (was_reset_N if self.resets_next_step else ended_N) & ~is_idle_N
-        self._ended_N = ended_N
+        self._ended_N = ended_N  # for the next step
         self._returns_N += rewards_N
         self._lengths_N += ~is_idle_N & ~was_reset_N
 
@@ -169,8 +170,10 @@ class _GymnasiumAdapter(_Adapter):
         return np.asarray(self.envs.reset()[0])
 
     def _step(self, actions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
+        # The batched Discrete space of Gymnasium has int64 actions.
         obs, rewards_N, terminated_N, truncated_N, infos = self.envs.step(actions_N.astype(np.int64))
         ended_N = np.asarray(terminated_N | truncated_N, np.bool_)
+        # Without autoreset, ended environments are reset here, in the same step.
         if self._is_disabled and ended_N.any():
             obs, _ = self.envs.reset(options={"reset_mask": ended_N.copy()})
         return obs, rewards_N, ended_N, truncated_N, infos

@@ -34,6 +34,7 @@ class AtariEnvs:
         self._frames = np.zeros((num_envs, 84, 84), np.uint8)
         self._outcomes = np.zeros(num_envs, OUTCOME)
         self._is_held_B = np.zeros(num_envs, np.bool_)
+        # Neighbouring games share a worker, which writes its results to its own rows of these arrays.
         num_shares = min(max(num_workers, 1), num_envs)
         self._shares = [slice(*s) for s in pairwise(num_envs * k // num_shares for k in range(num_shares + 1))]
         kind = SubprocessWorker if num_workers else InProcessWorker
@@ -44,6 +45,7 @@ class AtariEnvs:
 
     def reset(self) -> Tensor:
         """Starts a new game everywhere and returns the first observations, uint8 `(num_envs, 4, 84, 84)`."""
+        # The number of the series is part of the seed: a second reset gives other games.
         self._num_resets += 1
         self._ask_all("reset", self._num_resets)
         self._stacks = np.zeros_like(self._stacks)
@@ -79,6 +81,7 @@ class AtariEnvs:
         stacks = np.empty_like(self._stacks)
         stacks[:, :-1] = self._stacks[:, 1:]
         stacks[:, -1] = self._frames
+        # SB3 clears the stack where an episode, or a life, starts.
         stacks[outcomes["starts"], :-1] = 0
         stacks[self._is_held_B] = self._stacks[self._is_held_B]
         self._stacks = stacks
@@ -111,6 +114,7 @@ class AtariEnvs:
         Raises:
             ValueError: the state is of another game or number of environments.
         """
+        # Everything is checked before the first emulator changes.
         if len(state["games"]) != self.num_envs:
             raise ValueError(f"the state has {len(state['games'])} environments, these are {self.num_envs}")
         stacks = unpack(state["stacks"], self._stacks.shape)

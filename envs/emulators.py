@@ -91,6 +91,7 @@ class Emulator:
         self.rules = rules
         self.env = env
         self._ale = ale_py.ALEInterface()
+        # Sticky actions are drawn here, from a generator that a position can hold.
         self._ale.setFloat("repeat_action_probability", 0.0)
         self._ale.setInt("max_num_frames_per_episode", MAX_FRAMES)
         self._loaded_for = 0
@@ -109,6 +110,7 @@ class Emulator:
 
     def reset(self, num_resets: int, screens: np.ndarray) -> None:
         """Starts the first game of the `num_resets`th series, on a memory that the seed fills."""
+        # Loading takes milliseconds and was already done by the constructor for the first series.
         if self._loaded_for != num_resets:
             self._load(num_resets)
         self._loaded_for = 0
@@ -170,6 +172,7 @@ class Emulator:
         self._loaded_for = num_resets
 
     def _start_game(self, screens: np.ndarray) -> None:
+        # Each game has a generator of its own, so it does not depend on how long the ones before it lasted.
         self._random = np.random.default_rng([self.rules.seed, self.env, self._num_resets, self._num_games])
         self._num_games += 1
         self._start_emulator(screens)
@@ -179,7 +182,7 @@ class Emulator:
         self._ale.reset_game()
         for _ in range(self._random.integers(self.rules.noop_max) if self.rules.noop_max else 0):
             self._ale.act(NOOP)
-            if self._ale.game_over():
+            if self._ale.game_over():  # as SB3's NoopResetEnv
                 self._ale.reset_game()
         self._last_action = NOOP
         self._return = 0.0
@@ -217,6 +220,7 @@ class Emulator:
             reward += ale.act(self._last_action)
             if over := ale.game_over():
                 break
+            # Only the last two screens are seen: their maximum removes flicker (MaxAndSkipEnv).
             if frame >= FRAME_SKIP - 2:
                 ale.getScreen(screens[frame - FRAME_SKIP])
         self._lives = ale.lives()
@@ -246,7 +250,7 @@ class Emulators:
     def step(self, actions: list[int]) -> None:
         """Takes one action in every game; where it is negative, nothing happens."""
         for i, (emulator, action) in enumerate(zip(self._emulators, actions, strict=True)):
-            if action < 0:
+            if action < 0:  # the game is held
                 self._screens.keep(i)
                 self._outcomes[i] = 0
             else:

@@ -1,4 +1,4 @@
-"""The catalogue of games: what a name means, and what random play and a human score there."""
+"""Names of Atari games, and the returns of random play and of humans."""
 
 import difflib
 import functools
@@ -65,13 +65,13 @@ RANDOM_AND_HUMAN_SCORES: dict[str, tuple[float, float]] = {
     "YarsRevenge": (3092.9, 54576.9),
     "Zaxxon": (32.5, 9173.3),
 }
-"""game -> (random play, professional human), episodic returns from no-op starts (Wang et al., 2016; Badia et al., 2020;
+"""game -> mean returns of (random play, a professional human) from no-op starts (Wang et al., 2016; Badia et al., 2020;
 the same 57 rows as DQN Zoo's `atari_data.py`)"""
 
 
 @functools.cache
 def _rom_ids() -> dict[str, str]:
-    """Returns every game that ALE ships, keyed without case or underscores: mspacman -> ms_pacman."""
+    """Returns ALE's id of every game that it ships, keyed without case or underscores: mspacman -> ms_pacman."""
     return {rom_id.replace("_", ""): rom_id for rom_id in roms.get_all_rom_ids()}
 
 
@@ -79,11 +79,12 @@ def rom_id(name: str) -> str:
     """Returns ALE's name of a game's ROM, such as `ms_pacman`.
 
     Args:
-        name: `MsPacman`, `ms_pacman`, `MsPacmanNoFrameskip-v4` and `ALE/MsPacman-v5` all mean the same game.
+        name: `MsPacman`, `ms_pacman`, `MsPacmanNoFrameskip-v4` and `ALE/MsPacman-v5` all name the same game.
 
     Raises:
-        ValueError: no such game; the message lists near matches.
+        ValueError: an unknown game; the message lists near matches.
     """
+    # ALE/Pong-v5, PongNoFrameskip-v4, pong -> pong
     key = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", name.strip()).replace("_", "").lower()
     known = _rom_ids()
     if key not in known:
@@ -94,7 +95,7 @@ def rom_id(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Returns a game's name as papers write it: `MsPacman` for `ALE/MsPacman-v5`.
+    """Returns a game's name as papers write it, such as `MsPacman` for `ALE/MsPacman-v5`.
 
     Raises:
         ValueError: an unknown game.

@@ -22,6 +22,7 @@ def make_env(env_id: str, num_envs: int = 1, seed: int = 0, **options: Any) -> A
     Raises:
         ValueError: an unknown id, or an environment without discrete actions and array observations.
     """
+    # A name without a version, such as Blackjack, is never registered and so always means the Atari game.
     if not _is_other_gymnasium_env(env_id):
         try:
             rom_id(env_id)

@@ -16,16 +16,17 @@ class SB3VecEnv(VecEnv):
     """A `VectorEnv` behind SB3's interface; on Atari the observations are stacks, channels first.
 
     A lost life ends an episode for the algorithm, as under SB3's AtariWrapper; `info["episode"]` is the whole game with
-    unclipped rewards. A game that a time limit cut counts as ended: its last observation is not kept.
+    unclipped rewards. A game that a time limit ends counts as terminated: its last observation is not available.
     """
 
     def __init__(self, envs: VectorEnv, *, clip_rewards: bool) -> None:
-        """Wraps `envs`; `clip_rewards` gives the algorithm their sign alone (Mnih et al., 2015)."""
-        self.envs, self.clip_rewards = envs, clip_rewards
-        frames = len(envs.obs_shape) == 3
-        low, high, dtype = (0, 255, np.uint8) if frames else (-np.inf, np.inf, np.float32)
-        spaces = gym.spaces.Box(low, high, envs.obs_shape, dtype), gym.spaces.Discrete(envs.num_actions)
-        super().__init__(envs.num_envs, *spaces)
+        """Wraps `envs`; with `clip_rewards` the algorithm sees their sign alone (Mnih et al., 2015)."""
+        self.envs = envs
+        self.clip_rewards = clip_rewards
+        observations: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, envs.obs_shape, np.float32)
+        if len(envs.obs_shape) == 3:
+            observations = gym.spaces.Box(0, 255, envs.obs_shape, np.uint8)
+        super().__init__(envs.num_envs, observations, gym.spaces.Discrete(envs.num_actions))
         self._actions_B = torch.zeros(0)
 
     def reset(self) -> np.ndarray:
@@ -42,25 +43,26 @@ class SB3VecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for e in step.episodes:
             infos[e.env]["episode"] = {"r": e.episodic_return, "l": e.length, "t": 0.0}
+        # SB3 takes `dones` as ends of episodes: after a lost life the value of the next state must not be bootstrapped.
         rewards = step.rewards_B.numpy()
         return step.obs.numpy(), np.sign(rewards) if self.clip_rewards else rewards, step.starts_B.numpy(), infos
 
     def close(self) -> None:
-        """Ends what was started for the environments."""
+        """Closes the environments."""
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """Returns an attribute of the vector, once for every environment asked for."""
+        """Returns an attribute of the vector, once per requested environment."""
         return [getattr(self.envs, attr_name, None) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Raises NotImplementedError: the vector cannot be changed one environment at a time."""
+        """Raises NotImplementedError: environments of the vector are not separate objects."""
         raise NotImplementedError(f"{attr_name} cannot be set on {type(self.envs).__name__}")
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: int | Iterable[int] | None = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Raises NotImplementedError: there are no separate environments to call."""
+        """Raises NotImplementedError: environments of the vector are not separate objects."""
         raise NotImplementedError(f"{method_name} cannot be called on {type(self.envs).__name__}")
 
     def env_is_wrapped(

@@ -1,11 +1,15 @@
-"""The emulators' screens as Stable-Baselines3 shows them to an agent, doing again only what has changed.
+"""The emulators' screens as Stable-Baselines3 shows them to an agent, computed only where they have changed.
 
 An agent sees the maximum of two 210x160 RGB screens in grey, reduced to 84x84 by OpenCV (SB3's MaxAndSkipEnv and
-WarpFrame). An emulator holds a screen as numbers of colours, twenty times cheaper to fetch than RGB, and of two numbers
-the grey of the maximum is a table. 210 rows to 84 are 42 bands of five rows to two, each reduced without its
-neighbours: only bands that differ from the last picture are, those of all games in one call, since every call on a cold
-cache costs as much as a band. The pixels are bit-equal to those of doing all of it. ALE's own 84x84 grey is not: it
-takes the maximum after the grey.
+WarpFrame). Three facts make this fast, and the pixels stay bit-equal:
+
+- ALE holds a screen as colour indices, which are twenty times cheaper to fetch than RGB, and the grey of the maximum of
+  two indices is a table.
+- Reducing 210 rows to 84 reduces 42 bands of five rows to two, each independent of its neighbours. So only bands that
+  differ from the last picture are reduced.
+- The bands of all games are reduced in one call, since a call on a cold cache costs as much as a band.
+
+ALE's own 84x84 grey screen differs: it takes the maximum after the grey.
 """
 
 import functools
@@ -23,7 +27,7 @@ NTSC = bytes.fromhex(
     "0044001a661a32843248a0485cba5c6fd26f80e88090fc90143c00355f18527e2d6e9c4287b7549ed065b4e775c8fc84"
     "3038005059166d762b88923ea0ab4fb7c25fccd86ee0ec7c482c00694d14866a26a28638bb9f47d2b656e8cc63fce070"
 )
-"""red, green and blue of the 128 colours of ALE's NTSC games"""
+"""RGB of the 128 colours of ALE's NTSC games"""
 PAL = bytes.fromhex(
     "0000002b2b2b525252767676979797b6b6b6d2d2d2ececec0000002b2b2b525252767676979797b6b6b6d2d2d2ececec"
     "80580096711aab8732be9c48cfaf5cdfc06feed180fce090445c005e791a7693328cac48a0c25cb3d76fc4ea80d4fc90"
@@ -34,11 +38,11 @@ PAL = bytes.fromhex(
     "3400804a1a965f32ab7248be835ccf936fdfa280eeb090fc0000881a1a9d3232b04848c25c5cd26f6fe18080ef9090fc"
     "0000002b2b2b525252767676979797b6b6b6d2d2d2ececec0000002b2b2b525252767676979797b6b6b6d2d2d2ececec"
 )
-"""of the few PAL games: those with 250 rows"""
+"""RGB of the 128 colours of the few PAL games, which have 250 rows"""
 
 
 def palette(height: int) -> np.ndarray:
-    """Returns RGB of every byte on a screen of `height` rows, uint8 `(256, 3)`; an odd one is the grey of the even."""
+    """Returns the RGB of every byte on a screen of `height` rows, uint8 `(256, 3)`; odd bytes are grey."""
     colours = np.frombuffer(PAL if height == 250 else NTSC, np.uint8).reshape(128, 3)
     greys = np.rint(colours @ [0.2989, 0.587, 0.114]).astype(np.uint8)
     return np.stack([colours, np.repeat(greys[:, None], 3, axis=1)], axis=1).reshape(256, 3)
@@ -46,51 +50,56 @@ def palette(height: int) -> np.ndarray:
 
 @functools.cache
 def grey_of_maximum(height: int) -> np.ndarray:
-    """Returns the grey of two colours' maximum, channel by channel, uint8 `(256, 256)`."""
+    """Returns the grey of the maximum, per channel, of two colour indices, uint8 `(256, 256)`."""
     colours = palette(height)
     grey: np.ndarray = cv2.cvtColor(np.maximum(colours[:, None], colours[None]), cv2.COLOR_RGB2GRAY)
     return grey
 
 
 class Screens:
-    """The last two screens of every game, and what an agent sees of them."""
+    """The last two screens of every game, and the frames that an agent sees of them."""
 
     def __init__(self, frames: np.ndarray, height: int) -> None:
-        """Draws into `frames`, uint8 `(num_games, 84, 84)`; an emulator's screen is `(height, 160)`."""
+        """Writes to `frames`, uint8 `(num_games, 84, 84)`; an emulator's screen is `(height, 160)`."""
         self.next = np.zeros((len(frames), 2, height, 160), np.uint8)
-        """where the emulators put their screens, as numbers of colours"""
+        """colour indices that the emulators write"""
         self.drawn = ~self.next
-        """those that the frames show"""
+        """colour indices that the frames show; at first nothing equals them"""
         self._num_bands = 42 if height == 210 else 1
         self._frames = frames.reshape(len(frames) * self._num_bands, -1)
         self._grey_of_maximum = grey_of_maximum(height)
         self._grey = np.diagonal(self._grey_of_maximum).copy()
 
     def draw(self) -> None:
-        """Brings the frames up to the `next` screens."""
+        """Updates the frames to the `next` screens."""
+        # Eight pixels are compared at a time.
         differ = self.next.view(np.uint64) != self.drawn.view(np.uint64)
         self.next, self.drawn = self.drawn, self.next
         bands = np.flatnonzero((differ[:, 0] | differ[:, 1]).reshape(len(self._frames), -1).any(axis=1))
         if not bands.size:
             return
+        # Where both screens agree, which is nearly everywhere, one index gives the grey.
         games, bands_of_game = np.divmod(bands, self._num_bands)
         pairs = self.drawn.reshape(len(self.drawn), 2, self._num_bands, -1, 160)
         first, second = pairs[games, 0, bands_of_game], pairs[games, 1, bands_of_game]
         grey = cv2.LUT(first.reshape(-1, 160), self._grey).reshape(first.shape)
+        # Elsewhere it is the grey of the maximum of two.
         moved = np.flatnonzero(first != second)
         grey.reshape(-1)[moved] = self._grey_of_maximum[first.take(moved), second.take(moved)]
         self._frames[bands] = self._reduce(grey).reshape(len(bands), -1)
 
     def keep(self, game: int) -> None:
-        """Leaves a game's frame as it is in the next `draw`."""
+        """Keeps a game's frame in the next `draw`."""
         self.next[game] = self.drawn[game]
 
     def rgb(self) -> np.ndarray:
-        """Returns what a person would see, the maximum of both screens, uint8 `(num_games, height, 160, 3)`."""
+        """Returns what a person would see: the maximum of both screens, uint8 `(num_games, height, 160, 3)`."""
         pairs = palette(self.drawn.shape[2])[self.drawn]
         return np.asarray(np.maximum(pairs[:, 0], pairs[:, 1]))
 
     def _reduce(self, grey: np.ndarray) -> np.ndarray:
-        size, pictures = ((84, 84), grey) if self._num_bands == 1 else ((84, 2 * len(grey)), [grey.reshape(-1, 160)])
-        small: np.ndarray = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in pictures])
-        return small
+        """Returns pictures of 84 pixels per row: whole frames, or bands stacked to one tall picture."""
+        if self._num_bands == 1:
+            return np.stack([cv2.resize(picture, (84, 84), interpolation=cv2.INTER_AREA) for picture in grey])
+        reduced: np.ndarray = cv2.resize(grey.reshape(-1, 160), (84, 2 * len(grey)), interpolation=cv2.INTER_AREA)
+        return reduced

@@ -73,6 +73,7 @@ class SubprocessWorker:
         assert isinstance(self._process.stdout, io.BufferedReader)
         self._answers = self._process.stdout
         self.pid = self._process.pid
+        # Runs when this object is closed, forgotten, or when the interpreter exits.
         self._end = weakref.finalize(self, _end, self._process)
         self._is_waiting = False
         self._write([asdict(rules), list(envs)])
@@ -83,6 +84,7 @@ class SubprocessWorker:
         Raises:
             OSError: the worker has ended, or was interrupted in an answer.
         """
+        # After an interrupted answer the next bytes in the pipe would belong to another request.
         if self._is_waiting or not self._end.alive:
             raise OSError(f"an emulator process of {self._game} was interrupted or closed: make new environments")
         self._is_waiting = True
@@ -95,6 +97,7 @@ class SubprocessWorker:
             OSError: the worker has ended.
             ValueError: an invalid request.
         """
+        # The arrays are read in place: they are views of those of AtariEnvs.
         line = self._answers.readline()
         for array in (self._outcomes, self._frames):
             if self._answers.readinto(array.data) < array.nbytes:

@@ -63,6 +63,7 @@ class EvaluationFile:
 
 def run(args: EvaluateArgs) -> None:
     """Loads the policy, plays, prints."""
+    # A full evaluation takes minutes: an output file that cannot be written is reported first.
     if args.json:
         check_output_file(args.json)
     device = prepare_device(args.device, args.threads)
@@ -71,6 +72,7 @@ def run(args: EvaluateArgs) -> None:
     protocols: tuple[ProtocolName, ...] = tuple(PROTOCOLS) if args.protocol == "both" else (args.protocol,)
     results: dict[ProtocolName, ProtocolResult] = {}
     options = AtariOptions(num_envs=args.num_envs)
+    # Each line appears as soon as its games are finished.
     for protocol in protocols:
         games = evaluate_on_atari(policy, game, protocol, args.episodes, seed=args.seed, options=options)
         results[protocol] = summarise_episodes(games)

@@ -58,7 +58,7 @@ def run(args: ProfileArgs) -> None:
         raise ValueError(f"--runtimes {' '.join(args.runtimes)}: {repeated[0]} is repeated; give each once")
     path = args.json or _default_file(args.policies)
     check_output_file(path)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # this process only prepares; each measurement runs in one of its own
     game = infer_game(args.policies, args.game)
     policies = [load_named_policy(ref, game, trust_pickle=args.trust_pickle) for ref in args.policies]
     options = ProfileOptions(

@@ -92,11 +92,13 @@ def _time_turn(call: Callable[[], object], options: TimingOptions) -> list[int]:
     """Returns the nanoseconds of each timed call of one turn."""
     clock = time.perf_counter_ns
     bound = options.seconds_per_round * 1e9
+    # Warm up, for at most a fifth of the turn.
     started = clock()
     for i in range(options.warm_up):
         call()
         if i and clock() - started > 0.2 * bound:
             break
+    # Time every call on its own: a median of calls is robust against the interrupts of other processes.
     nanoseconds: list[int] = []
     started = clock()
     while len(nanoseconds) < options.calls_per_round and (len(nanoseconds) < 5 or clock() - started < bound):
@@ -129,6 +131,7 @@ def measure_costs(
         rounds: turns that each network gets.
         calls_per_round: timed calls per turn.
     """
+    # On one CPU thread, in evaluation mode; a GPU's latency for one observation is that of its driver.
     devices = {name: next(net.parameters()).device for name, net in nets.items() if isinstance(net, nn.Module)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

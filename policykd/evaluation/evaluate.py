@@ -147,6 +147,7 @@ def evaluate(
             # A copy: a policy may write into its input, which some environments still need.
             outputs_BA = policy(obs.clone().to(device)).cpu()
             _check_finite("the policy's output", outputs_BA, steps_B)
+            # Finished environments get -1 and are held, so that none of their games is played in vain.
             actions_B = greedy(outputs_BA) if deterministic else sample(outputs_BA / temperature, generator)
             step = envs.step(torch.where(shares_B > 0, actions_B, -1))
             _check_finite("the reward", step.rewards_B[:, None], steps_B)
@@ -160,6 +161,7 @@ def evaluate(
                 returns.append(episode.episodic_return)
                 lengths.append(episode.length)
                 num_truncated += episode.truncated
+            # A game that never ends takes its environment's whole share with it: the next one would not end either.
             cut_off_B = (steps_B >= max_steps) & (shares_B > 0)
             unfinished += rewards_B[cut_off_B].tolist()
             shares_B[cut_off_B] = 0
@@ -192,6 +194,7 @@ def evaluate_on_atari(
         FloatingPointError: an output that is not finite.
     """
     rules = PROTOCOLS[protocol]
+    # Fewer games than environments would leave some of them without one.
     envs = make_atari(
         game,
         min(options.num_envs, num_episodes),
@@ -201,6 +204,7 @@ def evaluate_on_atari(
         num_workers=options.num_workers,
     )
     with closing(envs):
+        # Greedy play of equal outputs would always be the first action, not random play.
         deterministic = rules.deterministic and not isinstance(policy, RandomPolicy)
         return evaluate(policy, envs, num_episodes, deterministic=deterministic, seed=seed)
 

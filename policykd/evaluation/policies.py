@@ -83,6 +83,7 @@ def load_named_policy(
             raise BadFile(f"{ref}: it was made for another game, {own_game}; leave out --game, or give a run of {game}")
         policy = load_student(run)
         name = run.resolve().name
+    # Before anything is played or measured: a policy of another game would fail later, or play nonsense.
     with closing(make_atari(game, 1, 0)) as envs:
         check_fits(policy, envs, ref, game)
     return NamedPolicy(ref, name, policy)
@@ -117,9 +118,11 @@ def load_run_teacher(
     recorded = card.teacher
     if recorded is None or not card.game:
         raise BadFile(f"{run}/student.json: does not record its teacher; {alternative}")
+    # Without the revision the Hub would give the newest archive.
     pinned = ref or recorded.ref
     if not ref and recorded.revision and "@" not in pinned:
         pinned = f"{pinned}@{recorded.revision}"
+    # Several teachers are one only with the weights of the run.
     weights, seed = _teacher_weights(run) if "+" in pinned else ("equal", 0)
     try:
         found = load_named_policy(pinned, card.game, weights=weights, seed=seed, trust_pickle=trust_pickle)
@@ -168,6 +171,7 @@ def infer_game(refs: Sequence[str], given: str = "") -> str:
 
 def _game_of_teacher(ref: str) -> str:
     """Returns the game of a teacher's card, or an empty string."""
+    # The bundled teachers all play one game; the algorithms on the Hub (hub:dqn) play any.
     if ref.partition(":")[0] in ("auto", "bundled"):
         games = {path.stem.partition("-")[2] for path in PRETRAINED.glob("*.zip")}
         return games.pop() if len(games) == 1 else ""

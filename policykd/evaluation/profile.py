@@ -90,7 +90,7 @@ class PolicyProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class ProfileMachine:
     """The machine that times depend on."""
 
     processor: str
@@ -112,7 +112,7 @@ class Profile:
     ratios_against: str
     """name of the first policy"""
     options: ProfileOptions
-    machine: Machine
+    machine: ProfileMachine
     command: str = ""
 
 
@@ -159,6 +159,7 @@ def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions 
     for p in policies:
         if isinstance(p.policy, Teacher) and p.policy.algorithm == "ENSEMBLE":
             raise ValueError(f"{p.ref}: several teachers; profile each by its own name")
+    # The first policy's own frames: blank ones would measure denormals and branches that never occur.
     load_before = os.getloadavg()
     obs = on_policy_states(first.policy, game, BATCH_SIZE, seed=2 * options.seed)
     files: dict[Key, RuntimeFile] = {}
@@ -168,7 +169,9 @@ def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions 
         for i, p in enumerate(policies):
             builder = ArtifactBuilder(p, Path(folder) / str(i), game, options.seed)
             files |= {(p.name, runtime): builder.build(runtime) for runtime in options.runtimes}
+        # Only once every file exists, so that nothing else runs while they are timed.
         timings = _measure_files(files, observations, options)
+    # The reference for actions is the policy itself, not one of its files.
     profiles: dict[str, PolicyProfile] = {}
     for p in policies:
         with torch.inference_mode():
@@ -217,6 +220,7 @@ def _with_start(
     seconds: list[float] = []
     megabytes: list[float] = []
     for _ in range(starts):
+        # CLOCK_MONOTONIC is shared by all processes of a machine.
         began = time.monotonic()
         try:
             printed = _in_fresh_process("start", runtime, str(path), str(observations))
@@ -235,6 +239,7 @@ def _in_fresh_process(*arguments: str) -> bytes:
         RuntimeError: it failed; the message has the last line of its standard error.
     """
     command = [sys.executable, "-m", "policykd.evaluation.runtimes", *arguments]
+    # Libraries read the number of threads when they are imported, so it must be in the environment.
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     if done.returncode:
@@ -254,6 +259,7 @@ def _row(
     timing = timings[key]
     if isinstance(timing, NotMeasured):
         return timing
+    # Practical: network and runtime changed. Same runtime: what the smaller network alone gains.
     practical = _ratios(timings.get((first, PRACTICAL)), timing)
     same_runtime = _ratios(timings.get((first, key[1])), timing)
     measured = {f.name: getattr(timing, f.name) for f in fields(timing) if f.name != "actions"}
@@ -276,11 +282,11 @@ def _ratios(reference: _Timing | NotMeasured | None, timing: _Timing) -> tuple[f
     return reference.median_us / timing.median_us, reference.min_us / timing.min_us
 
 
-def _machine(load_before: tuple[float, float, float]) -> Machine:
+def _machine(load_before: tuple[float, float, float]) -> ProfileMachine:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return Machine(
+    return ProfileMachine(
         processor=models[0] if models else platform.processor() or platform.machine(),
         num_cores=os.cpu_count() or 1,
         system=platform.platform(),

@@ -123,8 +123,9 @@ def final_evaluation(
         BadFile: `games_file` is damaged.
         KeyboardInterrupt: a signal was received.
     """
-    student.eval()
+    student.eval()  # here, not per game: the games are played in threads
     sha256 = hashlib.sha256(packed_weights(student)).hexdigest()
+    # The hash of the weights identifies the student's games in the file: after more training it is another.
     on_card = protocols_of_card(teacher)
     random = RandomPolicy(student.shape.num_actions)
     finished = FinishedGames(games_file)
@@ -138,6 +139,7 @@ def final_evaluation(
             if protocol in on_card:
                 found["teacher"][protocol] = on_card[protocol]
             else:
+                # Another seed than the student's, or both would play the same starts and not be independent.
                 playing["teacher", protocol] = pool.submit(
                     finished.play, teacher, teacher.sha256, *what, seed=options.seed + 1
                 )
@@ -149,9 +151,10 @@ def final_evaluation(
         try:
             for (role, protocol), games in playing.items():
                 found[role][protocol] = summarise_episodes(games.result())
-        except BaseException:
+        except BaseException:  # an interrupt too: what has not started need not start
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    # After the games, when no emulator competes for the CPU.
     with closing(make_atari(game, NUM_TIMED_OBSERVATIONS, options.seed)) as envs:
         costs = measure_costs({"teacher": teacher.net, "student": student}, envs.reset())
     rows = {role: policy_result(protocols, costs.get(role)) for role, protocols in found.items()}
@@ -192,6 +195,7 @@ class FinishedGames:
     ) -> Evaluation:
         """Returns full games of a policy whose weights have this `sha256`: stored ones, else new ones."""
         check_interrupted()
+        # Everything that the games depend on.
         key = " ".join(map(str, (sha256, game, protocol, num_episodes, seed, sampling_temperature(policy))))
         if key not in self._rows:
             print(f"playing {num_episodes} games, {protocol} ...", flush=True)
@@ -200,6 +204,7 @@ class FinishedGames:
                 policy, game, protocol, num_episodes, seed=seed, options=AtariOptions(num_workers=1)
             )
             stored = _StoredGames(**vars(games), seconds=time.perf_counter() - started)
+            # Written after every protocol: at most one is lost when the process is killed.
             with self._writing:
                 self._rows[key] = stored
                 write_atomically(self.path, to_json(self._rows, indent=None))
@@ -295,15 +300,3 @@ def _cost_cells(row: PolicyResult) -> tuple[str, str, str, str]:
 def _score_cell(result: ProtocolResult) -> str:
     low, high = result.interval
     return f"{result.mean:.2f} [{low:.2f}, {high:.2f}] ({result.num_distinct} distinct of {result.num_episodes})"
-
-
-from policykd.evaluation.old_results import (  # noqa: E402, F401  (until no module imports the old names)
-    about,
-    comparison,
-    entry,
-    evaluate_on_the_way,
-    judge,
-    judgement,
-    judgement_of_card,
-    table,
-)

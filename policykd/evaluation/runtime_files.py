@@ -21,7 +21,7 @@ from policykd.evaluation.runtimes import RuntimeName
 from policykd.export import ExportSource, check_format, export
 from policykd.export.c99 import to_c
 from policykd.export.formats import compile_c
-from policykd.export.numpy_file import to_npz
+from policykd.export.numpy_file import numpy_runtime, to_npz
 from policykd.export.onnx import to_onnx
 
 NUM_INT8_STATES = 2000
@@ -79,6 +79,7 @@ class ArtifactBuilder:
             raise ValueError("stable_baselines3 is not installed; pip install 'policykd[sb3]'")
         policy = self.named.policy
         model = policy.to_sb3() if isinstance(policy, Student) else _as_sb3(policy)
+        # The name tells the runtime which class opens it.
         path = self.folder / f"{type(model).__name__}.zip"
         model.save(path)
         return RuntimeFile(path, path.stat().st_size)
@@ -96,12 +97,14 @@ class ArtifactBuilder:
     def _onnx(self) -> RuntimeFile:
         check_format(self.source, "onnx")
         policy = self.named.policy
-        is_onnx = isinstance(policy, Teacher) and policy.algorithm == "ONNX"
-        return self._write("policy.onnx", policy.path.read_bytes() if is_onnx else to_onnx(self.source.net))
+        if isinstance(policy, Teacher) and policy.algorithm == "ONNX":
+            return self._write("policy.onnx", policy.path.read_bytes())
+        return self._write("policy.onnx", to_onnx(self.source.net))
 
     def _int8(self) -> RuntimeFile:
         """Makes the file that `policykd export` writes, which is validated on states of the policy's own games."""
         check_format(self.source, "int8")
+        # Other games for the validation than for the calibration.
         calibration, states = (
             on_policy_states(self.named.policy, self.game, NUM_INT8_STATES, seed=seed)
             for seed in (2 * self.seed + 1, 2 * self.seed)
@@ -110,6 +113,7 @@ class ArtifactBuilder:
         return RuntimeFile(self.folder / manifest.file, manifest.num_bytes, int8=str(manifest.details.get("int8", "")))
 
     def _numpy(self) -> RuntimeFile:
+        (self.folder / "numpy_policy.py").write_bytes(numpy_runtime())
         return self._write("policy.npz", to_npz(self.source.layered_net))
 
     def _c(self) -> RuntimeFile:
@@ -137,6 +141,7 @@ def _as_sb3(teacher: Teacher) -> Any:
     if teacher.algorithm == "ONNX":
         raise ValueError("an ONNX file is not an SB3 agent")
     library = importlib.import_module("sb3_contrib" if teacher.algorithm == "QRDQN" else "stable_baselines3")
+    # The default replay buffer would allocate gigabytes.
     settings = {"buffer_size": 1} if "DQN" in teacher.algorithm else {}
     algorithm = getattr(library, teacher.algorithm)
     model = algorithm("CnnPolicy", None, device="cpu", seed=0, _init_setup_model=False, **settings)
@@ -144,6 +149,7 @@ def _as_sb3(teacher: Teacher) -> Any:
     model.action_space = spaces.Discrete(teacher.num_actions)
     model.n_envs = 1
     model._setup_model()
+    # Not strict, as SB3 loads PPO and A2C itself; tensors that do not fit would show in `same_actions`.
     try:
         model.policy.load_state_dict(read_archive(teacher.path).tensors, strict=False)
     except RuntimeError as error:

@@ -55,6 +55,7 @@ def open_onnx(path: Path) -> "ActFn":
     """Returns an ONNX Runtime session, with the settings of `policykd.agents.onnx_policy`, which needs torch."""
     import onnxruntime  # type: ignore[import-untyped]
 
+    # One thread without spinning, so that it does not slow down the runtimes that are timed in between.
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -66,10 +67,11 @@ def open_onnx(path: Path) -> "ActFn":
 
 
 def open_numpy(path: Path) -> "ActFn":
-    """Returns the NumPy runtime of an `.npz` file."""
-    from policykd.export.numpy_policy import load
+    """Returns an `.npz` file in the runtime next to it, `numpy_policy.py`, as a user imports it."""
+    sys.path.insert(0, str(path.parent))
+    import numpy_policy  # type: ignore[import-not-found]
 
-    policy = load(path)
+    policy = numpy_policy.load(path)
     return lambda obs: policy(obs).argmax(1)
 
 
@@ -137,13 +139,15 @@ def benchmark(request: dict[str, Any]) -> list[dict[str, Any]]:
         except Exception as error:  # one runtime's failure, whatever it raises, must not stop the others
             measured.append({"reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
 
+    # Latency: one observation per call, another one each time.
     single_options = TimingOptions(rounds=request["rounds"], calls_per_round=request["calls_per_round"])
     single = measure_latencies({i: _act_on_next(act, obs) for i, act in act_fns.items()}, single_options)
+    # Throughput: fewer calls, as each takes as long as hundreds of the others.
     batch_options = TimingOptions(rounds=min(request["rounds"], 5), calls_per_round=5, warm_up=1)
     batches = measure_latencies({i: _act_on_all(act, obs[:BATCH_SIZE]) for i, act in act_fns.items()}, batch_options)
-    for i in act_fns:
-        per_second = 1e6 * len(obs[:BATCH_SIZE]) / batches[i].median_us
-        measured[int(i)] |= {**vars(single[i]), "states_per_second": per_second}
+    for name in act_fns:
+        per_second = 1e6 * len(obs[:BATCH_SIZE]) / batches[name].median_us
+        measured[int(name)] |= {**vars(single[name]), "states_per_second": per_second}
     return measured
 
 

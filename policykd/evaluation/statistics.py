@@ -59,6 +59,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of `statistic(rows, axis=1)` (Efron, 1979)."""
     x = np.asarray(values, np.float64)
+    # One matrix of resamples, so that the statistic is computed for all of them at once.
     rows = np.random.default_rng(seed).choice(x, (RESAMPLES, len(x)))
     low, high = np.quantile(statistic(rows, axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -68,6 +69,7 @@ def difference_interval(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
     """Returns mean(a) - mean(b) and the ends of its bootstrap interval, for two independent samples."""
+    # Teacher and student played independent games, so each is resampled on its own.
     generator = np.random.default_rng(seed)
     means = [generator.choice(np.asarray(x, np.float64), (RESAMPLES, len(x))).mean(axis=1) for x in (a, b)]
     low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])

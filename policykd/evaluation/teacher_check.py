@@ -112,7 +112,7 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
     described = getattr(policy, "shape", policy)  # a student's shape has both
     obs_shape = tuple(getattr(described, "obs_shape", envs.obs_shape))
     num_actions = getattr(described, "num_actions", None)
-    if num_actions is None:
+    if num_actions is None:  # a plain function
         num_actions = _num_outputs(policy, envs, ref)
     if (num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
         raise BadFile(
@@ -153,11 +153,13 @@ def compare_with_random(
     """
     if envs.num_envs < MIN_GAMES:
         raise ValueError(f"{envs.num_envs} games are too few to compare with random play; give {MIN_GAMES}")
+    # One generator for both, so that random play does not repeat the policy's draws.
     generator = torch.Generator().manual_seed(seed)
     of_policy, of_random = (
         evaluate(player, envs, envs.num_envs, deterministic=False, seed=generator, max_steps=max_steps)
         for player in (policy, RandomPolicy(envs.num_actions))
     )
+    # Games that were cut off count with what they had collected, for both sides alike.
     rewards = of_policy.returns + of_policy.unfinished
     random_rewards = of_random.returns + of_random.unfinished
     return TeacherCheck(
@@ -180,6 +182,7 @@ def check_from_card(teacher: Teacher, game: str) -> TeacherCheck | None:
     if protocol is None or table is None or protocol.num_episodes < MIN_CARD_GAMES:
         return None
     random_mean = table[0]
+    # The table has a mean of many games, whose own uncertainty is small.
     low, high = bootstrap_interval(protocol.returns, np.mean, level=ADVANTAGE_LEVEL)
     return TeacherCheck(
         source="card",

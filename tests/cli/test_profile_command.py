@@ -60,7 +60,7 @@ def test_a_folder_that_is_not_writable_is_refused_before_anything_is_measured(
     ("arguments", "reason"),
     [
         ([], "give the folder of a run, or a teacher such as bundled:ppo"),
-        (["none-such"], "none-such: no such file or folder"),
+        (["none-such"], "none-such: file or folder not found"),
         (["RUN", "--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["RUN", "--json", "none-such/p.json"], "folder not found; create it first"),
         (["RUN", "--json", "RUN"], "a folder; give a file in it"),
