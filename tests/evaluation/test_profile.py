@@ -187,7 +187,7 @@ def test_a_failing_runtime_does_not_stop_the_others(student: Student, obs: np.nd
     # Neither does one that does not start.
     row = _with_start(timing(1.0, 1.0), "numpy", tmp_path / "gone.npz", observations, 1)
     assert isinstance(row, NotMeasured)
-    assert "measuring start numpy ended with 1: FileNotFoundError" in row.reason
+    assert "measuring start numpy ended with 1: ModuleNotFoundError" in row.reason
 
 
 def test_start_up_needs_no_torch(student: Student, obs: np.ndarray, tmp_path: Path) -> None:
