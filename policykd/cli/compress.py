@@ -78,6 +78,7 @@ def run(args: CompressArgs) -> None:
     """
     check_flags(args)
     check_name(args.name)
+    # --method names methods of the run's student, with amounts from --sparsity and --rank.
     amounts = {"magnitude": f":{args.sparsity:g}", "structured": f":{args.sparsity:g}", "low-rank": f":{args.rank}"}
     methods = [method + amounts.get(method, "") for method in args.method.split("+")]
     recipes = args.compare or ("student", "+".join(["student", *methods]))
@@ -85,6 +86,7 @@ def run(args: CompressArgs) -> None:
     for recipe in recipes:
         check_recipe(recipe)
 
+    # Student, teacher and states of the run.
     device = prepare_device("cpu", args.threads)
     game = infer_game([str(args.run)])
     student = load_student(args.run)
@@ -96,6 +98,7 @@ def run(args: CompressArgs) -> None:
     replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)
     assert replay is not None
     label_preloaded(replay, teacher)
+    # One environment, which is never stepped: the loop reads the shapes of observations and actions from it.
     settings = Settings(game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed)
     tuning = FineTuning(settings, teacher, make_atari(game, 1, args.seed), replay, args.threads)
 

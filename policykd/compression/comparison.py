@@ -83,14 +83,17 @@ def compare(folder: Path, recipes: Sequence[str], student: Student, tuning: Fine
         ValueError: an invalid recipe, or a row that was made with other settings.
         BadFile: a file of a row is damaged.
     """
+    # Check all recipes first: an error must not come after hours of training.
     for recipe in recipes:
         check_recipe(recipe)
     for recipe in _with_parents(recipes):
+        # A lock per row, so that several processes can share the work on one comparison.
         with lock_folder(_row_folder(folder, recipe)):
             _make_row(folder, recipe, student, tuning, episodes)
 
     # All rows of the folder, those of earlier commands too, from large to small.
     rows = [_read_row(path, tuning.settings) for path in sorted(folder.glob(f"*/{ROW_FILE}"))]
+    # Rows whose games another process is still playing are left out.
     finished = [row for row in rows if len(row.protocols) == len(PROTOCOLS) or not episodes]
     finished = _with_latencies(folder, sorted(finished, key=lambda row: -row.num_bytes))
     if episodes:
@@ -126,6 +129,7 @@ def _with_parents(recipes: Sequence[str]) -> list[str]:
 
 def _read_row(path: Path, settings: Settings) -> Row:
     row = read_json(Row, path, next_step=f"remove {path.parent}, the row is made again")
+    # Rows of different budgets, teachers or states must not appear in one table.
     if row.settings != settings:
         raise ValueError(f"{path.parent}: made with {row.settings}; remove it, or use another --name")
     return row
@@ -135,6 +139,7 @@ def _make_row(folder: Path, recipe: str, student: Student, tuning: FineTuning, e
     """Trains, stores, measures and plays one row, each step unless `row.json` has it already."""
     row_folder = _row_folder(folder, recipe)
     path = row_folder / ROW_FILE
+    # `row.json` is written last, so that a row whose training was interrupted is trained again.
     if path.is_file():
         row = _read_row(path, tuning.settings)
     else:
@@ -163,6 +168,7 @@ def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) 
     """Makes a row's network from its parent's, exports it and measures its costs and fidelity."""
     row_folder = _row_folder(folder, recipe)
     began = time.perf_counter()
+    # Read from the parent's folder: an interrupted command gives the same network as one that was not.
     previous = load_student(_row_folder(folder, parent(recipe))) if parent(recipe) else student
     made = make_student(recipe, previous, tuning)
     seconds = time.perf_counter() - began
@@ -193,10 +199,12 @@ def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) 
 
 def _with_latencies(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """Returns rows with their batch-1 latencies, measured in turns, so that ratios are of the same minutes."""
+    # Latency does not depend on the pixels.
     obs = np.random.default_rng(0).integers(0, 256, (1, 4, 84, 84), np.uint8)
     calls = {}
     for row in rows:
         path = _row_folder(folder, row.recipe) / row.file
+        # The file that was played, by its hash.
         session = open_session(read_verified(path, row.sha256, f"; remove {path.parent}, the row is made again"), 1)
         calls[row.recipe] = lambda session=session: session.run(None, {"obs": obs})
     latencies = measure_latencies(calls)
@@ -207,6 +215,7 @@ def _with_latencies(folder: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def _random_play(folder: Path, tuning: FineTuning, episodes: int) -> Row:
+    # As many games as the rows have: the normalised scores divide by its mean.
     games = FinishedGames(folder / "random.json")
     settings = tuning.settings
     policy = RandomPolicy(tuning.teacher.num_actions)
@@ -269,8 +278,10 @@ def normalised_interval(*returns: Sequence[float]) -> tuple[float, float] | None
 
     None if the teacher may be no better than random play.
     """
+    # All three means are resampled independently, since all three were estimated.
     generator = np.random.default_rng(0)
     row, teacher, random = (generator.choice(np.array(x), (RESAMPLES, len(x))).mean(axis=1) for x in returns)
+    # Where a resampled teacher is no better than random play, the ratio means nothing.
     if (teacher <= random).any():
         return None
     low, high = np.quantile((row - random) / (teacher - random), [0.025, 0.975])

@@ -90,6 +90,7 @@ class FineTuning:
             first_round: rounds of the budget that are spent already.
             num_rounds: rounds to train for.
         """
+        # One schedule over the whole budget, also for a network that is trained in parts.
         schedule = WarmupCosine(peak_learning_rate)
 
         def learning_rate(progress: Progress) -> float:
@@ -100,7 +101,7 @@ class FineTuning:
             updates_per_round=self.settings.updates // ROUNDS,
             batch_size=self.settings.batch_size,
             learning_rate=learning_rate,
-            states=DatasetStates(Path()),
+            states=DatasetStates(Path()),  # offline: the states are in the replay buffer already
             # Another seed per part, or a network that is trained in parts would see the same batches in each.
             seed=self.settings.seed + first_round,
             threads=self.threads,
@@ -119,6 +120,7 @@ class FineTuning:
     def measure(self, policy: Policy) -> tuple[float, float]:
         """Returns KL(teacher || policy) in nats and the fraction of equal greedy actions, on the held-out states."""
         rows_N = self.replay.states_from(len(self.replay) - self.replay.num_held_out)
+        # Batches bound the memory of an ONNX policy, which keeps all activations.
         student_NA = torch.cat([policy(self.replay.gather(rows_B)) for rows_B in rows_N.split(500)])
         teacher_NA = self.replay.teacher_NA[rows_N]
         kl_N = kl_divergence_B(log_policy(teacher_NA, self.teacher.temperature), log_policy(student_NA))
@@ -127,6 +129,7 @@ class FineTuning:
 
     def calibration_states(self, num: int) -> Tensor:
         """Returns `num` training states, always the same, as uint8 `(num, 4, 84, 84)`."""
+        # Not from the held-out states, or agreement would be measured on states that int8 was fitted to.
         drawn = DrawRange(0, len(self.replay) - self.replay.num_held_out)
         batches = self.replay.batches(1, num, drawn, torch.Generator().manual_seed(0))
         return self.replay.gather(next(batches))

@@ -19,6 +19,7 @@ def teacher_as_student(teacher: Teacher) -> Student:
     Raises:
         ValueError: the teacher's network is not a NatureCNN that policykd rebuilt.
     """
+    # Ensembles, ONNX files and pickled policies have no layers that pruning could reach.
     net = teacher.net
     if not isinstance(net, ConvNet):
         name = teacher.ref or teacher.path

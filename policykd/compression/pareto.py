@@ -54,6 +54,7 @@ def draw_pareto(
     if len(references) < 2:
         raise ValueError(f"the comparison has no episodes of teacher and random play under {protocol}")
     rows = [row for row in rows if row.recipe != RANDOM] + ([this_run] if this_run else [])
+    # The hash salt and the missing date make the same comparison the same file.
     with matplotlib.rc_context({"svg.hashsalt": "policykd", "svg.fonttype": "path", "font.size": 9.0}):
         figure = Figure(figsize=(11.5, 9.4), layout="constrained")
         FigureCanvasSVG(figure)
@@ -63,6 +64,7 @@ def draw_pareto(
             ax.set_xlabel(title)
         for ax in panels[:, 0]:
             ax.set_ylabel(f"return minus the teacher's, {protocol.replace('_', ' ')}")
+        # One legend for all panels, without repetitions.
         handles, labels = panels[0, 0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=6, frameon=False)
@@ -97,6 +99,7 @@ def _draw_panel(
     points: list[tuple[float, float]] = []
     drawn: list[Row] = []
     for row in rows:
+        # A cost that was not measured: the latency of a run in the report is torch's, not ONNX Runtime's.
         value = getattr(row, cost)
         if not value:
             continue
@@ -115,6 +118,7 @@ def _draw_panel(
             linestyle="none",
             label=row.family,
         )
+    # Only points on the front have names; the table has all.
     front = pareto_front(points)
     ax.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#64748b", linewidth=1.0)
     for k, i in enumerate(front):

@@ -34,6 +34,7 @@ def prune_by_magnitude(student: Student, tuning: FineTuning, sparsity: float) ->
         sparsity: fraction of the weights that are zero at the end.
     """
     pruned = tuning.prepare(student)
+    # The input scaling stays constant while the student is trained, and so does the unit.
     unit = pixel_unit(pruned)
     layers = weight_layers(pruned)
     weights = [layer.weight for layer in layers]
@@ -46,11 +47,13 @@ def prune_by_magnitude(student: Student, tuning: FineTuning, sparsity: float) ->
         for layer, mask in zip(layers, masks_of_largest(weights, now, unit), strict=True):
             layer.parametrizations["weight"][0].mask.copy_(mask)  # type: ignore[index,union-attr]
 
+    # Masks move at the start of every round; the optimizer keeps its moments.
     update_masks(1)
     # Half the usual learning rate: at 7 % of the bytes 4e-3 is worse than 1e-3 (docs/compression.md).
     for num_rounds in tuning.train(pruned, FROM_TRAINED / 2):
         if num_rounds < ROUNDS:
             update_masks(num_rounds + 1)
+    # Write the zeros into the weights, which leaves an ordinary network.
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return pruned.eval()
@@ -77,6 +80,7 @@ def masks_of_largest(weights: Sequence[Tensor], sparsity: float, unit: float) ->
         unit: factor of the first layer's weights, see `pixel_unit`.
     """
     magnitudes = [weight.abs() * (1.0 if i else unit) for i, weight in enumerate(weights)]
+    # One threshold for all layers: a layer whose weights are small loses more of them.
     flat = torch.cat([magnitude.flatten() for magnitude in magnitudes])
     num_kept = max(1, round((1.0 - sparsity) * len(flat)))
     threshold = flat.topk(num_kept).values[-1]
@@ -112,12 +116,14 @@ def prune_structured(student: Student, tuning: FineTuning, num_parameters_left: 
     """
     pruned = tuning.prepare(student)
     num_before = num_parameters(student)
+    # Many small steps, because importances change once their neighbors are gone (DepGraph prunes iteratively too).
     num_steps = max(1, round(PRUNING_FRACTION * ROUNDS))
     for step in range(ROUNDS):
         if step < num_steps:
             # A geometric schedule: each step removes the same fraction of what is left.
             fraction = (num_parameters_left / num_before) ** ((step + 1) / num_steps)
             pruned = remove_channels(pruned, round(num_before * fraction))
+        # Every step gives a new network with other shapes, so each round has an optimizer of its own.
         for _ in tuning.train(pruned, FROM_TRAINED, first_round=step, num_rounds=1):
             pass
     return pruned.eval()
@@ -130,6 +136,7 @@ def remove_channels(student: Student, num_parameters_left: int) -> Student:
         ValueError: torch-pruning is not installed, the network has another structure than convolutions followed by
             dense layers, or a layer would vanish.
     """
+    # The largest fraction of channels, the same in every layer, that fits the number of parameters.
     plain = _sequential_copy(student)
     kept = 1.0
     while _num_parameters(student, kept) > num_parameters_left:
@@ -161,8 +168,9 @@ def _sequential_copy(student: Student) -> nn.Sequential:
     layers.append(nn.Flatten())
     for dense in net.dense:
         layers += [dense, nn.ReLU()]
+    # Group magnitudes are compared in one unit, too.
     net.conv1.weight.data *= pixel_unit(student)
-    plain = nn.Sequential(*layers[:-1])
+    plain = nn.Sequential(*layers[:-1])  # no ReLU after the logits
     return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
 
 
@@ -179,6 +187,7 @@ def _num_parameters(student: Student, kept: float) -> int:
     shape = student.shape
     widths = [_num_kept(width, kept) for width in shape.widths]
     hidden = [_num_kept(width, kept) for width in shape.hidden]
+    # On the meta device nothing is allocated; the search calls this hundreds of times.
     with torch.device("meta"):
         return num_parameters(ConvNet(widths, hidden, shape.num_actions))
 

@@ -26,6 +26,7 @@ def export_student(student: Student, folder: Path, quantization: Quantization | 
     Raises:
         ValueError: the packages onnx and onnxruntime are not installed.
     """
+    # The temperature is folded into the last layer, so that the file gives logits.
     path = folder / ("policy.int8.onnx" if quantization else "policy.onnx")
     content = to_onnx(student.folded_net())
     if quantization:

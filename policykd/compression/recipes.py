@@ -45,6 +45,7 @@ def check_recipe(recipe: str) -> None:
     # Quantization comes last: what it gives is an ONNX file, which no other method takes.
     if methods and methods[-1] in get_args(Quantization):
         methods.pop()
+    # The remaining methods train, and need an amount.
     for part in methods:
         method, _, amount = part.partition(":")
         if method not in TRAINED:
@@ -83,9 +84,10 @@ def family(recipe: str) -> str:
     """Returns the kind of a recipe's last method, for tables and pictures; several that train are `combined`."""
     start, *methods = recipe.split("+")
     size, _, targets = start.partition(":")
+    # A method on a network that was distilled from scratch is a combination of both.
     trained = [method.partition(":")[0] for method in methods if method.startswith(TRAINED)]
     if trained:
-        is_single = methods == [methods[0]] and start in STARTS
+        is_single = len(methods) == 1 and start in STARTS
         return trained[0] if is_single else "combined"
     if methods:
         return "int8"
@@ -106,6 +108,7 @@ def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
     method, _, amount = methods[-1].partition(":")
     if method == "magnitude":
         return prune_by_magnitude(previous, tuning, float(amount))
+    # A sparsity of structured pruning is of the parameters of the network that it starts from.
     if method == "structured":
         return prune_structured(previous, tuning, round((1.0 - float(amount)) * num_parameters(previous)))
     if method == "low-rank":
@@ -119,6 +122,7 @@ def _starting_student(start: str, student: Student, tuning: FineTuning) -> Stude
     if start == "teacher":
         return teacher_as_student(tuning.teacher)
     size, _, targets = start.partition(":")
+    # Distilled from scratch: soft targets, the teacher's best actions, or targets between the two.
     losses: dict[str, LossFn] = {
         "": ForwardKL(),
         "hard": ActionNLL(),
