@@ -1,7 +1,7 @@
-"""Starts, stops and goes on with small runs in one process for a while: what grows, leaks.
+"""Starts, stops and resumes small runs in one process for a while: what grows, leaks.
 
-Two runs take turns, each stopped by SIGTERM at random times until it is finished and begun anew; one of them plays Pong
-and has no final evaluation. A line of JSON a cycle says what the process holds.
+Two runs take turns, each stopped by SIGTERM at random times until it is finished, then started again; one of them plays
+Pong and has no final evaluation. One line of JSON per cycle lists what the process holds.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import torch
 import warm
 
 from policykd.envs.atari import make_atari
-from policykd.io.signals import check_interrupted, seconds_since_signal
+from policykd.io.signals import is_signalled
+from policykd.runs import distill_run
 
 ARGS = (
     "--game Pong --threads 1 --student 1% --rounds 6 --states-per-round 64 --updates-per-round 4 --batch-size 32"
@@ -42,18 +42,17 @@ def held(folder: Path) -> dict[str, int]:
     }
 
 
-def cycle(script: ModuleType, folder: Path, seconds: float, plays_pong: bool) -> int:
-    """Goes on with a run for so long and returns the command's exit code."""
+def cycle(folder: Path, seconds: float, plays_pong: bool) -> int:
+    """Resumes a run for that long and returns the command's exit code."""
     more = ["--eval-every", "0"] if plays_pong else []
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warm.run(script, [*ARGS.split(), "--folder", str(folder), *more], {})
+            warm.run([*ARGS.split(), "--folder", str(folder), *more], {})
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-    raise AssertionError("the command returned")
 
 
 def stop_in_time(*args: object) -> None:
@@ -63,12 +62,12 @@ def stop_in_time(*args: object) -> None:
 
 
 def stop(*args: object, **how: object) -> NoReturn:
-    """Stands in for `judge`, whose games of Pong would take minutes."""
+    """Stands in for `final_evaluation`, whose games of Pong would take minutes."""
     signal.setitimer(signal.ITIMER_REAL, 0.0)
-    if not seconds_since_signal():  # a second one would end the process at once
+    if not is_signalled():  # a second one would end the process at once
         os.kill(os.getpid(), signal.SIGTERM)
-    while True:
-        check_interrupted()
+    time.sleep(60)
+    raise AssertionError("not interrupted")
 
 
 def main() -> None:
@@ -78,15 +77,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    script, chance, began, num_finished = warm.command(), random.Random(0), time.monotonic(), 0
-    flickers, judge = script.make_atari, script.judge
+    warm.play_flickers()
+    chance = random.Random(0)
+    began = time.monotonic()
+    num_finished = 0
+    flickers = {name: getattr(distill_run, name) for name in ("make_atari", "final_evaluation")}
+    pong_games = {"make_atari": make_atari, "final_evaluation": stop}
     signal.signal(signal.SIGALRM, stop_in_time)
     for pong in itertools.cycle([True, False]):
         runs = args.folder / str(pong)
-        vars(script).update(
-            {"make_atari": make_atari, "judge": stop} if pong else {"make_atari": flickers, "judge": judge}
-        )
-        code = cycle(script, runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
+        vars(distill_run).update(pong_games if pong else flickers)
+        code = cycle(runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
         if code not in (0, 75):
             sys.exit(f"exit {code}; look at {runs}")
         line = {"seconds": round(time.monotonic() - began, 1), "code": code, "pong": pong, **held(runs)}

@@ -1,4 +1,4 @@
-"""Whatever happens to a run of scripts/distill_atari.py, it goes on as if nothing had happened.
+"""A run of `policykd distill` that was killed, stopped or damaged resumes with the same bytes.
 
 The default tier has a short form of every case; `make faults` has the long ones. Most processes are forked from a warm
 one (warm.py), so that a trial takes a second.
@@ -30,7 +30,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from policykd.agents.teacher import load_teacher
-from policykd.cli.command import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
+from policykd.cli.errors import BAD_FILE, ENVIRONMENT, INTERRUPTED, USAGE
 from policykd.storage.dataset import load_dataset, open_dataset
 from policykd.storage.generations import Generation, has_generations, newest
 
@@ -45,7 +45,7 @@ class Warm:
     """Starts the command in a process of its own, with faults: functions of warm.py and their arguments."""
 
     def __init__(self, folder: Path) -> None:
-        self.said = folder / "said"
+        self.output = folder / "output"
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("warm.py"))],
             stdin=subprocess.PIPE,
@@ -56,17 +56,17 @@ class Warm:
         assert self._answer() == "ready"
 
     def start(self, runs: Path, args: str = ROUNDS, /, **faults: Mapping[str, Any]) -> int:
-        """Returns the id of a process that starts the run in `runs`, or goes on with it."""
+        """Returns the id of a process that starts the run in `runs`, or resumes it."""
         words = [*BEGIN.split(), *args.split(), "--folder", str(runs), "--resume"]
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"args": words, "said": str(self.said), "faults": faults}) + "\n")
+        self._process.stdin.write(json.dumps({"args": words, "output": str(self.output), "faults": faults}) + "\n")
         self._process.stdin.flush()
         return int(self._answer())
 
     def finish(self) -> tuple[int, str]:
-        """Returns the exit code of the process that was started, and what it said."""
+        """Returns the exit code of the process that was started, and its output."""
         code = int(self._answer())
-        return code, self.said.read_text()
+        return code, self.output.read_text()
 
     def __call__(self, runs: Path, args: str = ROUNDS, /, **faults: Mapping[str, Any]) -> tuple[int, str]:
         """Does both."""
@@ -118,7 +118,7 @@ def whole(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def stopped(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after its last round."""
     folder = tmp_path_factory.mktemp("stopped")
-    code, said, _ = interrupted(warm, folder, ROUNDS, "distill_atari:judge", 1, [signal.SIGTERM])
+    code, said, _ = interrupted(warm, folder, ROUNDS, "policykd.runs.distill_run:final_evaluation", 1, [signal.SIGTERM])
     assert code == INTERRUPTED, said
     return folder
 
@@ -137,7 +137,7 @@ def learned(run: Path) -> dict[str, Any]:
     """Returns what must not depend on what happened to a finished run."""
     generation = newest(run / "checkpoints", "round")
     files = {"checkpoints": checkpointed(generation)}
-    games = json.loads((run / "judged.json").read_text())
+    games = json.loads((run / "final_eval.json").read_text())
     for row in games.values():
         del row["seconds"]
     for path in (run, run / "checkpoints"):
@@ -284,33 +284,34 @@ def test_a_failure_of_any_commit_loses_nothing(code: int, warm: Warm, whole: Who
 
 
 PHASES = {
-    "load": ("distill_atari:load_teacher", 1),
-    "begin": ("distill_atari:start_run", 1),
-    "visit": ("policykd.legacy.loop:visit", 2),
-    "measure": ("policykd.legacy.loop:compare", 2),
-    "save": ("distill_atari:save_checkpoint", 2),
-    "evaluate": ("distill_atari:evaluate_on_the_way", 1),
-    "student": ("distill_atari:save_student", 1),
-    "judge": ("policykd.evaluation.results:evaluate_on_atari", 2),
-    "animation": ("policykd.viewer.animation:greedy", 3),
+    "load": ("policykd.runs.distill_run:load_teachers", 1),
+    "begin": ("policykd.runs.distill_run:write_run_config", 1),
+    "collect": ("policykd.collector:Collector._collect", 2),
+    "measure": ("policykd.trainer:Trainer.measure", 2),
+    "save": ("policykd.runs.distill_run:save_checkpoint", 2),
+    "evaluate": ("policykd.runs.distill_run:periodic_evaluation", 1),
+    "student": ("policykd.runs.distill_run:save_student", 1),
+    "final evaluation": ("policykd.evaluation.results:evaluate_on_atari", 2),
+    "film": ("policykd.viewer.animation:greedy", 3),
 }
-SHORT = ("visit", "animation")
+SHORT = ("collect", "save")
 
 
 @pytest.mark.parametrize("phase", [p if p in SHORT else pytest.param(p, marks=pytest.mark.faults) for p in PHASES])
-def test_a_signal_in_any_phase_saves_and_says_how_to_go_on(
+def test_a_signal_in_any_phase_saves_and_names_the_command_that_resumes(
     phase: str, warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:
-    """C04: then a second signal, which ends the process at once, and then it goes on."""
+    """C04: then a second signal, which ends the process at once, and then it is resumed."""
     code, said, seconds = interrupted(warm, tmp_path, ROUNDS, *PHASES[phase], [signal.SIGTERM])
     assert code == INTERRUPTED, said
     assert seconds < GRACE_SECONDS
     last = said.strip().splitlines()[-1]
-    assert re.search(r"interrupted: .*go on with: .* --resume", last), said
+    assert re.search(r"interrupted: .*resume with: policykd (resume .*/Pong/r|distill .* --resume)$", last), said
     assert "Traceback" not in said
     if (tmp_path / "Pong/r").exists():
         num_rounds_kept(tmp_path / "Pong/r")
-    again = ("distill_atari:restore_checkpoint", 1) if phase in ("save", "evaluate") else ("distill_atari:make", 1)
+    step = "restore_checkpoint" if phase in ("save", "evaluate") else "_run_in_folder"
+    again = (f"policykd.runs.distill_run:{step}", 1)
     code, said, seconds = interrupted(warm, tmp_path, ROUNDS, *again, [signal.SIGTERM, signal.SIGINT])
     assert code in (128 + signal.SIGINT, 128 + signal.SIGTERM), said
     assert seconds < 2.0
@@ -325,9 +326,9 @@ def test_a_signal_while_a_dataset_is_labelled(warm: Warm, whole: Whole, tmp_path
     args = f"--rounds 2 --eval-every 1 --teacher bundled:dqn --states dataset:{whole.run}"
     code, said = warm(tmp_path / "whole", args)
     assert code == 0, said
-    code, said, seconds = interrupted(warm, tmp_path, args, "distill_atari:label", 1, [signal.SIGINT])
+    code, said, seconds = interrupted(warm, tmp_path, args, "policykd.storage.offline:label", 1, [signal.SIGINT])
     assert (code, seconds < GRACE_SECONDS) == (INTERRUPTED, True), said
-    assert "--resume" in said.strip().splitlines()[-1]
+    assert "policykd resume" in said.strip().splitlines()[-1]
     code, said = warm(tmp_path, args)
     assert code == 0, said
     assert learned(tmp_path / "Pong/r") == learned(tmp_path / "whole/Pong/r")
@@ -372,7 +373,7 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 
 
 def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
-    """C04 in the fit; C08 meanwhile."""
+    """C04 during training; C08 meanwhile."""
     args, run = "--rounds 500 --states-per-round 64 --num-envs 2 --eval-every 0", tmp_path / "Pong/r"
     first = real(tmp_path, args)
     wait_for(run / "checkpoints/manifest-000002.json", first)
@@ -380,7 +381,7 @@ def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
     began = time.monotonic()
     _, said = first.communicate(timeout=60)
     assert (first.returncode, time.monotonic() - began < GRACE_SECONDS) == (INTERRUPTED, True), said
-    assert "go on with: " in said.splitlines()[-1]
+    assert "resume with: policykd resume " in said.splitlines()[-1]
     kept = num_rounds_kept(run)
     assert kept >= 2
 
@@ -450,18 +451,18 @@ def test_a_damaged_checkpoint_costs_one_round(
     harm(runs / "Pong/r/checkpoints" / name)
     code, said = warm(runs)
     assert code == 0, said
-    assert re.search(r"warning: .*-000003\.\w+: .*: going on from round 2, the one before", said), said
+    assert re.search(r"warning: .*-000003\.\w+: .*: continuing from round 2, the previous one", said), said
     assert learned(runs / "Pong/r") == whole.learned
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(warm: Warm, stopped: Path, tmp_path: Path) -> None:
-    """C05: exit 3, nothing overwritten; C06: other settings are all listed, exit 2."""
+def test_without_an_intact_checkpoint_nothing_is_started_again(warm: Warm, stopped: Path, tmp_path: Path) -> None:
+    """C05: exit 3, nothing overwritten; C06: other settings are all named, exit 2."""
     runs = shutil.copytree(stopped, tmp_path / "runs")
     before = tree(runs)
-    other = ROUNDS.replace("--rounds 3", "--rounds 5") + " --learning-rate 0.1"
+    other = ROUNDS.replace("--states-per-round 32", "--states-per-round 64") + " --learning-rate 0.1"
     code, said = warm(runs, other)
     assert code == USAGE, said
-    assert "rounds was 3, is 5; learning_rate was 0.002, is 0.1" in said.splitlines()[-1]
+    assert "states_per_round was 32, is 64; learning_rate was 0.002, is 0.1" in said.splitlines()[-1]
     assert tree(runs) == before
     for path in (runs / "Pong/r/checkpoints").glob("model-*"):
         flipped(path)
@@ -472,7 +473,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(warm: Warm, stopped:
     assert tree(runs) == before
 
 
-def test_another_number_of_threads_is_told_and_noted(warm: Warm, stopped: Path, tmp_path: Path) -> None:
+def test_another_number_of_threads_is_a_warning_and_a_note(warm: Warm, stopped: Path, tmp_path: Path) -> None:
     """C07."""
     runs = shutil.copytree(stopped, tmp_path / "runs")
     code, said = warm(runs, f"{ROUNDS} --threads 2")
@@ -481,8 +482,8 @@ def test_another_number_of_threads_is_told_and_noted(warm: Warm, stopped: Path, 
     assert "(threads was 1, is 2)" in (runs / "Pong/r/notes.log").read_text()
 
 
-def test_one_process_a_folder_and_it_may_die_there(warm: Warm, whole: Whole, tmp_path: Path) -> None:
-    """C08: the second is told who was first; the lock of a process that was killed is nobody's."""
+def test_one_process_per_folder_and_it_may_die_there(warm: Warm, whole: Whole, tmp_path: Path) -> None:
+    """C08: the second names the first; the lock of a killed process is void."""
     pid = warm.start(tmp_path)
     while not (tmp_path / "Pong/r/.lock").exists():
         time.sleep(0.005)
@@ -513,9 +514,9 @@ def test_the_clock_and_the_place_do_not_matter(warm: Warm, whole: Whole, stopped
 
 @pytest.mark.faults
 def test_a_folder_that_moves_under_a_running_process(warm: Warm, whole: Whole, tmp_path: Path) -> None:
-    """C09: one line, and what was moved goes on."""
+    """C09: one line, and the moved run is resumed."""
     runs = tmp_path / "before"
-    warm.start(runs, sleep_in={"where": "distill_atari:save_checkpoint", "seconds": 1.0})
+    warm.start(runs, sleep_in={"where": "policykd.runs.distill_run:save_checkpoint", "seconds": 1.0})
     while not (runs / "Pong/r/metrics.jsonl").exists():
         time.sleep(0.005)
     runs.rename(tmp_path / "after")
@@ -563,7 +564,7 @@ def test_a_read_only_folder_is_one_line(warm: Warm, whole: Whole, stopped: Path,
 
 
 def test_a_file_that_may_not_grow_is_one_line(warm: Warm, whole: Whole, tmp_path: Path) -> None:
-    """D01, the short form: no room for the weights."""
+    """D01, the short form: no space for the weights."""
     code, said = warm(tmp_path, limit_file_size={"num_bytes": 100_000})
     assert code == ENVIRONMENT, said
     assert re.search(r"[\d,]{6,} bytes were needed, nothing was overwritten$", said.strip()), said
@@ -577,7 +578,7 @@ def test_a_file_that_may_not_grow_is_one_line(warm: Warm, whole: Whole, tmp_path
 @pytest.mark.faults
 @needs_root
 def test_a_full_disk_at_any_time_is_one_line(warm: Warm, whole: Whole, disk: Path) -> None:
-    """D01: from no room for the config to no room for the animation."""
+    """D01: from no space for the config to no space for the animation."""
     stopped_at, kilobytes = set(), 4
     while True:
         remount(disk, f"size={kilobytes}k")
@@ -599,7 +600,7 @@ def test_a_full_disk_at_any_time_is_one_line(warm: Warm, whole: Whole, disk: Pat
         assert learned(disk / "runs/Pong/r") == whole.learned
         shutil.rmtree(disk / "runs")
         kilobytes += 4 + kilobytes // 32 * 4  # whole pages
-    assert {"config.json", "learner.safetensors", "replay.npz"} <= stopped_at
+    assert {"config.json", "model.safetensors", "states.npz"} <= stopped_at
 
 
 @pytest.mark.faults
@@ -627,11 +628,11 @@ def test_no_room_for_the_export_is_one_line(
     assert learned(runs / "Pong/r") == whole.learned
 
 
-def test_a_reader_beside_the_writer_sees_a_prefix(warm: Warm, whole: Whole, tmp_path: Path) -> None:
+def test_a_reader_next_to_the_writer_sees_a_prefix(warm: Warm, whole: Whole, tmp_path: Path) -> None:
     """D03."""
     load = partial(load_dataset, teacher=load_teacher(game="Pong"))
     expected = load(whole.run)
-    assert expected.scores_NA.isfinite().all()
+    assert expected.teacher_NA.isfinite().all()
     pid, run, seen = warm.start(tmp_path), tmp_path / "Pong/r", set()
     while not (run / "results.json").exists():
         os.kill(pid, 0)
@@ -642,7 +643,7 @@ def test_a_reader_beside_the_writer_sees_a_prefix(warm: Warm, whole: Whole, tmp_
         found = load(run)
         seen.add(len(found))
         assert (found.frames[: 1 + len(found)] == expected.frames[: 1 + len(found)]).all()
-        assert (found.scores_NA[: len(found)] == expected.scores_NA[: len(found)]).all()
+        assert (found.teacher_NA[: len(found)] == expected.teacher_NA[: len(found)]).all()
     code, said = warm.finish()
     assert code == 0, said
     assert seen >= {64, 96}

@@ -1,12 +1,11 @@
-"""scripts/distill_atari.py in processes forked from one that has imported everything, each with a fault of its own.
+"""`policykd distill` in processes forked from one that has imported everything, each with a fault of its own.
 
-A line of JSON on standard input starts one: `args` of the command, `said` (a file for what it prints), and `faults`. It
-prints the process's id, and its exit code once it has ended. All but the games is real: those are `Flickers`, which end
-after a dozen steps and need no emulator, so that a whole run takes a second.
+A line of JSON on standard input starts one: `args` of the command, `output` (a file for what it prints), and `faults`.
+It prints the process's id, and its exit code once it has ended. Everything is real but the games: those are `Flickers`,
+which end after a dozen steps and need no emulator, so that a whole run takes a second.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import resource
@@ -15,22 +14,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.utils.tensorboard
 
+import policykd.cli.distill
 import policykd.evaluation.evaluate
 import policykd.evaluation.results
+import policykd.runs.distill_run
+import policykd.runs.finish
 import policykd.viewer.animation
-from policykd.cli.arguments import parse_args
-from policykd.cli.command import exit_with_one_line
+from policykd.cli.main import run_command
 from policykd.envs.vector import Episode, Step
 from policykd.evaluation.costs import Costs
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_atari.py"
+PLAYING = (
+    policykd.runs.distill_run,
+    policykd.evaluation.evaluate,
+    policykd.evaluation.results,
+    policykd.viewer.animation,
+)
+"""modules that make environments"""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -119,11 +125,11 @@ def count_commits(folder: str, then: Callable[[int, str, str], None]) -> None:
 def note_commits(folder: str, notes: str) -> None:
     """Writes a line for every commit."""
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    count_commits(folder, lambda number, event, path: void(os.write(file, f"{event} {path}\n".encode())))
 
+    def then(number: int, event: str, path: str) -> None:
+        os.write(file, f"{event} {path}\n".encode())
 
-def void(value: object) -> None:
-    """Drops a result."""
+    count_commits(folder, then)
 
 
 def kill_at_commit(folder: str, number: int) -> None:
@@ -147,21 +153,36 @@ def fail_at_commit(folder: str, number: int, code: int) -> None:
     count_commits(folder, then)
 
 
+def replace_function(where: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces `module:function` or `module:Class.method` by what `make` returns for it."""
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = sys.modules[module]
+    for part in owners:
+        owner = getattr(owner, part)
+    setattr(owner, name, make(getattr(owner, name)))
+
+
 def signal_in(where: str, call: int, numbers: list[int], at: str) -> None:
-    """Sends itself signals when a function is entered for the n-th time, and writes down when."""
-    module, _, name = where.partition(":")
-    function, num_calls = getattr(sys.modules[module], name), 0
+    """Sends itself signals when a function is entered for the n-th time, and records the time in the file `at`."""
+    num_calls = 0
 
-    def entered(*args: Any, **kwargs: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == call:
-            Path(at).write_text(repr(time.monotonic()))
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return function(*args, **kwargs)
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == call:
+                Path(at).write_text(repr(time.monotonic()))
+                # Blocked, so that all of them have arrived before the first is handled.
+                signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            return function(*args, **kwargs)
 
-    setattr(sys.modules[module], name, entered)
+        return entered
+
+    replace_function(where, make)
 
 
 def limit_file_size(num_bytes: int) -> None:
@@ -182,56 +203,52 @@ def turn_back_clock(seconds: float) -> None:
 
 
 def sleep_in(where: str, seconds: float) -> None:
-    """Makes a function last longer."""
-    module, _, name = where.partition(":")
-    function = getattr(sys.modules[module], name)
+    """Makes a function take longer."""
 
-    def slower(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(seconds)
-        return function(*args, **kwargs)
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slower(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return function(*args, **kwargs)
 
-    setattr(sys.modules[module], name, slower)
+        return slower
+
+    replace_function(where, make)
 
 
 FAULTS = (note_commits, kill_at_commit, fail_at_commit, signal_in, limit_file_size, turn_back_clock, sleep_in)
 
 
-def command() -> ModuleType:
-    """Returns the script as a module, playing `Flickers`, once everything is imported."""
-    spec = importlib.util.spec_from_file_location("distill_atari", SCRIPT)
-    assert spec
-    assert spec.loader
-    script = sys.modules["distill_atari"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for module in (script, policykd.evaluation.evaluate, policykd.viewer.animation, policykd.evaluation.results):
+def play_flickers() -> None:
+    """Puts `Flickers` in place of every game, and fixed numbers in place of the networks' costs."""
+    for module in PLAYING:
         setattr(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))  # noqa: B010
-    policykd.evaluation.results.measure_costs = lambda nets, obs: dict.fromkeys(nets, Costs(num_parameters=1))
+    costs = Costs(1, 1, 1, 1.0)
+    setattr(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, costs))  # noqa: B010
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
-    return script
 
 
-def run(script: ModuleType, args: list[str], faults: dict[str, dict[str, Any]]) -> None:
-    """Runs the command as its last lines do."""
-    sys.argv = [str(SCRIPT), *args]
+def run(args: list[str], faults: dict[str, dict[str, Any]]) -> NoReturn:
+    """Runs the command as `policykd` does."""
+    sys.argv = ["policykd", "distill", *args]
     for fault in FAULTS:
         if fault.__name__ in faults:
             fault(**faults[fault.__name__])
-    exit_with_one_line(lambda: script.main(parse_args(script.Args, sys.argv[1:])))
+    run_command("distill", args)
 
 
 def serve() -> None:
     """Starts a process for every line."""
     torch.set_num_threads(1)
-    script = command()
+    play_flickers()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if not pid:
-            said = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            run(script, request["args"], request["faults"])
+            output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            run(request["args"], request["faults"])
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
