@@ -22,6 +22,7 @@ import torch.utils.tensorboard
 
 import policykd.cli.distill
 import policykd.evaluation.evaluate
+import policykd.evaluation.real_states
 import policykd.evaluation.results
 import policykd.runs.distill_run
 import policykd.runs.finish
@@ -33,6 +34,7 @@ from policykd.evaluation.costs import Costs
 PLAYING = (
     policykd.runs.distill_run,
     policykd.evaluation.evaluate,
+    policykd.evaluation.real_states,
     policykd.evaluation.results,
     policykd.viewer.animation,
 )
@@ -218,12 +220,12 @@ def sleep_in(where: str, seconds: float) -> None:
 FAULTS = (note_commits, kill_at_commit, fail_at_commit, signal_in, limit_file_size, turn_back_clock, sleep_in)
 
 
-def play_flickers() -> None:
+def play_flickers(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Puts `Flickers` in place of every game, and fixed numbers in place of the networks' costs."""
     for module in PLAYING:
-        setattr(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))  # noqa: B010
+        replace(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))
     costs = Costs(1, 1, 1, 1.0)
-    setattr(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, costs))  # noqa: B010
+    replace(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, costs))
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
 
 
