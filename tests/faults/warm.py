@@ -224,7 +224,7 @@ def play_flickers(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Puts `Flickers` in place of every game, and fixed numbers in place of the networks' costs."""
     for module in PLAYING:
         replace(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))
-    costs = Costs(1, 1, 1, 1.0)
+    costs = Costs(num_parameters=1, num_macs=1, num_bytes=1, latency_microseconds=1.0)
     replace(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, costs))
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
 
