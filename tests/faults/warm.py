@@ -22,7 +22,6 @@ import torch.utils.tensorboard
 
 import policykd.cli.distill
 import policykd.evaluation.evaluate
-import policykd.evaluation.real_states
 import policykd.evaluation.results
 import policykd.runs.distill_run
 import policykd.runs.finish
@@ -30,11 +29,11 @@ import policykd.viewer.animation
 from policykd.cli.main import run_command
 from policykd.envs.vector import Episode, Step
 from policykd.evaluation.costs import Costs
+from policykd.io.files import write_atomically
 
 PLAYING = (
     policykd.runs.distill_run,
     policykd.evaluation.evaluate,
-    policykd.evaluation.real_states,
     policykd.evaluation.results,
     policykd.viewer.animation,
 )
@@ -221,11 +220,12 @@ FAULTS = (note_commits, kill_at_commit, fail_at_commit, signal_in, limit_file_si
 
 
 def play_flickers(replace: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Puts `Flickers` in place of every game, and fixed numbers in place of the networks' costs."""
+    """Puts `Flickers` in place of every game, and fixed content in place of the networks' costs and the report."""
     for module in PLAYING:
         replace(module, "make_atari", lambda game, num_envs, seed, **how: Flickers(num_envs, seed))
     costs = Costs(num_parameters=1, num_macs=1, num_bytes=1, latency_microseconds=1.0)
     replace(policykd.evaluation.results, "measure_costs", lambda nets, obs: dict.fromkeys(nets, costs))
+    replace(policykd.runs.finish, "write_report", lambda run, *how: write_atomically(run / "report.html", b"a page"))
     torch.optim.Adam([torch.zeros(1)])  # imports for seconds
 
 
