@@ -1,7 +1,6 @@
 """A policy in an ONNX file, run by ONNX Runtime on the CPU."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from policykd.agents.networks import check_obs
 from policykd.agents.onnx_graph import read_onnx_graph
+from policykd.agents.onnx_session import backend, open_session
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line
 
@@ -97,13 +97,6 @@ class OnnxPolicy:
         return np.ascontiguousarray(obs.detach().cpu().numpy())
 
 
-def backend() -> str:
-    """Returns the runtime's name and version, for the record: another one's outputs differ in the last bits."""
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"
-
-
 def finite(obs: Tensor) -> Tensor:
     """Returns observations as float32.
 
@@ -113,17 +106,3 @@ def finite(obs: Tensor) -> Tensor:
     if obs.is_floating_point() and not obs.isfinite().all():
         raise ValueError("observations are NaN or infinite, expected finite numbers")
     return obs.detach().float()
-
-
-def open_session(content: bytes, num_threads: int) -> Any:
-    """Returns ONNX Runtime's session of a graph that `read_onnx_graph` accepted, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    # Waiting threads would otherwise spin and take the cores that emulate games.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4
-    # Without this the runtime reads content that says ORTM in another format than the one that was checked.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -14,7 +14,7 @@ import tyro
 from stable_baselines3 import PPO
 
 from policykd.agents.networks import num_macs
-from policykd.agents.onnx_policy import open_session
+from policykd.agents.onnx_session import open_session
 from policykd.agents.student import SIZES, Student, make_student
 from policykd.agents.teacher import load_teacher
 from policykd.evaluation.costs import Latency, TimingOptions, measure_latencies

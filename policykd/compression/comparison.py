@@ -16,7 +16,8 @@ import numpy as np
 
 from policykd.agents.card import Provenance
 from policykd.agents.networks import num_macs
-from policykd.agents.onnx_policy import OnnxPolicy, open_session
+from policykd.agents.onnx_policy import OnnxPolicy
+from policykd.agents.onnx_session import open_session
 from policykd.agents.student import Student, load_student, save_student
 from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.quantization import export_student, shipped_bytes

@@ -52,16 +52,11 @@ def open_torch(path: Path) -> "ActFn":
 
 
 def open_onnx(path: Path) -> "ActFn":
-    """Returns an ONNX Runtime session, with the settings of `policykd.agents.onnx_policy`, which needs torch."""
-    import onnxruntime  # type: ignore[import-untyped]
+    """Returns an ONNX Runtime session with one thread."""
+    from policykd.agents.onnx_session import open_session
 
-    # One thread without spinning, so that it does not slow down the runtimes that are timed in between.
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.log_severity_level = 4
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # One thread, so that it does not slow down the runtimes that are timed in between.
+    session = open_session(path.read_bytes(), 1)
     input_name = session.get_inputs()[0].name
     return lambda obs: session.run(None, {input_name: obs})[0].argmax(1)
 

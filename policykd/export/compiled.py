@@ -8,7 +8,8 @@ from torch import Tensor
 
 from policykd.agents.ensemble import Ensemble
 from policykd.agents.networks import MLP, ConvNet, Net, check_obs
-from policykd.agents.onnx_policy import backend, finite, open_session
+from policykd.agents.onnx_policy import finite
+from policykd.agents.onnx_session import backend, open_session
 from policykd.agents.teacher import Teacher
 from policykd.export.onnx import to_onnx
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from policykd.agents.onnx_policy import open_session
+from policykd.agents.onnx_session import open_session
 from policykd.export.onnx import quiet
 
 if TYPE_CHECKING:
