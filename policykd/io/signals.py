@@ -73,18 +73,3 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     os.write(2, b"\nstopping; press Ctrl-C again to stop at once\n")
     if not _num_deferring:
         raise KeyboardInterrupt
-
-
-# Former names, until the last caller is gone.
-noting_signals = handle_signals
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """No longer needed: every signal interrupts at once."""
-    yield
-
-
-def seconds_since_signal() -> float:
-    """No longer needed: returns whether a signal has arrived, as a number."""
-    return float(_is_signalled)

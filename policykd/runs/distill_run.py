@@ -26,6 +26,7 @@ from policykd.evaluation.evaluate import periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
 from policykd.export.compiled import compile_policy
+from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
@@ -42,7 +43,6 @@ from policykd.runs.folder import (
     ensure_run_dir_exists,
     lengthen_run,
     load_run_config,
-    lock_folder,
     pin_teacher_revision,
     resume_command,
     should_resume,

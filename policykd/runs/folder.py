@@ -11,7 +11,6 @@ from pathlib import Path
 from policykd.agents.card import TeacherRecord
 from policykd.evaluation.teacher_check import TeacherCheck
 from policykd.io.files import BadFile, write_atomically
-from policykd.io.locks import lock_folder as lock_folder
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
 from policykd.runs.settings import Settings, changed_settings
@@ -188,17 +187,3 @@ def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 def _describe(teacher: TeacherRecord) -> str:
     return f"{teacher.algorithm} {teacher.ref} (sha256 {teacher.sha256[:12]})"
-
-
-# Former names, until nobody uses them.
-from policykd.io.locks import LOCK as LOCK  # noqa: E402
-from policykd.io.locks import lock_folder as lock  # noqa: E402, F401
-from policykd.runs.legacy import again as again  # noqa: E402
-from policykd.runs.legacy import check_at_least as check_at_least  # noqa: E402
-from policykd.runs.legacy import check_name as check_name  # noqa: E402
-from policykd.runs.legacy import check_seed as check_seed  # noqa: E402
-from policykd.runs.legacy import check_there as check_there  # noqa: E402
-from policykd.runs.legacy import goes_on as goes_on  # noqa: E402
-from policykd.runs.legacy import pinned as pinned  # noqa: E402
-from policykd.runs.legacy import start_run as start_run  # noqa: E402
-from policykd.runs.legacy import started_with as started_with  # noqa: E402

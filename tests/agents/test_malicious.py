@@ -31,7 +31,7 @@ import pytest
 import torch
 
 from policykd.agents.teacher import load_teacher
-from policykd.cli.command import BAD_FILE, exit_with_one_line
+from policykd.cli.errors import BAD_FILE, run_cli
 
 MIB = 1 << 20
 BUNDLED = Path(__file__).parents[2] / "agents" / "pretrained" / "ppo-Pong.zip"
@@ -477,7 +477,7 @@ def measure(names: list[str]) -> None:
                 load_teacher(ordinary)  # a fork maps libraries anew when it first runs them: not what a file costs
 
             def read(path: Path = path) -> None:
-                exit_with_one_line(lambda: print(load_teacher(path).num_actions, file=sys.stderr))
+                run_cli(lambda: print(load_teacher(path).num_actions, file=sys.stderr))
 
             status, stderr, seconds, mib = in_a_child(read, warm_up)
             executed = any((Path(folder) / mark).exists() for mark in (EXECUTED, "evil", "unpacked/evil"))
