@@ -17,16 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from policykd.agents.card import MAX_CARD_BYTES, Provenance
-from policykd.agents.networks import (
-    ATARI_OBS_SHAPE,
-    MLP,
-    Activations,
-    ConvNet,
-    Design,
-    ImpalaNet,
-    Net,
-    UserNet,
-)
+from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, Activations, ConvNet, Design, ImpalaNet, Net, UserNet
 from policykd.agents.policy import greedy, sample
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.typed import one_line, read_bounded, read_json, to_json

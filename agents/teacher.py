@@ -69,13 +69,8 @@ class Teacher:
     @property
     def record(self) -> TeacherRecord:
         """Identity of the teacher, for the files of a run."""
-        return TeacherRecord(
-            ref=self.ref,
-            sha256=self.sha256,
-            revision=self.revision,
-            algorithm=self.algorithm,
-            file=self.path.name,
-        )
+        where = {"ref": self.ref, "revision": self.revision, "file": self.path.name}
+        return TeacherRecord(**where, sha256=self.sha256, algorithm=self.algorithm)
 
     @property
     def reported_return(self) -> float | None:

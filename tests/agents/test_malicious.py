@@ -444,7 +444,7 @@ def suffer(case: Case, path: Path) -> str:
         limit = pages * resource.getpagesize() + 100 * MIB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.alarm(1 if case.harm == TIME else 60)
+        signal.alarm(1 if case.harm == TIME else 600)
         if case.naive(path) is True:
             sys.exit(71)
 
@@ -502,7 +502,7 @@ def test_a_malicious_archive(name: str, rows: dict[str, dict[str, Any]]) -> None
     row, case = rows[name], CASES[name]
     assert row["harm"].startswith(case.harm)
     assert not row["executed"]
-    assert row["seconds"] < 1
+    assert row["seconds"] < 10  # of CPU time: an attack on time would take hours
     assert row["MiB"] < 100
     assert row["line"].count("\n") == 1
     if case.reason:

@@ -390,7 +390,7 @@ def refused(path: Path, message: str) -> None:
 
     began = time.process_time()
     assert mebibytes_grown(read) < 100
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - began < 10.0  # of CPU time: an attack on time would take hours
 
 
 @pytest.mark.parametrize("case", GET_A_SESSION)
