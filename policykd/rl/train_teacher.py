@@ -1,6 +1,5 @@
 """Trains a teacher with SB3's own algorithms and the hyperparameters of rl-baselines3-zoo, and writes its card."""
 
-import json
 import shlex
 import sys
 from contextlib import closing
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -76,6 +76,7 @@ ZOO: dict[AlgorithmFlag, dict[str, object]] = {
 }
 """rl-baselines3-zoo's hyperparameters for Atari; QR-DQN's buffer and first random steps are DQN's, because the zoo's
 need ten times the memory"""
+_NUMBER: TypeAdapter[bool | int | float] = TypeAdapter(bool | int | float)
 EVALUATION_SEED_OFFSET = 1000
 """keeps the card's episodes apart from those of the training"""
 
@@ -203,7 +204,7 @@ def _parse_hyperparams(texts: tuple[str, ...]) -> dict[str, float]:
     for text in texts:
         name, _, number = text.partition(":")
         try:
-            numbers[name] = json.loads(number)
+            numbers[name] = _NUMBER.validate_json(number)
         except ValueError as error:
             raise ValueError(f"--hyperparams {text!r}: write NAME:NUMBER, such as learning_rate:3e-4") from error
     return numbers
@@ -241,7 +242,8 @@ def _write_card(archive: Path, config: TrainTeacherConfig, training: Training) -
     protocols: dict[str, CardProtocol] = {}
     for protocol in PROTOCOLS:
         what = (config.game, protocol, config.eval_episodes)
-        episodes = games.play(teacher, teacher.sha256, *what, seed=config.seed + EVALUATION_SEED_OFFSET)
+        episodes = games.play(teacher, teacher.sha256, *what, seed=config.seed + _NUMBER: TypeAdapter[bool | int | float] = TypeAdapter(bool | int | float)
+EVALUATION_SEED_OFFSET)
         protocols[protocol] = CardProtocol(
             returns=episodes.returns,
             lengths=episodes.lengths,

@@ -1,6 +1,7 @@
 """Runs of distillation inside reinforcement learning, with the real game and teacher."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,9 +13,11 @@ from policykd.cli.main import execute
 from policykd.evaluation.evaluate import Evaluation
 from policykd.evaluation.results import FinalEvaluation, compare_with_teacher, policy_result, summarise_episodes
 from policykd.evaluation.teacher_check import TeacherCheck
+from policykd.report import ReportOptions
 from policykd.rl import training as training_module
 from policykd.rl.training import Training
 from policykd.runs import distill_rl_run as module
+from policykd.runs import finish
 from policykd.runs.distill_rl_run import DistillRLConfig, distill_rl_run
 from policykd.runs.results import load_results
 
@@ -65,6 +68,8 @@ def test_a_run_is_interrupted_resumed_and_reported(tmp_path: Path, interrupt_at_
         distill_rl_run(config)
     interrupt_at_128.undo()
     interrupt_at_128.setattr(module, "final_evaluation", canned_evaluation)
+    interrupt_at_128.setattr(finish, "play_to_gif", lambda *_, **__: None)
+    interrupt_at_128.setattr(finish, "ReportOptions", partial(ReportOptions, seconds=1.0, num_states=64))
     result = distill_rl_run(config)
 
     run = tmp_path / "Pong" / "qdagger-1pct-seed0"
