@@ -242,8 +242,7 @@ def _write_card(archive: Path, config: TrainTeacherConfig, training: Training) -
     protocols: dict[str, CardProtocol] = {}
     for protocol in PROTOCOLS:
         what = (config.game, protocol, config.eval_episodes)
-        episodes = games.play(teacher, teacher.sha256, *what, seed=config.seed + _NUMBER: TypeAdapter[bool | int | float] = TypeAdapter(bool | int | float)
-EVALUATION_SEED_OFFSET)
+        episodes = games.play(teacher, teacher.sha256, *what, seed=config.seed + EVALUATION_SEED_OFFSET)
         protocols[protocol] = CardProtocol(
             returns=episodes.returns,
             lengths=episodes.lengths,
