@@ -1,39 +1,25 @@
 """`policykd watch`: shows policies playing, in a window or as an animation."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from PIL import Image
 from pydantic import Field
 
 from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.errors import needs_extra
 from policykd.cli.groups import NotNegative, Positive, SeedArgs
-from policykd.evaluation.policies import (
-    NamedPolicy,
-    infer_game,
-    load_named_policy,
-    load_run_teacher,
-    run_folder,
-)
+from policykd.evaluation import policies
 from policykd.io.files import write_atomically
-from policykd.viewer import colours
-from policykd.viewer.animation import (
-    STEPS_PER_SECOND,
-    AnimationFormat,
-    Player,
-    VideoSettings,
-    encode_animation,
-    render_video,
-    video_bytes,
-)
-from policykd.viewer.window import NoWindow, has_screen, show
+from policykd.viewer import animation, colours, window
 
-ANIMATION_FORMATS: dict[str, AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
+ANIMATION_FORMATS: dict[str, animation.AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
 DEFAULT_STEPS_IN_FILE = 300
 MAX_PICTURE_BYTES = 2_000_000_000
 """memory of all pictures of an animation before they are encoded"""
@@ -78,10 +64,10 @@ def run(args: WatchArgs) -> None:
     if args.out and not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: folder not found; create it first")
     torch.set_num_threads(1)
-    game = infer_game([args.policy], args.game)
+    game = policies.infer_game([args.policy], args.game)
     players = [_as_player(policy) for policy in _load_policies(args, game)]
     names = " and ".join(player.name for player in players)
-    settings = VideoSettings(
+    settings = animation.VideoSettings(
         game,
         seed=args.seed,
         num_steps=args.steps or sys.maxsize,
@@ -93,51 +79,52 @@ def run(args: WatchArgs) -> None:
     reason = ""
     if args.out is None:
         reason = "no screen found"
-        if has_screen():
+        if window.has_screen():
             try:
-                with needs_extra("watch"):
-                    show(
-                        render_video(players, settings), title=f"{game}: {names}", pictures_per_second=STEPS_PER_SECOND
-                    )
+                _show(animation.render_video(players, settings), f"{game}: {names}")
                 return
-            except NoWindow as error:
+            except window.NoWindow as error:
                 reason = str(error).partition("; ")[0]
     num_steps = args.steps or DEFAULT_STEPS_IN_FILE
     settings = replace(settings, num_steps=num_steps, steps_per_picture=args.every)
     _check_animation(players, settings)
     if reason:
-        print(f"{reason}, so {num_steps / STEPS_PER_SECOND:.0f} seconds of play are written to a file")
-    out = args.out or (run_folder(args.policy) or Path()) / "watch.gif"
-    content = encode_animation(
-        render_video(players, settings), settings.steps_per_picture, ANIMATION_FORMATS[out.suffix.lower()]
-    )
+        print(f"{reason}, so {num_steps / animation.STEPS_PER_SECOND:.0f} seconds of play are written to a file")
+    out = args.out or (policies.run_folder(args.policy) or Path()) / "watch.gif"
+    pictures = animation.render_video(players, settings)
+    content = animation.encode_animation(pictures, args.every, ANIMATION_FORMATS[out.suffix.lower()])
     write_atomically(out, content)
     print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
 
 
-def _load_policies(args: WatchArgs, game: str) -> list[NamedPolicy]:
+def _show(pictures: Iterator[Image.Image], title: str) -> None:
+    with needs_extra("watch"):
+        window.show(pictures, title=title, pictures_per_second=animation.STEPS_PER_SECOND)
+
+
+def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:
     """Returns the policies to show, a teacher before a student."""
-    policy = load_named_policy(args.policy, game, trust_pickle=args.trust_pickle)
-    own_run = run_folder(args.policy)
+    policy = policies.load_named_policy(args.policy, game, trust_pickle=args.trust_pickle)
+    own_run = policies.run_folder(args.policy)
     if args.against == "none" or (args.against == "teacher" and own_run is None):
         return [policy]
     if args.against == "teacher":
         assert own_run is not None
-        return [load_run_teacher(own_run, trust_pickle=args.trust_pickle), policy]
-    other = load_named_policy(args.against, game, trust_pickle=args.trust_pickle)
+        return [policies.load_run_teacher(own_run, trust_pickle=args.trust_pickle), policy]
+    other = policies.load_named_policy(args.against, game, trust_pickle=args.trust_pickle)
     return [policy, other] if isinstance(other.policy, Student) else [other, policy]
 
 
-def _as_player(named: NamedPolicy) -> Player:
+def _as_player(named: policies.NamedPolicy) -> animation.Player:
     colour = colours.STUDENT if isinstance(named.policy, Student) else colours.TEACHER
-    return Player(named.name, named.policy, named.temperature, colour)
+    return animation.Player(named.name, named.policy, named.temperature, colour)
 
 
-def _check_animation(players: list[Player], settings: VideoSettings) -> None:
+def _check_animation(players: list[animation.Player], settings: animation.VideoSettings) -> None:
     """Raises ValueError for an animation of one picture, or one that does not fit into memory, before it is played."""
     if settings.steps_per_picture > settings.num_steps:
         raise ValueError(f"--every must be at most the number of steps, {settings.num_steps}")
-    num_bytes = video_bytes(players, settings)
+    num_bytes = animation.video_bytes(players, settings)
     if num_bytes > MAX_PICTURE_BYTES:
         excess = f"{num_bytes / 1e9:,.1f} GB of memory, the maximum is {MAX_PICTURE_BYTES / 1e9:g} GB"
         raise ValueError(f"the pictures take {excess}; lower --steps or --scale, or raise --every")

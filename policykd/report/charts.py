@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from markupsafe import Markup
 
+from policykd.evaluation.results import PolicyRole, ProtocolResult
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Look = Literal["teacher", "student", "random", "second"]
@@ -60,17 +61,6 @@ class Series:
     """matplotlib's format of marker and line"""
 
 
-@dataclass(frozen=True)
-class PolicyPoint:
-    """Mean return of a policy with its 95 % interval, its returns, and its cost."""
-
-    role: Literal["teacher", "student", "random"]
-    mean: float
-    interval: tuple[float, float]
-    returns: Sequence[float] = ()
-    cost: float = 0.0
-
-
 def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str, scale: str = "linear") -> Chart:
     """Returns curves over a common x axis, the last one on top.
 
@@ -98,7 +88,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str,
         return _to_chart(figure, title, unit, tuple((line.label, line.look) for line in series))
 
 
-def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) -> Chart:
+def cost_chart(title: str, costs: Mapping[PolicyRole, float], played: Mapping[PolicyRole, ProtocolResult]) -> Chart:
     """Returns mean returns with intervals against a cost, and a line for random play.
 
     Costs are logarithmic. Returns are logarithmic in the points below the best one, because good policies differ there
@@ -106,7 +96,7 @@ def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) 
     """
     from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
-    ends = [random_mean, *(end for policy in policies for end in policy.interval)]
+    ends = [played["random"].mean, *(end for role in costs for end in played[role].interval)]
     unit = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1e-6) / 20.0))
     top = math.ceil(max(ends) / unit) * unit
     with _figure(title, 3.2) as figure:
@@ -120,14 +110,14 @@ def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) 
             ),
         )
         ax.set_ylim(min(ends) - 0.15 * (top - min(ends)), top + 0.25 * unit)
-        ax.axhline(random_mean, color=COLOURS["random"], linestyle=":")
-        ax.annotate("random play", (1.0, random_mean), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
-        highest_cost = max(policy.cost for policy in policies)
-        for policy in policies:
-            _draw_interval(ax, policy, policy.cost, policy.mean)
+        ax.axhline(ends[0], color=COLOURS["random"], linestyle=":")
+        ax.annotate("random play", (1.0, ends[0]), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
+        for role, cost in costs.items():
+            mean = played[role].mean
+            ax.errorbar(cost, mean, _errors(played[role]), fmt="o", color=COLOURS[role], ms=8.0)
             # The name is to the right of the point, but to the left of the last one.
-            offset, side = (-9, "right") if policy.cost == highest_cost else (9, "left")
-            name = ax.annotate(policy.role, (policy.cost, policy.mean), (offset, 0), textcoords="offset points")
+            offset, side = (-9, "right") if cost == max(costs.values()) else (9, "left")
+            name = ax.annotate(role, (cost, mean), (offset, 0), textcoords="offset points")
             name.set(ha=side, va="center", color=COLOURS["ink"], weight="bold")
         ax.margins(x=0.15)
         ax.set_xlabel(title)
@@ -137,31 +127,31 @@ def cost_chart(title: str, policies: Sequence[PolicyPoint], random_mean: float) 
         ax.yaxis.set_major_locator(FixedLocator([top - unit * below for below in (0, 1, 2, 5, 10, 20, 40, 100, 200)]))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(PLAIN)
-        caption = "; ".join(f"{policy.role} {policy.cost:,.0f}, return {policy.mean:,.2f}" for policy in policies)
+        caption = "; ".join(f"{role} {cost:,.0f}, return {played[role].mean:,.2f}" for role, cost in costs.items())
         return _to_chart(figure, title, caption)
 
 
-def histogram(title: str, policies: Sequence[PolicyPoint]) -> Chart:
+def histogram(title: str, played: Mapping[PolicyRole, ProtocolResult]) -> Chart:
     """Returns how often each return occurred, one row per policy, with the mean and its interval below."""
-    edges = bin_edges([value for policy in policies for value in policy.returns])
+    edges = bin_edges([value for result in played.values() for value in result.returns])
     captions = []
     with _figure(title, 3.4) as figure:
-        rows = figure.subplots(len(policies), sharex=True)
-        for ax, policy in zip(rows, policies, strict=True):
-            counts, _ = np.histogram(policy.returns, edges)
+        rows = figure.subplots(len(played), sharex=True)
+        for ax, (role, result) in zip(rows, played.items(), strict=True):
+            counts, _ = np.histogram(result.returns, edges)
             seen = np.flatnonzero(counts)
-            colour = COLOURS[policy.role]
-            ax.bar(edges[seen], counts[seen], 0.88 * (edges[1] - edges[0]), align="edge", color=colour)
-            _draw_interval(ax, policy, policy.mean, -0.16 * counts.max(), axis="x")
-            ax.set_ylim(-0.3 * counts.max(), counts.max())
+            highest = counts.max()
+            ax.bar(edges[seen], counts[seen], 0.88 * (edges[1] - edges[0]), align="edge", color=COLOURS[role])
+            ax.errorbar(
+                result.mean, -0.16 * highest, xerr=_errors(result), fmt="o", color=COLOURS[role], markersize=5.0
+            )
+            ax.set_ylim(-0.3 * highest, highest)
             ax.axhline(0.0, color=COLOURS["rule"])
-            ax.set_yticks([0.35 * counts.max()], [policy.role], color=COLOURS["ink"], weight="bold")
+            ax.set_yticks([0.35 * highest], [role], color=COLOURS["ink"], weight="bold")
             ax.grid(visible=False)
             ax.xaxis.set_major_formatter(PLAIN)
-            low, high = policy.interval
-            captions.append(
-                f"{policy.role} {policy.mean:,.2f} [{low:,.2f}, {high:,.2f}] in {len(policy.returns)} games"
-            )
+            low, high = result.interval
+            captions.append(f"{role} {result.mean:,.2f} [{low:,.2f}, {high:,.2f}] in {result.num_episodes} games")
         rows[-1].set_xlabel("episodic return")
         return _to_chart(figure, title, "; ".join(captions))
 
@@ -182,31 +172,10 @@ def bin_edges(returns: Sequence[float]) -> np.ndarray:
     return low - step / 2 + width * np.arange(math.ceil(num_values * step / width) + 1)
 
 
-def share_chart(names: Sequence[str], teacher_A: Sequence[float], student_A: Sequence[float]) -> Chart:
-    """Returns the mean probability of each action, one bar per policy."""
-    title = "How often each action is taken"
-    with _figure(title, 0.25 + 0.44 * len(names)) as figure:
-        ax = figure.subplots()
-        for look, offset, shares in (("teacher", -0.2, teacher_A), ("student", 0.2, student_A)):
-            bars = ax.barh(np.arange(len(names)) + offset, shares, 0.34, color=COLOURS[look])
-            ax.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4)
-        ax.set_yticks(range(len(names)), names, color=COLOURS["ink"], weight="bold")
-        ax.invert_yaxis()
-        ax.margins(x=0.16, y=0.01)
-        ax.grid(visible=False)
-        ax.xaxis.set_visible(False)
-        legend = (("teacher", "teacher"), ("student", "student"))
-        return _to_chart(figure, title, "Mean probability over the states.", legend)
-
-
-def _draw_interval(ax: "Axes", policy: PolicyPoint, x: float, y: float, axis: str = "y") -> None:
-    """Draws a mean with its interval along an axis."""
-    low, high = policy.interval
-    errors = [[max(0.0, policy.mean - low)], [max(0.0, high - policy.mean)]]
-    xerr = errors if axis == "x" else None
-    yerr = errors if axis == "y" else None
-    size = 5.0 if axis == "x" else 8.0
-    ax.errorbar(x, y, yerr, xerr, "o", color=COLOURS[policy.role], markersize=size, elinewidth=2.0, clip_on=False)
+def _errors(result: ProtocolResult) -> list[list[float]]:
+    """Returns the interval of a mean as matplotlib's error bars."""
+    low, high = result.interval
+    return [[max(0.0, result.mean - low)], [max(0.0, high - result.mean)]]
 
 
 @contextmanager

@@ -6,26 +6,16 @@ The templates load nothing from elsewhere and run no script. Jinja2 escapes ever
 import math
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from policykd.compression.comparison import Comparison, normalised_interval
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
-from policykd.evaluation.results import PolicyRole
+from policykd.evaluation.results import PolicyResult, PolicyRole, ProtocolResult
 from policykd.evaluation.statistics import difference_interval, teacher_normalised_score
-from policykd.report.charts import (
-    MINUS,
-    Chart,
-    Look,
-    PolicyPoint,
-    Series,
-    cost_chart,
-    histogram,
-    line_chart,
-    share_chart,
-)
+from policykd.report.charts import MINUS, Chart, Look, Series, cost_chart, histogram, line_chart
 from policykd.report.data import RunFiles
 from policykd.runs.results import RunResult
 
@@ -116,11 +106,13 @@ def run_page(
         run=files,
         results=files.results,
         verdicts=[verdict(files.results, protocol) for protocol in files.results.comparison],
-        histograms=[_histogram(files.results, protocol) for protocol in files.results.comparison],
+        histograms=[
+            histogram(PROTOCOL_NAMES[protocol], _played(files.results, protocol))
+            for protocol in files.results.comparison
+        ],
         cost_charts=_cost_charts(files.results),
         curve_charts=_curve_charts(files),
         actions=actions,
-        action_chart=share_chart(actions.names, actions.teacher_A, actions.student_A) if actions else None,
         film=film,
         compared=compared,
     )
@@ -154,26 +146,24 @@ def verdict(results: RunResult, protocol: ProtocolName) -> str:
     return f"{PROTOCOL_NAMES[protocol]}: {claim} ({numbers}, {games})."
 
 
-def _point(results: RunResult, role: PolicyRole, protocol: ProtocolName) -> PolicyPoint:
-    played = getattr(results, role).protocols[protocol]
-    return PolicyPoint(role, played.mean, played.interval, played.returns)
-
-
-def _histogram(results: RunResult, protocol: ProtocolName) -> Chart:
-    roles: tuple[PolicyRole, ...] = ("teacher", "student", "random")
-    return histogram(PROTOCOL_NAMES[protocol], [_point(results, role, protocol) for role in roles])
+def _played(results: RunResult, protocol: ProtocolName) -> dict[PolicyRole, ProtocolResult]:
+    policies: dict[PolicyRole, PolicyResult] = {
+        "teacher": results.teacher,
+        "student": results.student,
+        "random": results.random,
+    }
+    return {role: policy.protocols[protocol] for role, policy in policies.items()}
 
 
 def _cost_charts(results: RunResult) -> list[Chart]:
     """Returns charts of the return against each cost that is known of both networks."""
-    protocol = next(iter(results.comparison))
-    random = results.random.protocols[protocol].mean
+    played = _played(results, next(iter(results.comparison)))
     charts = []
     for attribute, title in COSTS.items():
-        teacher = replace(_point(results, "teacher", protocol), cost=getattr(results.teacher, attribute))
-        student = replace(_point(results, "student", protocol), cost=getattr(results.student, attribute))
-        if teacher.cost and student.cost:
-            charts.append(cost_chart(title, [teacher, student], random))
+        teacher = getattr(results.teacher, attribute)
+        student = getattr(results.student, attribute)
+        if teacher and student:
+            charts.append(cost_chart(title, {"teacher": teacher, "student": student}, played))
     return charts
 
 

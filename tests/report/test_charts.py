@@ -6,7 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policykd.report.charts import PolicyPoint, Series, bin_edges, cost_chart, histogram, line_chart
+from policykd.evaluation.evaluate import Evaluation
+from policykd.evaluation.results import ProtocolResult, summarise_episodes
+from policykd.report.charts import Series, bin_edges, cost_chart, histogram, line_chart
 
 
 @given(st.integers(2, 3000), st.sampled_from([1, 20, 250]), st.integers(-21, 21))
@@ -27,24 +29,26 @@ def test_edges_of_one_return_and_of_fractions() -> None:
     assert len(bin_edges([0.25, 0.5])) > 2
 
 
+def result(returns: list[float]) -> ProtocolResult:
+    return summarise_episodes(Evaluation(tuple(returns), (1,) * len(returns), 0))
+
+
 def test_a_histogram_has_a_bar_per_return() -> None:
     """0 to 42 once each: 43 bars of the same height."""
-    returns = [float(value) for value in range(43)]
-    chart = histogram(
-        "x", [PolicyPoint("student", 21.0, (20.0, 22.0), returns), PolicyPoint("random", 0.0, (0, 0), [0.0])]
-    )
+    student = result([float(value) for value in range(43)])
+    chart = histogram("x", {"student": student, "random": result([0.0])})
     bars = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--student\)"', chart.svg)
     heights = {max(map(float, re.findall(r"(?<= )[\d.]+(?= [LZz])", bar))) for bar in bars}
     assert len(bars) == 43
     assert len(heights) == 1
-    assert "student 21.00 [20.00, 22.00] in 43 games" in chart.caption
+    assert "student 21.00 [" in chart.caption
+    assert "] in 43 games" in chart.caption
 
 
 def test_a_point_of_return_is_visible_at_the_top_of_the_costs() -> None:
     """Random play is 40 points away and the student one: on a linear axis they would be one dot."""
-    teacher = PolicyPoint("teacher", 19.1, (18.6, 19.5), cost=1e6)
-    student = PolicyPoint("student", 18.1, (17.6, 18.5), cost=1e5)
-    chart = cost_chart("Parameters", [teacher, student], -20.7)
+    played = {"teacher": result([19.0, 19.2]), "student": result([18.0, 18.2]), "random": result([-20.7])}
+    chart = cost_chart("Parameters", {"teacher": 1e6, "student": 1e5}, played)  # type: ignore[arg-type]
     heights = [
         float(re.findall(rf'<use href="[^"]*" x="[\d.]+" y="([\d.]+)" style="fill: var\(--{role}\)', chart.svg)[0])
         for role in ("teacher", "student")
