@@ -45,6 +45,7 @@ def run(args: ReportArgs) -> None:
     if not args.run.is_dir():
         raise ValueError(f"{args.run}: folder not found; give the folder of a run, such as runs/Pong/pong")
     prepare_device("cpu", args.threads)
+    # A comparison holds no student of its own, so nothing is played for its page.
     if (args.run / COMPARISON_FILE).is_file():
         path = write_comparison_report(args.run)
     else:

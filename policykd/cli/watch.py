@@ -63,6 +63,7 @@ def run(args: WatchArgs) -> None:
         raise ValueError(f"--out {args.out}: give a name that ends in {' or '.join(ANIMATION_FORMATS)}")
     if args.out and not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: folder not found; create it first")
+    # One observation at a time: more threads would cost more than they bring.
     torch.set_num_threads(1)
     game = policies.infer_game([args.policy], args.game)
     players = [_as_player(policy) for policy in _load_policies(args, game)]

@@ -58,7 +58,9 @@ def write_report(
         BadFile: a file of the run is damaged.
         OSError: no space left or no permission; a previous report stays.
     """
+    # Before anything is played: a damaged file should cost no time.
     files = read_run(run, results)
+    # Both play on the CPU; the caller keeps its student where it is.
     student = copy.deepcopy(student).to("cpu").eval()
     teacher = teacher.to("cpu")
     page = run_page(
@@ -124,6 +126,7 @@ def compare_actions(student: Policy, teacher: Teacher, game: str, options: Repor
     log_teacher_BA = log_policy(teacher_BA, teacher.temperature)
     log_student_BA = log_policy(student_BA)
     num_actions = teacher_BA.shape[1]
+    # Each pair of greedy actions is one number, so that counting them gives the matrix.
     pairs_B = greedy(teacher_BA) * num_actions + greedy(student_BA)
     return ActionComparison(
         names=action_names(game),
@@ -143,6 +146,7 @@ def render_film(student: Policy, teacher: Teacher, game: str, options: ReportOpt
     video = VideoSettings(game, seed=options.seed, num_steps=round(options.seconds * STEPS_PER_SECOND))
     pictures = list(render_video(players, video))
     webp = encode_animation(pictures, video.steps_per_picture)
+    # Games whose whole screen moves take several times the bytes of Pong.
     while len(webp) > MAX_FILM_BYTES and len(pictures) > 1:
         fraction = 0.9 * MAX_FILM_BYTES / len(webp)
         pictures = pictures[: max(1, int(fraction * len(pictures)))]

@@ -30,7 +30,7 @@ COLOURS = {
     "faint": "#00ff05",
     "ink": "#00ff06",
 }
-WIDTH_INCHES = 5.0
+WIDTH_INCHES = 5.0  # 360 units of the SVG, about the width of a phone: text keeps its size there
 MAX_BARS = 64
 MINUS = "\N{MINUS SIGN}"
 PLAIN = "{x:,.6g}"
@@ -79,6 +79,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str,
             ax.plot(line.x, line.y, line.style, color=COLOURS[line.look], clip_on=False)
         if scale == "log":
             ax.set_yscale("log")
+            # Two ticks per decade, since a KL divergence often spans less than two.
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(x_label)
@@ -97,6 +98,7 @@ def cost_chart(title: str, costs: Mapping[PolicyRole, float], played: Mapping[Po
     from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
     ends = [played["random"].mean, *(end for role in costs for end in played[role].interval)]
+    # Within `unit` of the top the axis is almost linear; the unit is a power of ten, for round ticks.
     unit = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1e-6) / 20.0))
     top = math.ceil(max(ends) / unit) * unit
     with _figure(title, 3.2) as figure:
@@ -145,6 +147,7 @@ def histogram(title: str, played: Mapping[PolicyRole, ProtocolResult]) -> Chart:
             ax.errorbar(
                 result.mean, -0.16 * highest, xerr=_errors(result), fmt="o", color=COLOURS[role], markersize=5.0
             )
+            # The room below the axis is for the interval.
             ax.set_ylim(-0.3 * highest, highest)
             ax.axhline(0.0, color=COLOURS["rule"])
             ax.set_yticks([0.35 * highest], [role], color=COLOURS["ink"], weight="bold")
@@ -167,6 +170,7 @@ def bin_edges(returns: Sequence[float]) -> np.ndarray:
     if any(abs(value - low - round(value - low)) > 1e-6 for value in returns):
         return np.linspace(low, high, 43)
     step = math.gcd(*(round(value - low) for value in returns)) or 1
+    # A bar holds one possible return, or several if there are more than `MAX_BARS`.
     num_values = round(high - low) // step + 1
     width = step * math.ceil(num_values / MAX_BARS)
     return low - step / 2 + width * np.arange(math.ceil(num_values * step / width) + 1)

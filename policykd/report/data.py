@@ -54,6 +54,7 @@ def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
     results = results or load_results(run)
     if results is None:
         raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
+    # NaN and infinity pass the types, but a page would show them as numbers.
     try:
         json.dumps(asdict(results), allow_nan=False)
     except ValueError as error:

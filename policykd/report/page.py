@@ -28,6 +28,7 @@ PROTOCOL_NAMES: dict[ProtocolName, str] = {
     "noop_sampled": "No-op starts, sampled actions",
     "sticky_greedy": "Sticky actions, greedy play",
 }
+# Attributes of `PolicyResult`, and the titles of their charts.
 COSTS = {
     "num_parameters": "Parameters",
     "num_macs": "Multiply-accumulates",
@@ -133,6 +134,7 @@ def verdict(results: RunResult, protocol: ProtocolName) -> str:
     farthest = max(-low, high)
     num_games = min(student.num_episodes, teacher.num_episodes)
     is_zero_inside = low <= 0.0 <= high
+    # Few games, or an interval that includes 0 without being narrow, support no claim.
     if num_games < MIN_GAMES or (is_zero_inside and farthest > CLOSE * advantage):
         claim = f"{num_games} games cannot tell the student from the teacher"
     elif is_zero_inside:
@@ -176,6 +178,7 @@ def _curve_charts(files: RunFiles) -> list[Chart]:
         for tag, label, look, style in curves:
             if points := files.curves.get(tag):
                 series.append(Series(label, look, [x for x, _ in points], [y for _, y in points], style))
+        # The teacher as a horizontal line, to compare the other returns with.
         if series and title.startswith("Return"):
             ends = [min(min(line.x) for line in series), max(max(line.x) for line in series)]
             series.insert(0, Series("teacher, final evaluation", "teacher", ends, [teacher, teacher], "-"))
@@ -191,6 +194,7 @@ def _render(template: str, **context: object) -> str:
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("policykd.report")
+    # Strict: a template that asks for a field that does not exist is an error, not an empty cell.
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

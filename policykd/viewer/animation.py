@@ -141,6 +141,7 @@ def encode_animation(
 
 def _durations(num_pictures: int, steps_per_picture: int, *, tick: int) -> list[int]:
     """Returns each picture's duration in milliseconds: multiples of the format's `tick` whose sum never drifts."""
+    # Differences of rounded times, since rounded differences would add up.
     seconds_per_picture = steps_per_picture / STEPS_PER_SECOND
     ends = [round(i * seconds_per_picture * 1000 / tick) for i in range(num_pictures + 1)]
     return [tick * (end - begin) for begin, end in pairwise(ends)]
@@ -160,6 +161,7 @@ def play_to_gif(policy: Policy, game: str, path: Path, *, seed: int = 0, num_ste
 
 def _quantize(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Returns pictures that share a palette of 64 colours, so that GIF stores only the pixels that change."""
+    # The palette is fitted to eight pictures from the whole film.
     samples = pictures[:: max(1, len(pictures) // 8)]
     sheet = Image.new("RGB", (samples[0].width, sum(picture.height for picture in samples)))
     for i, picture in enumerate(samples):

@@ -61,6 +61,7 @@ def show(pictures: Iterable[Image.Image], *, title: str, pictures_per_second: fl
             window.blit(image, place)
             pygame.display.flip()
             num_shown += 1
+            # Waits for what is left of the picture's time; one that comes late is shown at once.
             clock.tick(pictures_per_second)
             if _is_closed():
                 break
