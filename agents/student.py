@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -265,7 +265,6 @@ def make_student(
     seed: int = 0,
     value: bool = False,
     temperature: float = 1.0,
-    rank: int = 0,
 ) -> Student:
     """Returns an untrained student; a seed gives the same policy with and without a value head.
 
@@ -276,19 +275,28 @@ def make_student(
         seed: seed of the initial weights.
         value: whether to add a value head, a linear layer on the last hidden layer.
         temperature: divisor of the network's outputs that gives logits.
-        rank: rank of the first dense layer on frames, which is then two linear ones; 0 for a full one.
+
+    Raises:
+        ValueError: unknown size, or one that does not fit the observations.
+    """
+    shape = student_shape(size, num_actions, obs_shape)
+    return init_student(replace(shape, value=value, temperature=temperature), seed)
+
+
+def student_shape(size: Size | Sequence[int], num_actions: int, obs_shape: tuple[int, ...] = ATARI_OBS_SHAPE) -> Shape:
+    """Returns the architecture of a size, to change it before `init_student`: `replace(shape, rank=8)`.
 
     Raises:
         ValueError: unknown size, or one that does not fit the observations.
     """
     if not isinstance(size, str):
-        return _initialized(Shape((), tuple(size), num_actions, obs_shape, value, temperature, rank=rank), seed)
+        return Shape((), tuple(size), num_actions, obs_shape)
     if size not in SIZES:
         raise ValueError(f"unknown student size {size!r}: choose from {', '.join(SIZES)}")
     if obs_shape != ATARI_OBS_SHAPE:
         raise ValueError(f"size {size} is for frames {ATARI_OBS_SHAPE}, not {obs_shape}; give the dense layers' units")
     design, widths, units = SIZES[size]
-    return _initialized(Shape(widths, (units,), num_actions, obs_shape, value, temperature, design, rank), seed)
+    return Shape(widths, (units,), num_actions, obs_shape, design=design)
 
 
 def make_net(shape: Shape) -> ConvNet | ImpalaNet | MLP:
@@ -306,8 +314,11 @@ def make_net(shape: Shape) -> ConvNet | ImpalaNet | MLP:
     return ConvNet(shape.widths, shape.hidden, shape.num_actions, design=shape.design, rank=shape.rank)
 
 
-def _initialized(shape: Shape, seed: int) -> Student:
-    """Returns a student with weights drawn as He et al. (2015) do, small ones in the heads: policies start uniform."""
+def init_student(shape: Shape, seed: int = 0) -> Student:
+    """Returns an untrained student of any architecture.
+
+    Weights are drawn as in He et al. (2015), with small ones in the heads, so that a policy starts nearly uniform.
+    """
     student = Student(shape)
     assert not isinstance(student.net, UserNet)
     # torch's own initial weights are replaced: the result depends on the seed alone, not on global state.

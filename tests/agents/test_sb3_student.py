@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from policykd.agents.networks import ConvNet
 from policykd.agents.sb3_student import AlgorithmName, StudentFeatures, from_sb3, to_sb3
-from policykd.agents.student import SIZES, Size, Student, make_student
+from policykd.agents.student import SIZES, Size, Student, init_student, make_student, student_shape
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.identity import IdentityEnv
@@ -98,16 +99,16 @@ def test_its_outputs_are_the_same_there_and_back(algorithm: AlgorithmName, kind:
 @pytest.mark.parametrize(("size", "rank"), [*((size, 0) for size in SIZES if size not in ("25%", "1%")), ("7%", 4)])
 @torch.no_grad()
 def test_every_design_goes_there_and_back(size: Size, rank: int, tmp_path: Path) -> None:
-    student = make_student(size, 6, seed=1, rank=rank)
+    student = init_student(replace(student_shape(size, 6), rank=rank), seed=1)
     student.fit_input_normalization(frames()[:, -1])
     model = to_sb3(student, device="cpu")
     model.save(tmp_path / "agent.zip")
     loaded, scores_BA = PPO.load(tmp_path / "agent.zip", device="cpu"), student(frames())
     assert scores_BA.std(dim=0).max() > 1e-3
     assert close(outputs(loaded, frames()), scores_BA.log_softmax(dim=-1))
-    assert close(from_sb3(loaded, make_student(size, 6, rank=rank))(frames()), scores_BA)
+    assert close(from_sb3(loaded, init_student(replace(student_shape(size, 6), rank=rank)))(frames()), scores_BA)
     with pytest.raises(ValueError, match=r"student has Shape\(.*num_actions=6.* `like` has Shape"):
-        from_sb3(loaded, make_student(size, 6, rank=rank + 1))
+        from_sb3(loaded, init_student(replace(student_shape(size, 6), rank=rank + 1)))
 
 
 @pytest.mark.parametrize("kind", ["frames", "vectors"])

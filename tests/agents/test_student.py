@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,17 @@ from torch import nn
 
 from policykd.agents.card import Provenance
 from policykd.agents.networks import ConvNet, num_macs, num_parameters
-from policykd.agents.student import SIZES, Shape, Size, Student, load_student, make_student, save_student
+from policykd.agents.student import (
+    SIZES,
+    Shape,
+    Size,
+    Student,
+    init_student,
+    load_student,
+    make_student,
+    save_student,
+    student_shape,
+)
 from policykd.envs.atari import make_atari
 from policykd.io.files import BadFile
 
@@ -67,7 +78,7 @@ def test_the_document_has_every_size_and_the_papers_counts() -> None:
 
 
 def test_a_low_rank_layer_costs_what_its_factors_cost() -> None:
-    plain, factored = make_student("7%", 6), make_student("7%", 6, rank=8)
+    plain, factored = make_student("7%", 6), init_student(replace(student_shape("7%", 6), rank=8))
     assert num_parameters(plain) - num_parameters(factored) == 784 * 128 - 8 * (784 + 128)
     assert num_macs(factored, (4, 84, 84)) == _MACS["7%"](6) - 784 * 128 + 8 * (784 + 128)
     assert factored.net.num_features == 128
@@ -153,7 +164,8 @@ def test_what_an_older_reader_would_play_wrongly_says_so(tmp_path: Path) -> None
     for student in (make_student("1%", 6, value=True), make_student("1%", 6, temperature=0.01)):
         save_student(student, tmp_path)
         assert json.loads(card.read_text())["format"] == 2
-    for student in (make_student("half", 6), make_student("1%", 6, rank=2), Student.of(nn.Linear(4, 2), 2, (4,))):
+    low_rank = init_student(replace(student_shape("1%", 6), rank=2))
+    for student in (make_student("half", 6), low_rank, Student.of(nn.Linear(4, 2), 2, (4,))):
         save_student(student, tmp_path)
         assert json.loads(card.read_text())["format"] == 3
     save_student(make_student("1%", 6, temperature=0.01), tmp_path)
@@ -164,7 +176,7 @@ def test_what_an_older_reader_would_play_wrongly_says_so(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("size", "rank"), [("half", 0), ("depthwise", 5), ("strided", 0), ("impala", 3), ("0.1%", 0)])
 def test_every_design_is_saved_and_loaded(size: Size, rank: int, tmp_path: Path) -> None:
-    student = make_student(size, 6, seed=3, value=True, rank=rank)
+    student = init_student(replace(student_shape(size, 6), value=True, rank=rank), seed=3)
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     student.fit_input_normalization(obs[:, -1])
     assert student.net.scale == obs[:, -1].float().std()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from policykd.agents.networks import MLP, FrameNet, ImpalaNet, UserNet
-from policykd.agents.student import SIZES, Shape, Size, Student, make_student
+from policykd.agents.student import SIZES, Shape, Size, Student, init_student, student_shape
 from policykd.export.layers import Layer, layers_of
 
 
@@ -60,7 +61,7 @@ def noise(num: int) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_layers_give_the_networks_scores(size: Size, rank: int) -> None:
-    student, frames = shaken(make_student(size, 6, rank=rank)), noise(3)
+    student, frames = shaken(init_student(replace(student_shape(size, 6), rank=rank))), noise(3)
     assert isinstance(student.net, FrameNet)
     layers, state = layers_of(student.net), student.net.state_dict()
     torch.testing.assert_close(computed(layers, frames), student.net(frames), atol=1e-4, rtol=1e-4)
@@ -111,6 +112,6 @@ def test_a_module_of_the_users_has_no_layers_that_are_known() -> None:
 
 def test_a_rank_needs_frames() -> None:
     with pytest.raises(ValueError, match="rank 2: give a positive one to a network on frames"):
-        make_student((8,), 2, (4,), rank=2)
+        replace(student_shape((8,), 2, (4,)), rank=2)
     with pytest.raises(ValueError, match="rank -1"):
         Shape((16, 16, 16), (64,), 6, (4, 84, 84), rank=-1)
