@@ -19,7 +19,7 @@ class DistillArgs(DistillRunConfig):
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, metrics.jsonl, evaluations.npz, checkpoints/,
     student.safetensors + student.json, results.json, report.html and student.gif.
 
-    Examples:
+    Typical commands:
       policykd distill --game Pong
       policykd distill --game Breakout --teacher hub:dqn --student 1% --loss two-sided-kl --loss.temperature linear:4:1
       policykd distill --config runs/Pong/NAME/config.json --seed 1

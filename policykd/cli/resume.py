@@ -18,7 +18,7 @@ class ResumeArgs:
 
     A larger budget lengthens the run, also a finished one: its schedules then follow the new budget.
 
-    Examples:
+    Typical commands:
       policykd resume runs/Pong/NAME
       policykd resume runs/Pong/NAME --rounds 20 --eval-episodes 100
     """

@@ -22,10 +22,9 @@ from policykd.methods.state_weights import StateWeighting, weigh_states
 from policykd.runs.groups import (
     EvaluationArgs,
     MachineArgs,
-    NotNegative,
     Positive,
     RunArgs,
-    Seed,
+    SeedArgs,
     TeacherArgs,
     check_flags,
     check_name,
@@ -72,31 +71,33 @@ _MAX_GIGABYTES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRunConfig(EvaluationArgs, MachineArgs, TeacherArgs, RunArgs, DistillConfig):
-    """Settings of a distillation run, the flags of `policykd distill`."""
+class TaskArgs:
+    """What is distilled into what; first in the help text."""
 
     game: str
     """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
     student: Size = "7%"
     """size in per cent of the NatureCNN's parameters, or a design with few multiply-accumulates (docs/students.md)"""
+
+
+# Bases are listed from the last in the help text to the first; where two define a field, the one on the left counts.
+@dataclass(frozen=True, kw_only=True)
+class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
+    """Settings of a distillation run, the flags of `policykd distill`."""
+
     loss: AnyLoss = ForwardKL()  # noqa: RUF009  (frozen)
     """loss to minimise: --loss two-sided-kl and the like (docs/losses.md; docs/methods.md compares them)"""
     states: AnyStates = MixedStates()  # noqa: RUF009  (frozen)
     """who acts while states are collected: --states mixed (from teacher to student: DAgger), student, teacher;
     dataset:PATH trains on stored states only, blended:PATH on stored and live ones"""
     state_weighting: StateWeighting = "none"
-    """weight states by how sure the teacher is (entropy, gap between its two best actions) or how far the student is
-    from it (disagreement)"""
+    """weight states by the teacher's certainty (entropy, gap of its two best actions) or the student's disagreement"""
     min_state_weight: Quantity = 0.1
     """weight of a state where that measure is 0; where it is 1, the weight is 1"""
     auxiliary: AuxiliaryLossWeights = AuxiliaryLossWeights()  # noqa: RUF009  (frozen)
     """weights of auxiliary losses, in addition to that of the policies (docs/auxiliary_losses.md)"""
     num_envs: Positive = 16
     """environments that collect states in parallel"""
-    seed: Seed = 0
-    """random seed (student weights, batches, environments, actions)"""
-    threads: NotNegative = 0
-    """CPU threads per batch and number of emulator processes; 0 takes as many as torch finds"""
 
     def __post_init__(self) -> None:
         """Checks nothing, unlike the base class: `check_config` does, which knows the flags' names."""
