@@ -1,4 +1,4 @@
-"""The form that exporters walk: computed layer by layer, plainly, it gives what the network gives."""
+"""A network's layers, computed one by one by their definitions, give the network's outputs."""
 
 import copy
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from policykd.agents.networks import MLP, FrameNet, ImpalaNet, UserNet
-from policykd.agents.student import SIZES, Shape, Size, Student, init_student, student_shape
+from policykd.agents.student import SIZES, Size, Student, init_student, student_shape
 from policykd.export.layers import Layer, layers_of
 
 
 def computed(layers: list[Layer], obs: Tensor) -> Tensor:
-    """Returns scores, by the definitions in `Layer` alone."""
+    """Returns outputs by the definitions in `Layer` alone."""
     values = {"obs": obs.float()}
     formulas: dict[str, Callable[[Layer, Tensor], Tensor]] = {
         "conv": lambda y, x: F.conv2d(x, weight(y), y.bias, y.stride, y.padding, 1, y.groups),
@@ -108,10 +108,3 @@ def test_a_module_of_the_users_has_no_layers_that_are_known() -> None:
     for net in (mine, UserNet(mine, (4,), 2)):
         with pytest.raises(ValueError, match=r"^Sequential: a module of your own has no known layers; export"):
             layers_of(net)
-
-
-def test_a_rank_needs_frames() -> None:
-    with pytest.raises(ValueError, match="rank 2: give a positive one to a network on frames"):
-        replace(student_shape((8,), 2, (4,)), rank=2)
-    with pytest.raises(ValueError, match="rank -1"):
-        Shape((16, 16, 16), (64,), 6, (4, 84, 84), rank=-1)

@@ -75,11 +75,8 @@ def test_other_observations_are_refused(frames: Tensor, tmp_path: Path) -> None:
                 play(other)
 
 
-@pytest.mark.parametrize("size", ["7%", "half"])
-def test_neither_torch_nor_policykd_is_needed(
-    size: Size, frames: Tensor, random_student: MakeStudent, tmp_path: Path
-) -> None:
-    net = random_student(size).folded_net()
+def test_neither_torch_nor_policykd_is_needed(frames: Tensor, random_student: MakeStudent, tmp_path: Path) -> None:
+    net = random_student("7%").folded_net()
     (tmp_path / "student.npz").write_bytes(to_npz(net))  # type: ignore[arg-type]
     (tmp_path / "numpy_policy.py").write_bytes(numpy_runtime())
     np.save(tmp_path / "obs.npy", frames.numpy())
