@@ -1,1 +1,1 @@
-"""Who plays: teachers read from SB3 archives, students, and the protocol that they share."""
+"""The `Policy` protocol, teachers from SB3 archives, the Hub and ONNX files, students and their files."""

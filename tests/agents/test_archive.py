@@ -106,10 +106,10 @@ def test_a_folder_is_read_as_the_zip_that_it_was(tmp_path: Path) -> None:
     assert zipped.data == loose.data
     assert all(torch.equal(tensor, loose.tensors[name]) for name, tensor in zipped.tensors.items())
     assert zipped.sha256 == read_members(BUNDLED)[0] == hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
-    told = subprocess.run(
+    printed = subprocess.run(
         "sha256sum policy.pth data | sha256sum", shell=True, cwd=folder, capture_output=True, check=True
     )
-    assert loose.sha256 == read_members(folder)[0] == told.stdout.decode().split()[0]
+    assert loose.sha256 == read_members(folder)[0] == printed.stdout.decode().split()[0]
     assert rebuild(loose)[1] == "PPO"
 
 

@@ -34,7 +34,7 @@ ZOO = {
     b"    - - stable_baselines3.common.atari_wrappers.AtariWrapper\n  - - frame_stack\n    - 4\n",
     "env_kwargs.yml": b"{}\n",
     "results.json": b'{"mean_reward": 20.7, "std_reward": 0.45, "is_deterministic": false, "n_eval_episodes": 10}',
-    "README.md": b"never asked for",
+    "README.md": b"never requested",
 }
 
 
@@ -48,7 +48,7 @@ class Hub(ThreadingHTTPServer):
         self.files, self.commit, self.declared = files, "a" * 40, dict[str, int | None]()
         self.troubles: list[tuple[str, str | int, int]] = []
         """pattern of "METHOD path" -> HTTP status or what else goes wrong, how many times"""
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.tokens: dict[str, set[str | None]] = {}
         """host -> the Authorization headers that came there"""
         Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -87,7 +87,7 @@ class Answer(BaseHTTPRequestHandler):
         if path == "/api/agent-harnesses":  # huggingface_hub's telemetry, once a day
             return self.reply(404)
         request = f"{self.command} {path}"
-        self.hub.asked.append(request)
+        self.hub.requests.append(request)
         host = (self.headers["Host"] or "").split(":")[0]
         self.hub.tokens.setdefault(host, set()).add(self.headers["Authorization"])
         trouble = self.hub.trouble(request)
@@ -182,11 +182,11 @@ def test_the_unpacked_files_come_first_and_from_one_commit(server: Hub) -> None:
     assert (snapshot.archive.name, snapshot.revision) == (NAME, server.commit)
     assert (snapshot.archive / "policy.pth").read_bytes() == server.files[f"{NAME}/policy.pth"]
     assert sorted(p.name for p in snapshot.folder.iterdir()) == sorted([NAME, *(f for f in ZOO if f != "README.md")])
-    assert not any(".zip" in request or "optimizer" in request for request in server.asked)
-    assert [request.rpartition("/")[2] for request in server.asked[-3:]] == ["policy.pth", "data", "data"]
-    server.asked.clear()
+    assert not any(".zip" in request or "optimizer" in request for request in server.requests)
+    assert [request.rpartition("/")[2] for request in server.requests[-3:]] == ["policy.pth", "data", "data"]
+    server.requests.clear()
     assert hub.fetch(REPO, server.commit) == snapshot
-    assert server.asked == []  # a commit cannot change: what is cached is not asked for again
+    assert server.requests == []  # a commit cannot change: what is cached is not requested again
 
 
 def test_the_zip_is_the_fall_back(server: Hub) -> None:
@@ -219,7 +219,7 @@ def test_a_branch_that_moved_is_fetched_again_and_a_hub_that_is_gone_is_not_need
 def test_what_is_not_there_is_named(server: Hub, repo: str, revision: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         hub.fetch(repo, revision)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_a_repository_without_an_archive_of_its_name_says_which_were_tried(server: Hub) -> None:
@@ -239,7 +239,7 @@ def test_a_file_larger_than_a_policy_is_not_downloaded(server: Hub) -> None:
     server.declared[f"{NAME}/policy.pth"] = 200 << 30
     with pytest.raises(ValueError, match=r"policy.pth has 214,748,364,800 bytes, more than a policy can need"):
         hub.fetch(REPO)
-    assert not any("resolve" in request for request in server.asked)
+    assert not any("resolve" in request for request in server.requests)
 
 
 @pytest.mark.parametrize("file", [f"{NAME}/policy.pth", f"{NAME}/data", f"{NAME}.zip"])
@@ -249,7 +249,7 @@ def test_a_file_of_unknown_size_is_not_downloaded(server: Hub, file: str) -> Non
     server.declared[file] = None
     with pytest.raises(ValueError, match=rf"^hub:{REPO}: the Hub does not report the size of {file}; give"):
         hub.fetch(REPO)
-    assert not any("resolve" in request for request in server.asked)
+    assert not any("resolve" in request for request in server.requests)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +335,13 @@ def test_a_teacher_comes_through_the_environments_endpoint(server: Hub, archive:
     result = run(code, tmp_path, HF_ENDPOINT=server.endpoint)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no progress bars where nobody looks, no token
-    told, scores = result.stdout.splitlines()
+    identity, outputs = result.stdout.splitlines()
     local = load_teacher(archive, game="Pong")
     sums = "".join(f"{hashlib.sha256(server.files[f'{NAME}/{f}']).hexdigest()}  {f}\n" for f in ("policy.pth", "data"))
     sha256 = hashlib.sha256(sums.encode()).hexdigest()
-    assert told == f"hub:{REPO} {server.commit} {sha256} DQN 0.01 20.7"
+    assert identity == f"hub:{REPO} {server.commit} {sha256} DQN 0.01 20.7"
     expected = local(torch.full((1, 4, 84, 84), 128, dtype=torch.uint8))
-    torch.testing.assert_close(torch.tensor(json.loads(scores)), expected)
+    torch.testing.assert_close(torch.tensor(json.loads(outputs)), expected)
 
 
 def test_a_hand_made_cache_is_enough_without_a_network(repository: dict[str, bytes], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from policykd.cli.errors import BAD_FILE, run_cli
 MIB = 1 << 20
 BUNDLED = Path(__file__).parents[2] / "agents" / "pretrained" / "ppo-Pong.zip"
 EXECUTED = "executed"
-"""the folder that a pickle makes beside the archive when it is executed"""
+"""the folder that a pickle makes next to the archive when it is executed"""
 HEAD = torch.randn(2, 64)
 STATE = {
     "mlp_extractor.policy_net.0.weight": torch.randn(64, 4),
@@ -120,7 +120,7 @@ def encrypted() -> bytes:
 
 
 def lzma_of_a_gigabyte() -> bytes:
-    """Returns an archive that says that reading it takes a dictionary of a gigabyte."""
+    """Returns an archive that claims that reading it takes a dictionary of a gigabyte."""
     content = bytearray(packed([("data", DATA)], zipfile.ZIP_LZMA))
     content[39:43] = struct.pack("<L", 1 << 30)
     return bytes(content)
@@ -223,7 +223,7 @@ def naive_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def naive_unpack(path: Path) -> bool:
-    """Unpacks everything and says whether it wrote outside the folder, or read what was outside."""
+    """Unpacks everything and returns whether it wrote outside the folder, or read what was outside."""
     folder = path.parent / "unpacked"
     for m in zipfile.ZipFile(path).infolist():
         (folder / m.filename).parent.mkdir(exist_ok=True, parents=True)
@@ -235,7 +235,7 @@ def naive_unpack(path: Path) -> bool:
 
 
 def into_a_network(path: Path) -> bool:
-    """Copies weights as many loaders do and says whether they changed, or broadcast, without a word."""
+    """Copies weights as many loaders do and returns whether they changed, or broadcast, without a word."""
     found = naive_weights(path)["action_net.weight"]
     layer = torch.nn.Linear(64, 2)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def first_and_last_differ(path: Path) -> bool:
 
 
 def one_is_two(path: Path) -> bool:
-    """Changes one weight and says whether another one changed with it."""
+    """Changes one weight and returns whether another one changed with it."""
     weight = naive_weights(path)["action_net.weight"]
     before = weight.clone()
     weight[0, 1] += 1
@@ -280,7 +280,7 @@ def clones(path: Path) -> list[torch.Tensor]:
 
 
 def changed_weights(path: Path) -> bool:
-    """Reads the pth of an unpacked archive, as it lies, and says whether its weights are others now."""
+    """Reads the pth of an unpacked archive, as it lies, and returns whether its weights are others now."""
     found = torch.load(path / "policy.pth", weights_only=True)
     return not all(torch.equal(found[name], STATE[name]) for name in STATE)
 
@@ -343,7 +343,7 @@ class Case:
 TRACEBACK, MEMORY, TIME, RUNS, WRONG = "traceback", "memory", "time", "code runs", "silently wrong"
 
 CASES: dict[str, Case] = {
-    # the marks of an ordinary archive are in these places too, so they are no reason to refuse it
+    # the marks of an ordinary archive are in these places too, so they are not a reason to refuse it
     "code in a known key": Case(lambda p: agent(data=payload("policy_class")), RUNS, naive_data, ""),
     "code in an unknown key": Case(lambda p: agent(data=payload("zzz")), RUNS, naive_data, ""),
     "code in pytorch_variables.pth": Case(lambda p: agent((VARIABLES, evil())), RUNS, naive_pth(VARIABLES), ""),
@@ -474,7 +474,7 @@ def measure(names: list[str]) -> None:
 
             def warm_up(ordinary: Path = ordinary) -> None:
                 os.chdir(ordinary.parent)
-                load_teacher(ordinary)  # a fork maps libraries anew when it first runs them: not what a file costs
+                load_teacher(ordinary)  # a fork maps libraries again when it first runs them: not what a file costs
 
             def read(path: Path = path) -> None:
                 run_cli(lambda: print(load_teacher(path).num_actions, file=sys.stderr))
@@ -509,7 +509,7 @@ def test_a_malicious_archive(name: str, rows: dict[str, dict[str, Any]]) -> None
         assert os.waitstatus_to_exitcode(row["status"]) == BAD_FILE
         assert re.search(case.reason, row["line"])
         assert "agent.zip" in row["line"]
-    else:  # an ordinary archive holds pickles in these places too, so they are no reason to refuse it
+    else:  # an ordinary archive holds pickles in these places too, so they are not a reason to refuse it
         assert (row["status"], row["line"]) == (0, "2\n")
 
 

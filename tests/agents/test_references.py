@@ -1,4 +1,4 @@
-"""One grammar for teachers, and what the zoo's files beside an agent say."""
+"""The grammar of references, cards, and the zoo's files next to an agent."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Custom policies through SB3's own load: scores as SB3's, old archives too, and said on standard error."""
+"""Custom policies through SB3's own load: the same outputs, old archives too, and a warning on standard error."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ import torch
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 class Extractor(BaseFeaturesExtractor):
-    """Has what ours do not read: normalisation, with a counter that is no float."""
+    """Has what ours do not read: normalisation, with a counter that is not a float."""
 
     def __init__(self, space):
         super().__init__(space, features_dim=8)
@@ -105,7 +105,7 @@ def rewrite(path: Path, entries: dict[str, Any], *, drop: tuple[str, ...] = ()) 
 
 
 def old_space(name: str, **attributes: Any) -> dict[str, Any]:
-    """Returns a space as SB3 1 wrote it: a pickle of gym's class, beside it what can be read."""
+    """Returns a space as SB3 1 wrote it: a pickle of gym's class and its readable attributes."""
     kind = f"gym.spaces.{name.lower()}"
     code = f"c{kind}\n{name}\n)\x81.".encode()
     return {":type:": f"<class '{kind}.{name}'>", ":serialized:": base64.b64encode(code).decode(), **attributes}
@@ -132,7 +132,7 @@ def test_a_custom_policy_scores_as_in_sb3(
 
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_an_archive_of_the_days_of_gym_loads(algorithm: str, extractor: Any, tmp_path: Path) -> None:
-    """SB3 alone says No module named 'gym'; its spaces are built from what can be read, and buffers are not."""
+    """SB3 alone raises No module named 'gym'; its spaces are built from what can be read, and buffers are not."""
     path = tmp_path / "agent.zip"
     expected = custom(algorithm, extractor, path)
     spaces = {
@@ -243,7 +243,7 @@ def test_only_what_makes_the_policy_is_executed(extractor: Any, tmp_path: Path) 
         rewrite(path, {key: {":type:": "dict", ":serialized:": code}})
         if key != "policy_kwargs":
             load(path)
-    with pytest.raises(ValueError, match="SB3 cannot load it"):  # it is no dictionary
+    with pytest.raises(ValueError, match="SB3 cannot load it"):  # it is not a dictionary
         load(path)
     assert [
         key for key in ("lr_schedule", "zzz", "rollout_buffer_class", "policy_kwargs") if (tmp_path / key).exists()
