@@ -4,8 +4,9 @@ A checkpoint is a generation (`policykd.storage.generations`): weights, optimize
 safetensors file, counters and environments in one JSON file, and a shard for the states of every round.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,12 +58,17 @@ def save_checkpoint(state: TrainState, folder: Path, origin: Origin | None = Non
     # Without the generators' states a resumed run would draw other actions and batches.
     tensors["action_generator"] = state.action_generator.get_state()
     tensors["batch_generator"] = state.batch_generator.get_state()
+    rollout = state.rollout
+    if rollout:
+        # JSON has no NaN, the mean of a metric that no state of the round had.
+        finite = {name: value for name, value in rollout.metrics.items() if math.isfinite(value)}
+        rollout = replace(rollout, metrics=finite)
     progress = RunProgress(
         round=state.round,
         num_updates=state.num_updates,
         envs=state.envs.state(),
         episode_starts=tuple(state.episode_starts_B.tolist()),
-        rollout=state.rollout,
+        rollout=rollout,
         student_returns=tuple(state.student_returns),
         num_student_steps=state.num_student_steps,
     )

@@ -16,7 +16,7 @@ from policykd.envs.vector import VectorEnv
 from policykd.io.files import BadFile
 from policykd.loop import DistillConfig, Round, distill
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.train_state import TrainState, make_train_state
+from policykd.train_state import Rollout, TrainState, make_train_state
 
 
 class TestTeacher:
@@ -153,6 +153,14 @@ def test_the_checkpoints_of_another_run_are_left_alone(tmp_path: Path) -> None:
     state = make("identity")
     restore_checkpoint(state, tmp_path)
     assert state.round == 2
+
+
+def test_a_metric_that_is_not_a_number_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
+    state = make("identity")
+    state.rollout = Rollout(first=0, student_fraction=0.0, episodes=[], metrics={"a": float("nan"), "b": 1.0})
+    save_checkpoint(state, tmp_path)
+    restore_checkpoint(state, tmp_path)
+    assert state.rollout.metrics == {"b": 1.0}
 
 
 def test_a_loss_with_weights_is_restored(tmp_path: Path) -> None:
