@@ -108,6 +108,8 @@ class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs):
     DQN and QR-DQN it also fills the replay buffer, with sampled actions in place of random ones"""
     eval_episodes: Positive = 100
     """full episodes per protocol at the end, for the card"""
+    name: str = ""
+    """name of the run's folder; by default made of the algorithm and the seed"""
 
 
 def train_teacher(config: TrainTeacherConfig) -> Card:

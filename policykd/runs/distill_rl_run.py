@@ -72,6 +72,8 @@ class DistillRLConfig(MethodArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunA
     """size, see policykd distill --help"""
     num_envs: Positive = 16
     """environments that the student plays in parallel"""
+    name: str = ""
+    """name of the run's folder; by default made of the method, the student's size and the seed"""
 
 
 def check_config(config: DistillRLConfig) -> DistillRLConfig:
