@@ -33,12 +33,11 @@ from policykd.io.typed import write_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import collect_with_teacher
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
-from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs
+from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs, resume_run
 from policykd.runs.folder import (
     FINAL_EVALUATION,
     Machine,
     RunRecord,
-    check_resumable,
     load_run_config,
     should_resume,
     write_run_config,
@@ -152,7 +151,7 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         teacher=start.record if start else None,
     )
     if started:
-        check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
+        resume_run(run, started, record)
     else:
         write_run_config(run, record)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.rl.sb3_checkpoints import restore_training, save_training
-from policykd.runs.folder import CHECKPOINTS, resume_command
+from policykd.runs.folder import (
+    CHECKPOINTS,
+    RunRecord,
+    check_resumable,
+    resume_command,
+    write_run_config,
+)
 from policykd.runs.groups import NotNegative, Positive
 from policykd.storage.generations import has_generations
 
@@ -42,6 +48,18 @@ class TrainingArgs:
     """agent steps between checkpoints; one per minute is written in any case"""
     eval_every: NotNegative = 250_000
     """agent steps between periodic evaluations (16 episodes, no-op starts, sampled actions); 0 for none"""
+
+
+def resume_run(run: Path, started: RunRecord, now: RunRecord) -> None:
+    """Checks that a run may be resumed as it is asked for now, and records the settings that have changed.
+
+    Raises:
+        ValueError: a setting that determines the weights differs, apart from the number of steps; or the teacher.
+    """
+    check_resumable(run, started, now, may_change=RESUMABLE_CHANGES)
+    if started.settings != now.settings:
+        # `policykd resume` takes them from config.json.
+        write_run_config(run, replace(started, settings=now.settings))
 
 
 class Training(BaseCallback):

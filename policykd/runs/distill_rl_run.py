@@ -28,13 +28,12 @@ from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
-from policykd.rl.training import RESUMABLE_CHANGES, Training
+from policykd.rl.training import Training, resume_run
 from policykd.runs.finish import finish_run
 from policykd.runs.folder import (
     FINAL_EVALUATION,
     Machine,
     RunRecord,
-    check_resumable,
     ensure_run_dir_exists,
     load_run_config,
     pin_teacher_revision,
@@ -139,7 +138,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     machine = Machine(device=str(device), threads=torch.get_num_threads(), teacher_backend=teacher.backend)
     record = RunRecord(subcommand="distill-rl", settings=to_settings(config), machine=machine, teacher=teacher.record)
     if started:
-        check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
+        resume_run(run, started, record)
     if results:
         print(results.summary())
         return results
