@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from policykd.agents.card import Provenance
-from policykd.agents.networks import num_macs
+from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.onnx_session import open_session
 from policykd.agents.student import Student, load_student, save_student
@@ -182,11 +182,13 @@ def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) 
     kl, agreement = tuning.measure(OnnxPolicy(exported))
     print(f"{recipe}: made in {seconds:.0f} s, KL {kl:.4f} nats, agreement {agreement:.1%}", flush=True)
     is_quantized = quantization(recipe) is not None
+    # Biases are not pruned: one that happens to be 0 counts.
+    num_zeros = sum(int((weight == 0.0).sum()) for weight in made.parameters() if weight.dim() > 1)
     return Row(
         recipe=recipe,
         family=family(recipe),
         settings=settings,
-        num_parameters=sum(int(parameter.count_nonzero()) for parameter in made.parameters()),
+        num_parameters=num_parameters(made) - num_zeros,
         num_macs=num_macs(made, made.shape.obs_shape),
         num_bytes=shipped_bytes(made, exported, is_quantized=is_quantized, is_sparse="magnitude" in recipe),
         file=exported.name,

@@ -68,6 +68,10 @@ def draw_pareto(
         handles, labels = panels[0, 0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=6, frameon=False)
+        # Only a drawn figure knows where its texts are.
+        figure.draw_without_rendering()
+        for ax in panels.flat:
+            _separate_names(ax)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "policykd"})
     if isinstance(to, io.BytesIO):
@@ -93,6 +97,7 @@ def _draw_panel(
     # Linear within 2 % of the teacher's lead over random play, logarithmic below.
     gap = abs(teacher - references[RANDOM]) or 1.0
     ax.set_yscale("symlog", linthresh=0.02 * gap)
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(visible=True, linewidth=0.6, color="#e2e8f0")
     for name, mean in references.items():
         ax.axhline(mean - teacher, color="#94a3b8", linewidth=1.0, linestyle="--" if name == RANDOM else "-")
@@ -121,6 +126,21 @@ def _draw_panel(
     # Only points on the front have names; the table has all.
     front = pareto_front(points)
     ax.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#64748b", linewidth=1.0)
-    for k, i in enumerate(front):
-        # Every other name stands higher, so that neighbors do not overlap.
-        ax.annotate(drawn[i].recipe, points[i], (4, 8 + 11 * (k % 2)), textcoords="offset points", fontsize=8.0)
+    for i in front:
+        ax.annotate(drawn[i].recipe, points[i], (4, 8), textcoords="offset points", fontsize=8.0)
+
+
+def _separate_names(ax: "Axes") -> None:
+    """Moves the names of a drawn panel up or down until none lies on another."""
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+    placed: list[Bbox] = []
+    for name in ax.texts:
+        assert isinstance(name, Annotation)
+        for height in (8, 18, 28, -14, -24, -34):
+            name.xyann = (4, height)
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+        placed.append(box)

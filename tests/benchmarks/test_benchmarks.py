@@ -162,8 +162,9 @@ def test_every_cell_of_the_methods_is_a_valid_command(tmp_path: Path) -> None:
 
 
 def test_every_cell_inside_reinforcement_learning_is_a_valid_command(tmp_path: Path) -> None:
-    distill_rl = pytest.importorskip("policykd.runs.distill_rl_run")
+    pytest.importorskip("stable_baselines3")
     from policykd.cli.arguments import parse_args
+    from policykd.runs import distill_rl_run as distill_rl
 
     for cell in methods.cells(tmp_path, 1):
         if cell.command == "distill-rl":

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from policykd.agents.onnx_policy import OnnxPolicy
@@ -21,7 +22,7 @@ from policykd.compression.comparison import (
 )
 from policykd.compression.fine_tuning import FineTuning, Settings
 from policykd.compression.networks import weight_layers
-from policykd.compression.pareto import draw_pareto, pareto_front
+from policykd.compression.pareto import _separate_names, draw_pareto, pareto_front
 from policykd.compression.quantization import export_student, pack_sparse, shipped_bytes
 from policykd.compression.recipes import STANDARD, check_recipe, family, num_trainings, parent
 from policykd.compression.recipes import quantization as recipe_quantization
@@ -267,3 +268,14 @@ def test_a_student_that_is_not_on_frames_is_refused(tuning: FineTuning, tmp_path
     student: Student = make_student((8,), 6, (4,))
     with pytest.raises(ValueError, match="on frames"):
         tuning.prepare(student)
+
+
+def test_names_of_close_points_do_not_overlap() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    for i in range(4):
+        ax.annotate("a long name", (0.5 + i / 100, 0.5), xytext=(4, 8), textcoords="offset points")
+    figure.draw_without_rendering()
+    _separate_names(ax)
+    boxes = [name.get_window_extent() for name in ax.texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
