@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import int8
 import labelled_states
 import loading
 import methods
@@ -49,6 +50,13 @@ def test_shell_scripts_are_executable_and_name_files_that_exist(name: str) -> No
     for word in path.read_text().replace("'", " ").split():
         if word.startswith("benchmarks/") and word.endswith((".py", ".txt")):
             assert (ROOT / word).is_file()
+
+
+def test_int8_agreement_is_printed_per_form(capsys: pytest.CaptureFixture[str]) -> None:
+    int8.main(int8.Args(policies=("bundled:ppo",), states=16, seeds=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(int8.FORMS)
+    assert all(line.startswith(f"bundled:ppo, seed 0, {form}: ") for line, form in zip(lines, int8.FORMS, strict=True))
 
 
 def test_labelled_states_are_those_of_the_teacher(teacher: Teacher, replay: Replay) -> None:
