@@ -15,6 +15,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from policykd.envs import EnvState
 from policykd.envs.vector import Episode, Step, VectorEnv
 
 
@@ -131,14 +132,14 @@ class _Adapter(ABC):
         self._obs = new_obs
         return Step(new_obs, torch.from_numpy(rewards_N).float(), torch.from_numpy(starts_N), episodes)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EnvState:
         """Raises ValueError: the position cannot be saved."""
         raise ValueError(
             f"{type(self.envs).__name__}: positions in these environments cannot be saved or restored; make them with"
             " policykd.make_env"
         )
 
-    def restore(self, state: dict[str, Any]) -> Tensor:
+    def restore(self, state: EnvState) -> Tensor:
         """Raises ValueError: the position cannot be restored."""
         self.state()
         raise AssertionError

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policykd.envs import EnvState
 from policykd.envs.emulators import OUTCOME, Rules, pack, rom_path, unpack
 from policykd.envs.games import canonical_name
-from policykd.envs.vector import EnvState, Episode, Step
+from policykd.envs.vector import Episode, Step
 from policykd.envs.workers import InProcessWorker, SubprocessWorker
 
 STACK = 4

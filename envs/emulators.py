@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ale_py
 import numpy as np
 from ale_py import roms
 
+from policykd.envs import EnvState
 from policykd.envs.games import canonical_name, rom_id
 from policykd.envs.screens import Screens
 
@@ -130,7 +130,7 @@ class Emulator:
             self._press_fire(screens)
         return outcome
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EnvState:
         """Returns the position."""
         return {
             "ale": pack(np.frombuffer(self._ale.cloneState(include_rng=True).serialize(), np.uint8)),
@@ -142,7 +142,7 @@ class Emulator:
             "length": self._length,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: EnvState) -> None:
         """Returns to a position.
 
         Raises:
@@ -257,12 +257,12 @@ class Emulators:
                 self._outcomes[i] = emulator.step(action, self._screens.next[i])
         self._screens.draw()
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> list[EnvState]:
         """Returns the position in every game."""
         screens = map(pack, self._screens.drawn)
         return [e.state() | {"screens": s} for e, s in zip(self._emulators, screens, strict=True)]
 
-    def restore(self, states: list[dict[str, Any]]) -> None:
+    def restore(self, states: list[EnvState]) -> None:
         """Returns to a position in every game."""
         for emulator, state, screens in zip(self._emulators, states, self._screens.next, strict=True):
             emulator.restore(state)

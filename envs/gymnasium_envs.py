@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policykd.envs.vector import EnvState, Episode, Step
+from policykd.envs import EnvState
+from policykd.envs.vector import Episode, Step
 
 
 class GymnasiumEnvs:

@@ -4,12 +4,11 @@ Suffixes name dimensions: B environments. Observations are `(num_envs, *obs_shap
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-EnvState = dict[str, Any]
-"""position of environments, as JSON; its content is known to the environments alone"""
+from policykd.envs import EnvState
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,20 +113,28 @@ def measure_start(runtime: RuntimeName, path: Path, observations: Path) -> dict[
     return {"monotonic": time.monotonic(), "peak_megabytes": peak_megabytes()}
 
 
-def benchmark(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns actions, batch-1 latency and throughput of each file of a request, or the reason why there are none.
+def benchmark(
+    observations: str, files: list[tuple[RuntimeName, str]], rounds: int, calls_per_round: int
+) -> list[dict[str, object]]:
+    """Returns actions, batch-1 latency and throughput of each file, or the reason why there are none.
 
-    All files are timed in turns (A B C, A B C, ...) with the observations in a file.
+    All files are timed in turns (A B C, A B C, ...).
+
+    Args:
+        observations: path of a file with frames.
+        files: a runtime and a path for each.
+        rounds: turns that each file gets.
+        calls_per_round: timed calls per turn.
     """
     import numpy
 
     from policykd.evaluation.costs import TimingOptions, measure_latencies
 
-    frames = Path(request["observations"]).read_bytes()
+    frames = Path(observations).read_bytes()
     obs = numpy.frombuffer(frames, numpy.uint8).reshape(-1, *OBS_SHAPE).copy()
     act_fns: dict[str, ActFn] = {}
-    measured: list[dict[str, Any]] = []
-    for i, (runtime, path) in enumerate(request["files"]):
+    measured: list[dict[str, object]] = []
+    for i, (runtime, path) in enumerate(files):
         try:
             act = RUNTIMES[runtime][1](Path(path))
             measured.append({"actions": [int(a) for a in act(obs)]})
@@ -135,10 +143,10 @@ def benchmark(request: dict[str, Any]) -> list[dict[str, Any]]:
             measured.append({"reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
 
     # Latency: one observation per call, another one each time.
-    single_options = TimingOptions(rounds=request["rounds"], calls_per_round=request["calls_per_round"])
+    single_options = TimingOptions(rounds=rounds, calls_per_round=calls_per_round)
     single = measure_latencies({i: _act_on_next(act, obs) for i, act in act_fns.items()}, single_options)
     # Throughput: fewer calls, as each takes as long as hundreds of the others.
-    batch_options = TimingOptions(rounds=min(request["rounds"], 5), calls_per_round=5, warm_up=1)
+    batch_options = TimingOptions(rounds=min(rounds, 5), calls_per_round=5, warm_up=1)
     batches = measure_latencies({i: _act_on_all(act, obs[:BATCH_SIZE]) for i, act in act_fns.items()}, batch_options)
     for name in act_fns:
         per_second = 1e6 * len(obs[:BATCH_SIZE]) / batches[name].median_us
@@ -173,7 +181,7 @@ def main(command: str, *arguments: str) -> None:
         assert runtime in RUNTIMES
         print(json.dumps(measure_start(runtime, Path(path), Path(observations))))
     else:
-        print(json.dumps(benchmark(json.loads(Path(arguments[0]).read_text()))))
+        print(json.dumps(benchmark(**json.loads(Path(arguments[0]).read_text()))))
 
 
 if __name__ == "__main__":

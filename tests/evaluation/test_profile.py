@@ -180,8 +180,8 @@ def test_a_failing_runtime_does_not_stop_the_others(student: Student, obs: np.nd
     observations.write_bytes(obs.tobytes())
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     whole = build(student, tmp_path, "onnx")["onnx"].path
-    files = [("onnx", str(tmp_path / "broken.onnx")), ("onnx", str(whole))]
-    found = benchmark({"observations": str(observations), "rounds": 1, "calls_per_round": 2, "files": files})
+    files: list[tuple[RuntimeName, str]] = [("onnx", str(tmp_path / "broken.onnx")), ("onnx", str(whole))]
+    found = benchmark(str(observations), files, rounds=1, calls_per_round=2)
     assert found[0].keys() == {"reason"}
     assert found[1]["num_calls"] == 2
     # Neither does one that does not start.
