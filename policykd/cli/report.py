@@ -13,7 +13,8 @@ from policykd.cli.groups import SeedArgs
 from policykd.compression.comparison import COMPARISON_FILE
 from policykd.evaluation.policies import load_run_teacher
 from policykd.io.machine import prepare_device
-from policykd.report import ReportOptions, write_comparison_report, write_report
+from policykd.report import ReportOptions, write_report
+from policykd.report.compressors import write_comparison_report
 from policykd.report.data import read_run
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +10,16 @@ import torch
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.compression.comparison import COMPARISON_FILE, RANDOM, Row, read_comparison
-from policykd.compression.pareto import draw_pareto
 from policykd.envs.actions import action_names
 from policykd.evaluation.real_states import on_policy_states
-from policykd.evaluation.results import PolicyResult
 from policykd.io.files import write_atomically
 from policykd.losses import kl_divergence_B
 from policykd.report.data import read_run
-from policykd.report.page import ActionComparison, ComparedMethods, Film, comparison_page, run_page
+from policykd.report.page import REPORT_FILE, ActionComparison, Film, run_page
 from policykd.runs.results import RunResult
 from policykd.viewer import colours
 from policykd.viewer.animation import STEPS_PER_SECOND, Player, VideoSettings, encode_animation, render_video
 
-REPORT_FILE = "report.html"
 MAX_FILM_BYTES = 1_500_000
 """a larger film is made shorter, which keeps the page below 3 MB"""
 
@@ -58,6 +52,9 @@ def write_report(
         BadFile: a file of the run is damaged.
         OSError: no space left or no permission; a previous report stays.
     """
+    # Imported here, because the compression methods are many modules that a run itself does not need.
+    from policykd.report.compressors import newest_comparison
+
     # Before anything is played: a damaged file should cost no time.
     files = read_run(run, results)
     # Both play on the CPU; the caller keeps its student where it is.
@@ -71,50 +68,6 @@ def write_report(
     )
     write_atomically(run / REPORT_FILE, page.encode())
     return run / REPORT_FILE
-
-
-def write_comparison_report(folder: Path) -> Path:
-    """Writes `report.html` into the folder of a comparison of compression methods and returns its path.
-
-    Raises:
-        BadFile: compression.json is damaged.
-    """
-    comparison = read_comparison(folder)
-    picture = io.BytesIO()
-    if RANDOM in comparison.rows:  # else no episodes were asked for
-        draw_pareto(comparison, picture)
-    page = comparison_page(ComparedMethods(comparison, folder.resolve().name, picture.getvalue()))
-    write_atomically(folder / REPORT_FILE, page.encode())
-    return folder / REPORT_FILE
-
-
-def newest_comparison(run: Path, student: PolicyResult, teacher_sha256: str) -> ComparedMethods | None:
-    """Returns the newest comparison of compression methods next to a run that has the run's teacher, if there is one.
-
-    A damaged one is left out with a warning: it must not cost a finished run its report.
-    """
-    for path in sorted(run.resolve().parent.glob(f"*/{COMPARISON_FILE}"), key=os.path.getmtime, reverse=True):
-        try:
-            comparison = read_comparison(path.parent)
-            if comparison.settings.teacher_sha256 != teacher_sha256:
-                continue
-            # The bytes are those of the file, as in the comparison. The latency is left out: it was measured in torch,
-            # those of the comparison in ONNX Runtime.
-            this_run = Row(
-                recipe=f"this run: {run.resolve().name}",
-                family="this run",
-                settings=comparison.settings,
-                num_parameters=student.num_parameters,
-                num_macs=student.num_macs,
-                num_bytes=(run / "student.safetensors").stat().st_size,
-                protocols=student.protocols,
-            )
-            picture = io.BytesIO()
-            draw_pareto(comparison, picture, this_run=this_run)
-            return ComparedMethods(comparison, path.parent.name, picture.getvalue(), has_this_run=True)
-        except (OSError, ValueError) as error:
-            print(f"warning: {error}; left out of the report", file=sys.stderr)
-    return None
 
 
 @torch.inference_mode()

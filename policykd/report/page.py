@@ -8,16 +8,21 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from policykd.compression.comparison import Comparison, normalised_interval
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.evaluation.results import PolicyResult, PolicyRole, ProtocolResult
 from policykd.evaluation.statistics import difference_interval, teacher_normalised_score
 from policykd.report.charts import MINUS, Chart, Look, Series, cost_chart, histogram, line_chart
 from policykd.report.data import RunFiles
 from policykd.runs.results import RunResult
+
+if TYPE_CHECKING:
+    from policykd.report.compressors import ComparedMethods
+
+REPORT_FILE = "report.html"
 
 MIN_GAMES = 20
 """games per side below which nothing is claimed: the bootstrap interval of a few games is too narrow"""
@@ -81,28 +86,15 @@ class Film:
     seconds: float
 
 
-@dataclass(frozen=True)
-class ComparedMethods:
-    """A comparison of compression methods."""
-
-    comparison: Comparison
-    source: str
-    """name of its folder"""
-    pareto: bytes = b""
-    """SVG of returns against costs"""
-    has_this_run: bool = False
-    """whether the run of the report is in that picture"""
-
-
 def run_page(
     files: RunFiles,
     *,
     actions: ActionComparison | None = None,
     film: Film | None = None,
-    compared: ComparedMethods | None = None,
+    compared: "ComparedMethods | None" = None,
 ) -> str:
     """Returns the page of a run; parts that are missing have no section."""
-    return _render(
+    return render(
         "run.html",
         run=files,
         results=files.results,
@@ -117,11 +109,6 @@ def run_page(
         film=film,
         compared=compared,
     )
-
-
-def comparison_page(compared: ComparedMethods) -> str:
-    """Returns the page of a comparison of compression methods."""
-    return _render("comparison.html", compared=compared)
 
 
 def verdict(results: RunResult, protocol: ProtocolName) -> str:
@@ -187,7 +174,8 @@ def _curve_charts(files: RunFiles) -> list[Chart]:
     return charts
 
 
-def _render(template: str, **context: object) -> str:
+def render(template: str, **context: object) -> str:
+    """Returns a template of this package, filled in."""
     return _environment().get_template(template).render(context)
 
 
@@ -200,7 +188,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"number": _number, "base64": lambda content: b64encode(content).decode(), "asdict": asdict}
     constants = {"PROTOCOLS": PROTOCOLS, "PROTOCOL_NAMES": PROTOCOL_NAMES, "MIN_GAMES": MIN_GAMES, "CLOSE": CLOSE}
-    statistics = (difference_interval, normalised_interval, teacher_normalised_score)
+    statistics = (difference_interval, teacher_normalised_score)
     environment.globals |= constants | {function.__name__: function for function in statistics}
     return environment
 

@@ -38,9 +38,10 @@ from policykd.evaluation.results import (
 )
 from policykd.io.files import BadFile
 from policykd.io.typed import write_json
-from policykd.report import ReportOptions, compare_actions, newest_comparison, render_film
+from policykd.report import ReportOptions, compare_actions, render_film
+from policykd.report.compressors import ComparedMethods, newest_comparison
 from policykd.report.data import RunFiles, read_run
-from policykd.report.page import ActionComparison, ComparedMethods, run_page, verdict
+from policykd.report.page import ActionComparison, run_page, verdict
 from policykd.runs.results import RunResult
 
 INJECTED = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\"&"
