@@ -129,6 +129,7 @@ def evaluate(
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
     envs = as_vector_env(envs, warn=False)
+    # A generator continues where an earlier evaluation left it.
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     temperature = sampling_temperature(policy)
     device = _device_of(policy)

@@ -259,6 +259,7 @@ def compare_with_teacher(
     for protocol in PROTOCOLS:
         ours = student.protocols[protocol]
         theirs = teacher.protocols[protocol]
+        # The interval of the difference, not the difference of two intervals: it is narrower.
         difference, low, high = difference_interval(ours.returns, theirs.returns)
         compared[protocol] = StudentVsTeacher(
             difference_to_teacher=difference,
@@ -288,7 +289,7 @@ def results_table(results: FinalEvaluation) -> str:
 
 
 def _cost_cells(row: PolicyResult) -> tuple[str, str, str, str]:
-    if not row.num_parameters:
+    if not row.num_parameters:  # random play
         return "-", "-", "-", "-"
     latency = f"{row.latency_microseconds:.0f} us"
     if row.latency_min_microseconds:

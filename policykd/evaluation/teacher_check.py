@@ -70,6 +70,7 @@ class TeacherCheck:
         """Text for the user if full games return far less than reported, which hints at a wrong preprocessing."""
         if self.reported_return is None or self.num_unfinished:
             return None
+        # Compared with the upper end of the interval: a few unlucky games are no reason for a warning.
         expected = self.random_mean + MIN_SHARE_OF_REPORTED * (self.reported_return - self.random_mean)
         if self.interval[1] >= expected:
             return None

@@ -102,7 +102,7 @@ def test_noop_starts_make_games_differ(noop_max: int, num_different: int) -> Non
     ],
 )
 def test_a_position_is_restored_bit_for_bit(game: str, num_steps: int, num_more: int) -> None:
-    """Lives are lost and games end before and after; sticky games go on as if nothing had happened."""
+    """Lives are lost and games end before and after; sticky games continue as if nothing had happened."""
     envs, again = (make_atari(game, 2, seed=3, repeat_action_probability=0.25) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     obs, num_ended = envs.reset(), 0
@@ -178,7 +178,7 @@ def test_a_position_of_another_number_or_game_is_refused_in_one_line() -> None:
     assert (envs.restore(state) == obs).all()
 
 
-def test_a_negative_action_stands_still_and_a_standing_game_is_restored() -> None:
+def test_a_negative_action_holds_a_game_and_a_held_game_is_restored() -> None:
     envs, again = make_atari("Breakout", 2, seed=0), make_atari("Breakout", 2, seed=0)
     first = obs = envs.reset()
     for k in range(60):

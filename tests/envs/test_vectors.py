@@ -34,7 +34,7 @@ def test_a_position_is_restored(make: Callable[[], VectorEnv]) -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_a_negative_action_stands_still(make: Callable[[], VectorEnv]) -> None:
+def test_a_negative_action_holds_the_environment(make: Callable[[], VectorEnv]) -> None:
     envs = make()
     obs = envs.reset()
     for _ in range(40):

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(run: Path, folder: Path, **fields: object) -> Path:
-    """A run whose card says something else."""
+    """A copy of a run with other fields in its card."""
     card = json.loads((run / "student.json").read_text()) | fields
     (folder / "student.safetensors").write_bytes((run / "student.safetensors").read_bytes())
     (folder / "student.json").write_text(json.dumps(card))
