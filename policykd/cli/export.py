@@ -10,13 +10,12 @@ import tyro
 
 from policykd.agents.student import Student, read_student_card
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.cli.groups import Positive, SeedArgs
 from policykd.envs.actions import action_names
 from policykd.evaluation.policies import infer_game, load_named_policy, run_folder
 from policykd.evaluation.real_states import on_policy_states
 from policykd.export import FORMATS, ExportSource, FormatName, Manifest, check_format, export
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import check_flags
+from policykd.runs.groups import Positive, SeedArgs, check_flags
 
 FEW_STATES = 1000
 

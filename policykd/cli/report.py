@@ -9,13 +9,13 @@ from pydantic import Field
 
 from policykd.agents.student import load_student
 from policykd.agents.teacher import TEACHER_HELP, Teacher
-from policykd.cli.groups import SeedArgs
 from policykd.compression.comparison import COMPARISON_FILE
 from policykd.evaluation.policies import load_run_teacher
 from policykd.io.machine import prepare_device
 from policykd.report import ReportOptions, write_report
 from policykd.report.compressors import write_comparison_report
 from policykd.report.data import read_run
+from policykd.runs.groups import SeedArgs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from pydantic import Field
 from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.errors import needs_extra
-from policykd.cli.groups import NotNegative, Positive, SeedArgs
 from policykd.evaluation import policies
 from policykd.io.files import write_atomically
+from policykd.runs.groups import NotNegative, Positive, SeedArgs
 from policykd.viewer import animation, colours, window
 
 ANIMATION_FORMATS: dict[str, animation.AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}

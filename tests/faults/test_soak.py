@@ -24,7 +24,7 @@ def test_a_soak_leaks_nothing(seconds: float, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=seconds + 300,
+        timeout=seconds + 3000,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
