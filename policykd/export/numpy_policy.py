@@ -27,12 +27,13 @@ MAX_NUMBERS = 1 << 24  # that one layer works on for one observation
 MAX_LAYERS = 200
 
 Step = Callable[..., np.ndarray]
+Description = dict[str, Any]  # JSON of a layer, or of the whole policy: `load` reports whatever is wrong in it
 
 
 class Policy:
     """A map from observations to logits or Q-values; made by `load`."""
 
-    def __init__(self, about: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
+    def __init__(self, about: Description, weights: dict[str, np.ndarray]) -> None:
         """Builds the layers of a description; `load` reports what is wrong with it."""
         self.about = about
         self.obs_shape: tuple[int, ...] = tuple(about["obs_shape"])
@@ -139,7 +140,7 @@ def load(path: str | Path) -> Policy:
         raise ValueError(f"{path}: not a valid policy of policykd ({reason}); export it again") from error
 
 
-def _check_size(layer: dict[str, Any], weights: dict[str, np.ndarray], inputs: list[np.ndarray]) -> None:
+def _check_size(layer: Description, weights: dict[str, np.ndarray], inputs: list[np.ndarray]) -> None:
     """Raises ValueError for a layer that would take more memory for one observation than any policy does."""
     if not all(0 <= layer[key] <= 84 for key in ("kernel", "stride", "padding", "groups")):
         raise ValueError("a layer of invalid geometry")
@@ -158,7 +159,7 @@ def _check_size(layer: dict[str, Any], weights: dict[str, np.ndarray], inputs: l
 
 
 def _make_step(
-    layer: dict[str, Any],
+    layer: Description,
     weights: dict[str, np.ndarray],
     x: np.ndarray,
     in_place: bool,
@@ -205,7 +206,7 @@ def _make_step(
     return steps[operator]
 
 
-def _pool(layer: dict[str, Any], is_frames: bool) -> Step:
+def _pool(layer: Description, is_frames: bool) -> Step:
     kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
     is_max = layer["operator"] == "max_pool"
 
@@ -221,7 +222,7 @@ def _pool(layer: dict[str, Any], is_frames: bool) -> Step:
     return pool
 
 
-def _conv(layer: dict[str, Any], weight: np.ndarray, bias: Any, is_frames: bool) -> Step:
+def _conv(layer: Description, weight: np.ndarray, bias: Any, is_frames: bool) -> Step:
     """Returns a convolution as one matrix product per group, over the patches under the filters."""
     kernel, stride, padding, groups = weight.shape[2], layer["stride"], layer["padding"], layer["groups"]
     num_outputs = len(weight)

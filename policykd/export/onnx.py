@@ -102,7 +102,7 @@ def _attributes(layer: Layer) -> dict[str, Any]:
         return {"alpha": layer.alpha}
     if layer.operator == "dense":
         return {"transB": 1}
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, int | list[int]] = {}
     if layer.operator in ("conv", "max_pool"):
         attributes["strides"] = [layer.stride] * 2
         if layer.padding:
