@@ -115,7 +115,7 @@ class Collector:
             if self._stopped.is_set():
                 break
             # 1. Label: raw outputs go into the buffer; rows that are not finite only serve as context.
-            obs = state.obs.to(replay.device)
+            obs = state.obs.to(replay.device, copy=True)  # a teacher may write into its input
             asked = time.perf_counter()
             raw_BA = self.teacher(obs)
             teacher_BA = raw_BA.cpu()

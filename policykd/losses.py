@@ -86,6 +86,7 @@ class PolicyLoss:
 
 def policy_metrics(student_BA: Tensor, batch: Batch) -> Metrics:
     """Returns how close the student's policy is to the teacher's: KL(teacher || student), greedy agreement, entropy."""
+    # Measured at the teacher's temperature even where the loss has its own, so that runs can be compared.
     with torch.no_grad():
         log_p_BA = log_policy(batch.teacher_BA, batch.temperature)
         same_action_B = batch.teacher_BA.argmax(dim=-1) == student_BA.argmax(dim=-1)
@@ -107,6 +108,7 @@ def jensen_shannon_B(log_p_BA: Tensor, log_q_BA: Tensor, teacher_share: float = 
     w KL(p || m) + (1 - w) KL(q || m) with the mixture m = w p + (1 - w) q, which is never zero where p or q is not; at
     most log 2, at w = 0.5.
     """
+    # In log space: the mixture of two tiny probabilities would underflow in float32.
     log_m_BA = torch.logaddexp(log_p_BA + math.log(teacher_share), log_q_BA + math.log1p(-teacher_share))
     to_teacher_B = kl_divergence_B(log_p_BA, log_m_BA)
     to_student_B = kl_divergence_B(log_q_BA, log_m_BA)
@@ -199,6 +201,7 @@ class TwoSided(PolicyLoss):
 
     def temperatures(self, temperature: float, progress: float) -> tuple[float, float]:
         """Returns T, and what the raw teacher outputs are divided by: its own temperature times T."""
+        # The teacher's own temperature turns its outputs into logits first; T then softens both sides alike.
         both = resolve(self.temperature, progress)
         return both, resolve(self.teacher_temperature, progress, default=temperature) * both
 

@@ -103,6 +103,7 @@ class Replay:
             raise ValueError(f"replay is full: {self.capacity} states")
         newest = obs[:, -1] if self.stack > 1 else obs
         self.frames[1 + n : 1 + n + self.num_envs] = newest.to(self.device)
+        # A stack grows by one frame per step and restarts with its episode; the first states have no past.
         if n:
             past_B = (self.num_past_frames_N[n - self.num_envs : n] + 1).clamp_(max=self.stack - 1)
             past_B.masked_fill_(episode_starts_B.to(past_B.device), 0)
@@ -130,6 +131,7 @@ class Replay:
 
     def batches(self, num: int, batch_size: int, drawn: DrawRange, generator: torch.Generator) -> Iterator[Tensor]:
         """Yields `num` batches of rows for `gather`, int64 `(batch_size,)`: uniform, with replacement."""
+        # A fixed number of stored states per batch: their share has no variance.
         num_offline = round(drawn.offline_fraction * batch_size)
         # A fixed shuffle of each batch: without it a thread's part would hold stored or live states alone.
         order_B = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0))

@@ -51,6 +51,7 @@ class Progress(float):
                 "a schedule that follows the return needs a teacher that beats a random policy, not"
                 f" {self.teacher_return} against {self.random_return}; use one that follows the run's progress"
             )
+        # Before its first episode the student counts as a random policy, so that a run has a defined beginning.
         if self.student_return is None:
             return 0.0
         reached = (self.student_return - self.random_return) / (self.teacher_return - self.random_return)
@@ -144,6 +145,7 @@ class WarmupCosine(Schedule):
 
     def __call__(self, progress: float, /) -> float:
         """Returns the value at `progress`."""
+        # Adam's second moments are unreliable in the first updates; small steps keep them from mattering.
         if progress < self.warmup:
             return self.peak * progress / self.warmup
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
@@ -258,6 +260,7 @@ def format_schedule(quantity: Quantity) -> str:
 
 
 def _format_number(number: float) -> str:
+    # Six digits where they are enough, all of them where not: a config must give back the same number.
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))
 

@@ -103,6 +103,7 @@ class MixedStates(_EpsilonNoise):
         self, obs: Tensor, teacher_BA: Tensor, student: Policy, progress: float, generator: torch.Generator, /
     ) -> Tensor:
         """Returns actions sampled from the student's policy in its share of the rows, else from the teacher's."""
+        # The student runs on the whole batch if it acts anywhere in it: a smaller batch would save little.
         student_acts_B = torch.rand(len(teacher_BA), generator=generator) < self.student_fraction(progress)
         actions_B = sample(teacher_BA, generator)
         if student_acts_B.any():

@@ -150,6 +150,7 @@ def make_train_state(
         ValueError: the environments or the stored states do not fit the config.
     """
     vector_env = as_vector_env(envs)
+    # The student decides the device: everything that an update touches is moved there.
     obs = vector_env.reset()
     device = next(student.parameters()).device
     if replay is None:
@@ -180,6 +181,7 @@ def make_train_state(
 
 def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> None:
     """Raises ValueError for numbers of states that do not fit the environments, the replay buffer or each other."""
+    # Offline: the buffer is complete, and the student is measured on what it is not trained on.
     if isinstance(config.states, DatasetStates):
         if not 0 < replay.num_held_out < len(replay):
             raise ValueError("offline distillation needs a replay buffer with stored states, some of them held out")
@@ -188,6 +190,7 @@ def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> Non
         raise ValueError(
             f"states_per_round {config.states_per_round} is not a multiple of num_envs {envs.num_envs}; change either"
         )
+    # Blended: the streams of stored and live states continue in the same environments.
     is_blended = isinstance(config.states, BlendedStates)
     if is_blended != (replay.num_preloaded > 0):
         raise ValueError(

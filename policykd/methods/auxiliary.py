@@ -122,7 +122,9 @@ class AuxiliaryLosses(nn.Module):
         """
         if set(self.active) <= {"shift"}:
             return
+        # 1. Room for all states that the run will have, so that labels are not moved again.
         self._grow(replay.capacity)
+        # 2. Blocks of fixed size; the last is padded with its own last state.
         while self._num_prepared < num_rows:
             first = self._num_prepared // _LABEL_BATCH_SIZE * _LABEL_BATCH_SIZE
             end = min(first + _LABEL_BATCH_SIZE, num_rows)
@@ -155,6 +157,7 @@ class AuxiliaryLosses(nn.Module):
         if name == "shift":
             shifted_BA = student(shift_frames(batch.obs, random_shifts(batch.random_B)))
             return shift_loss_B(seen.outputs_BA, shifted_BA)
+        # Distances of hidden layers in float32: bfloat16 has too few digits for differences of squares.
         with torch.autocast(batch.obs.device.type, enabled=False):
             hidden_BF = seen.hidden_BF.float()
             if name == "value":
@@ -183,6 +186,7 @@ class AuxiliaryLosses(nn.Module):
     def _label(self, obs_BCHW: Tensor, rows_B: Tensor, new: slice) -> None:
         """Stores the teacher's values and features of the rows `rows_B[new]`, with one forward pass of its network."""
         new_rows_B = rows_B[new]
+        # One forward pass serves values and features alike.
         net = self.teacher.net
         seen: Activations | None = None
         if set(_FEATURE_LOSSES) & set(self.active):

@@ -69,6 +69,7 @@ def angle_loss_B(hidden_BF: Tensor, teacher_BF: Tensor) -> Tensor:
 
     The ends j and k are the `NUM_ENDS` rows after i, not all: a batch costs its size times a constant, not its cube.
     """
+    # The diagonal j = k is an angle of 0 in both networks: it is taken out of sum and count.
     num_ends = min(NUM_ENDS, len(hidden_BF) - 1)
     num_pairs = max(1, num_ends * (num_ends - 1))
     cosines_BEE = _cosines(hidden_BF, num_ends)

@@ -66,6 +66,7 @@ class WeightedStates(PolicyLoss):
 
     def __call__(self, student: nn.Module, batch: Batch, /) -> tuple[Tensor, Metrics]:
         """Returns the loss per state, and the metrics with the mean weight among them."""
+        # The same product as `per_state`, with the weight at hand as a metric.
         student_BA = student(batch.obs).float()
         weight_B = self.weight(student_BA.detach(), batch.teacher_BA, batch.temperature, batch.progress)
         loss_B = self.loss.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
