@@ -36,24 +36,25 @@ def teacher() -> Teacher:
     return load_teacher("bundled:ppo", game="Pong")
 
 
-def test_play_is_the_game_that_is_played(teacher: Teacher) -> None:
-    """The teacher's moments against the same game stepped here."""
+def test_moments_are_those_of_the_same_game_stepped_here(teacher: Teacher) -> None:
     moments = list(islice(play(Player("t", teacher), "Pong", seed=3, protocol="sticky_greedy"), 80))
     envs = make_atari("Pong", 1, 3, noop_max=0, repeat_action_probability=0.25)
-    obs, brought = envs.reset(), 0.0
+    obs = envs.reset()
+    episodic_return = 0.0
     for moment in moments:
         scores = teacher(obs)
         assert moment.action == scores.argmax()
         assert np.allclose(moment.probabilities_A, scores.softmax(1)[0], atol=1e-6)
-        assert moment.episodic_return == brought
+        assert moment.episodic_return == episodic_return
         assert (moment.screen == envs.screens()[0]).all()
         step = envs.step(torch.tensor([moment.action]))
-        obs, brought = step.obs, brought + float(step.rewards_B)
+        obs = step.obs
+        episodic_return += float(step.rewards_B)
     assert len({m.action for m in moments}) > 2
 
 
-def test_a_game_that_ends_is_counted_and_the_next_begins() -> None:
-    """One that stands still loses 21 points in some 760 steps."""
+def test_a_finished_game_is_counted_and_the_next_begins() -> None:
+    """A player that stands still loses 21 points in some 760 steps."""
     games = play(Player("still", always(0)), "Pong", seed=0, protocol="sticky_greedy")
     moments = list(islice(games, 800))
     ended = next(i for i, m in enumerate(moments) if m.finished)
@@ -76,7 +77,7 @@ def test_sampled_play_repeats_itself_with_its_seed_and_differs_with_another() ->
     assert actions(0) == actions(0) != actions(1)
 
 
-def test_players_on_one_seed_have_the_same_start_and_the_same_chances() -> None:
+def test_players_on_one_seed_have_the_same_start_and_the_same_random_numbers() -> None:
     """So that what differs between them is the policies' doing: the same policy twice is the same picture twice."""
     same = [Player("x", RandomPolicy(6)), Player("x", RandomPolicy(6))]
     for picture in render_video(same, VideoSettings("Pong", 5, 40, 13, "noop_sampled")):
@@ -85,7 +86,7 @@ def test_players_on_one_seed_have_the_same_start_and_the_same_chances() -> None:
         assert left.tobytes() == right.tobytes()
 
 
-def test_scores_that_are_no_numbers_name_the_player() -> None:
+def test_outputs_that_are_not_finite_name_the_player() -> None:
     player = Player("broken", lambda obs: torch.full((len(obs), 6), torch.nan))
     with pytest.raises(FloatingPointError, match="broken: outputs that are not finite"):
         next(play(player, "Pong", seed=0, protocol="sticky_greedy"))
@@ -124,13 +125,13 @@ def test_a_long_film_does_not_drift(tick: int, every: int) -> None:
     assert max(durations) - min(durations) == tick
 
 
-def test_a_film_says_how_much_memory_it_takes(teacher: Teacher, pictures: list[Image.Image]) -> None:
+def test_video_bytes_is_the_memory_of_the_pictures(teacher: Teacher, pictures: list[Image.Image]) -> None:
     players = [Player("a", teacher), Player("b", teacher)]
     taken = animation.video_bytes(players, VIDEO)
     assert taken == sum(len(picture.tobytes()) for picture in pictures)
 
 
-def test_no_picture_is_no_film() -> None:
+def test_an_animation_needs_a_picture() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         encode_animation([], 2)
 
