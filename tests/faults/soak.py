@@ -53,6 +53,7 @@ def cycle(folder: Path, seconds: float, plays_pong: bool) -> int:
         return int(ended.code or 0)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+    raise AssertionError("the command returned")
 
 
 def stop_in_time(*args: object) -> None:

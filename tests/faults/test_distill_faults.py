@@ -366,7 +366,7 @@ def real(runs: Path, args: str, *, stderr: int = subprocess.PIPE) -> "subprocess
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 3000
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -380,7 +380,7 @@ def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
     wait_for(run / "checkpoints/manifest-000002.json", first)
     first.send_signal(signal.SIGINT)
     began = time.monotonic()
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=600)
     assert (first.returncode, time.monotonic() - began < GRACE_SECONDS) == (INTERRUPTED, True), said
     assert "resume with: policykd resume " in said.splitlines()[-1]
     kept = num_rounds_kept(run)
@@ -390,7 +390,7 @@ def test_the_real_command_is_stopped_once_and_twice(tmp_path: Path) -> None:
     wait_for(run / f"checkpoints/manifest-{kept + 1:06d}.json", second)
     second.send_signal(signal.SIGTERM)
     second.send_signal(signal.SIGINT)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=600)
     assert second.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM), said
     assert num_rounds_kept(run) > kept
 
@@ -491,7 +491,7 @@ def test_one_process_per_folder_and_it_may_die_there(warm: Warm, whole: Whole, t
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.1)
     second = real(tmp_path, ROUNDS)
-    _, said = second.communicate(timeout=200)
+    _, said = second.communicate(timeout=2000)
     assert (second.returncode, said.count("\n")) == (ENVIRONMENT, 1), said
     assert f"locked by process {pid} on {socket.gethostname()}" in said
     os.kill(pid, signal.SIGKILL)

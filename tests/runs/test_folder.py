@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from policykd.agents.card import TeacherRecord
 from policykd.io.files import BadFile
@@ -34,8 +35,8 @@ RECORD = RunRecord(
 )
 
 
-def changed(**settings: object) -> RunRecord:
-    return replace(RECORD, settings={**RECORD.settings, **settings})  # type: ignore[arg-type]
+def changed(**settings: JsonValue) -> RunRecord:
+    return replace(RECORD, settings={**RECORD.settings, **settings})
 
 
 def check(run: Path, now: RunRecord) -> None:
