@@ -177,7 +177,7 @@ def signal_in(where: str, call: int, numbers: list[int], at: str) -> None:
                 # Blocked, so that all of them have arrived before the first is handled.
                 signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
                 for number in numbers:
-                    os.kill(os.getpid(), number)
+                    signal.raise_signal(number)  # to this thread; os.kill would choose one that does not block it
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
             return function(*args, **kwargs)
 
