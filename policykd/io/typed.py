@@ -4,13 +4,15 @@ A type is a frozen dataclass (nested ones, tuples, dicts, unions and `Literal` a
 `Annotated[int, Field(ge=1)]`. Whatever is wrong with a file becomes one `BadFile` with one line of text.
 """
 
+import math
 import os
 import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from policykd.io.files import BadFile, write_atomically
 
@@ -19,7 +21,6 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 """size cap of a JSON file; the largest that policykd writes (every episode of a study) has a few megabytes"""
 _MAX_MESSAGE = 200
-_STRICT_NUMBERS = ConfigDict(allow_inf_nan=False)
 
 
 def read_json(kind: type[T], path: Path, *, next_step: str = "", max_bytes: int = MAX_JSON_BYTES) -> T:
@@ -46,12 +47,16 @@ def parse_json(kind: type[T], content: bytes | str, name: str | Path, *, next_st
     """
     adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # every class is hashable
     try:
+        # Pydantic cannot forbid infinite numbers in dataclasses, so the plain JSON is looked at first.
+        _check_finite(from_json(content, allow_inf_nan=False))
         return adapter.validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         reason = f"{field}: {first['msg']}" if field else first["msg"]
         raise BadFile(_with_next_step(f"{name}: invalid ({one_line(reason)})", next_step)) from error
+    except ValueError as error:
+        raise BadFile(_with_next_step(f"{name}: invalid ({one_line(str(error))})", next_step)) from error
 
 
 def to_json(value: object, *, indent: int | None = 1) -> bytes:
@@ -104,9 +109,15 @@ def _with_next_step(message: str, next_step: str) -> str:
     return f"{message}; {next_step}" if next_step else message
 
 
+def _check_finite(value: object) -> None:
+    """Raises ValueError for an infinite number, which is what JSON such as 1e999 becomes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number that is not finite")
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_finite(part)
+
+
 @lru_cache(maxsize=256)
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    try:
-        return TypeAdapter(kind, config=_STRICT_NUMBERS)
-    except Exception:  # pydantic refuses a config where the dataclass brings its own
-        return TypeAdapter(kind)
+    return TypeAdapter(kind)
