@@ -4,13 +4,14 @@ Q-values and logits are only comparable as probabilities, so each member's softm
 Suffixes name dimensions: M members, B batch, A actions.
 """
 
+import copy
 import hashlib
 import math
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,6 @@ WEIGHTS_HELP = (
 )
 _MIN_CONFIDENCE = 1e-6
 """makes the weights equal where all members are uniform"""
-
-
-class Weights(Protocol):
-    """Weight of each member in each state."""
-
-    def __call__(self, log_p_MBA: Tensor, /) -> Tensor:
-        """Returns weights `(members, batch)`, or `(members, 1)` for all states; they sum to 1 over the members."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,27 +48,6 @@ class FixedWeights:
 
 
 @dataclass(frozen=True)
-class ReturnWeights:
-    """Weights proportional to max(return - random return, 0)."""
-
-    returns: tuple[float, ...]
-    """mean episodic return of each member, unclipped"""
-    random_return: float = 0.0
-    """mean episodic return of random play in the same game"""
-
-    def __post_init__(self) -> None:
-        if not any(r > self.random_return for r in self.returns):
-            raise ValueError(
-                f"teacher returns {self.returns}: none is above random play's {self.random_return}, so they give no"
-                " weights; give numbers as --teacher-weights"
-            )
-
-    def __call__(self, log_p_MBA: Tensor, /) -> Tensor:
-        """Returns the weights, `(members, 1)`."""
-        return FixedWeights(tuple(max(r - self.random_return, 0.0) for r in self.returns))(log_p_MBA)
-
-
-@dataclass(frozen=True)
 class ConfidenceWeights:
     """Weights per state, proportional to 1 - H(p) / log A: near 0 for a uniform member, largest for a certain one."""
 
@@ -84,6 +56,9 @@ class ConfidenceWeights:
         max_entropy = math.log(max(2, log_p_MBA.shape[-1]))
         confidence_MB = (1.0 - entropy(log_p_MBA) / max_entropy).clamp(min=0.0) + _MIN_CONFIDENCE
         return confidence_MB / confidence_MB.sum(dim=0)
+
+
+Weights = FixedWeights | ConfidenceWeights
 
 
 def log_mixture(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
@@ -100,57 +75,13 @@ def disagreement_B(log_p_MBA: Tensor, weights_MB: Tensor) -> Tensor:
     return (entropy(log_mixture(log_p_MBA, weights_MB)) - within_B).clamp(min=0.0)
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Disagreement and weights of an ensemble, means over states."""
-
-    disagreement: float
-    """generalised Jensen-Shannon divergence between the members, nats"""
-    weights: tuple[float, ...]
-    """one per member"""
-
-
-class Disagreement:
-    """Running means of disagreement and weights; several threads may add to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sums: list[Tensor] = []
-
-    def add(self, nats_B: Tensor, weights_MB: Tensor) -> None:
-        """Adds these states; those with NaN are left out."""
-        finite_B = nats_B.isfinite()
-        rows_NB = torch.cat([finite_B.float()[None], nats_B[None], weights_MB.expand(-1, len(nats_B))])
-        # The sums stay on the device until `take`, so that the GPU is not synchronised in every batch.
-        sums_N = rows_NB.masked_fill(~finite_B, 0.0).sum(dim=1)
-        with self._lock:
-            self._sums.append(sums_N)
-
-    def take(self) -> Shares | None:
-        """Returns the means over the states since the previous call, or None if there were none."""
-        with self._lock:
-            sums = self._sums
-            self._sums = []
-        if not sums:
-            return None
-        num, nats, *weights = torch.stack([s.cpu() for s in sums]).double().sum(dim=0).tolist()
-        return Shares(nats / num, tuple(w / num for w in weights)) if num else None
-
-
 class Ensemble:
     """The mixture of several teachers as a policy: log-probabilities, which are logits at temperature 1."""
 
     temperature = 1.0
 
-    def __init__(
-        self, teachers: Sequence[Teacher], weights: Weights, *, disagreement: Disagreement | None = None
-    ) -> None:
+    def __init__(self, teachers: Sequence[Teacher], weights: Weights) -> None:
         """Mixes teachers of one game.
-
-        Args:
-            teachers: the members.
-            weights: weight of each member.
-            disagreement: statistics shared with another ensemble of the same members.
 
         Raises:
             ValueError: other actions or observations, or another number of weights.
@@ -164,32 +95,34 @@ class Ensemble:
                     f"{first.ref} has {first.num_actions} actions on observations {first.obs_shape}, {other.ref} has"
                     f" {other.num_actions} on {other.obs_shape}; give teachers of one game"
                 )
-        # Weights that are not one per member have neither values nor returns.
-        given = getattr(weights, "values", getattr(weights, "returns", self.teachers))
-        if len(given) != len(self.teachers):
-            raise ValueError(f"{len(given)} teacher weights for {len(self.teachers)} teachers; give one for each")
+        if isinstance(weights, FixedWeights) and len(weights.values) != len(self.teachers):
+            raise ValueError(
+                f"{len(weights.values)} teacher weights for {len(self.teachers)} teachers; give one for each"
+            )
         self.num_actions = first.num_actions
         self.obs_shape = first.obs_shape
-        self._disagreement = disagreement or Disagreement()
+        # One entry per batch; several threads may append to a deque while another takes from it.
+        self._sums: deque[Tensor] = deque()
 
     def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
         """Returns log-probabilities, float32 `(batch, num_actions)`, finite if the members' outputs are."""
         log_p_MBA = torch.stack([log_policy(t(obs_BCHW), t.temperature) for t in self.teachers])
         weights_MB = self.weights(log_p_MBA)
-        self._disagreement.add(disagreement_B(log_p_MBA, weights_MB), weights_MB)
+        # States with NaN are left out. The sums stay on the device, so that the GPU is not synchronised in every batch.
+        nats_B = disagreement_B(log_p_MBA, weights_MB)
+        finite_B = nats_B.isfinite()
+        rows_NB = torch.cat([finite_B.float()[None], nats_B[None], weights_MB.expand(-1, len(nats_B))])
+        self._sums.append(rows_NB.masked_fill(~finite_B, 0.0).sum(dim=1))
         return log_mixture(log_p_MBA, weights_MB)
 
-    def take_disagreement(self) -> Shares | None:
-        """Returns disagreement and weights over the states since the previous call; None if there were none."""
-        return self._disagreement.take()
-
     def take_metrics(self) -> dict[str, float]:
-        """Returns `teacher_disagreement` (nats) and `teacher_weight_0`, ... over the states since the previous call."""
-        shares = self.take_disagreement()
-        if shares is None:
+        """Returns `teacher_disagreement` (nats) and `teacher_weight_0`, ...: means over states since the last call."""
+        sums = [self._sums.popleft().cpu() for _ in range(len(self._sums))]
+        if not sums:
             return {}
-        weights = {f"teacher_weight_{i}": weight for i, weight in enumerate(shares.weights)}
-        return {"teacher_disagreement": shares.disagreement, **weights}
+        num, nats, *weights = torch.stack(sums).double().sum(dim=0).tolist()
+        totals = {"teacher_disagreement": nats} | {f"teacher_weight_{i}": w for i, w in enumerate(weights)}
+        return {name: total / num for name, total in totals.items()} if num else {}
 
     def to(self, device: Any, /) -> "Ensemble":
         """Moves the members to a device and returns the ensemble."""
@@ -199,7 +132,9 @@ class Ensemble:
 
     def with_members(self, teachers: Sequence[Teacher]) -> "Ensemble":
         """Returns the ensemble with other versions of its members; both add to the same statistics."""
-        return Ensemble(teachers, self.weights, disagreement=self._disagreement)
+        other = copy.copy(self)
+        other.teachers = tuple(teachers)
+        return other
 
     @property
     def backend(self) -> str:
@@ -289,7 +224,8 @@ def load_teachers(
 
 def _return_weights(
     teachers: Sequence[Teacher], game: str | None, measure: Callable[[Teacher], float] | None
-) -> ReturnWeights:
+) -> FixedWeights:
+    """Returns weights proportional to max(return - random play's return, 0), returns unclipped."""
     returns: list[float] = []
     for teacher in teachers:
         if teacher.reported_return is not None:
@@ -298,7 +234,10 @@ def _return_weights(
             returns.append(measure(teacher))
         else:
             raise ValueError(f"{teacher.ref}: no reported return; give numbers as --teacher-weights")
-    random_return = 0.0
-    if game is not None:
-        random_return, _ = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game), (0.0, 0.0))
-    return ReturnWeights(tuple(returns), random_return)
+    random_return, _ = RANDOM_AND_HUMAN_SCORES.get(canonical_name(game), (0.0, 0.0)) if game else (0.0, 0.0)
+    if max(returns) <= random_return:
+        raise ValueError(
+            f"teacher returns {returns}: none is above random play's {random_return}, so they give no weights; give"
+            " numbers as --teacher-weights"
+        )
+    return FixedWeights(tuple(max(r - random_return, 0.0) for r in returns))

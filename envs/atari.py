@@ -34,7 +34,6 @@ class AtariEnvs:
         self._stacks = np.zeros((num_envs, STACK, 84, 84), np.uint8)
         self._frames = np.zeros((num_envs, 84, 84), np.uint8)
         self._outcomes = np.zeros(num_envs, OUTCOME)
-        self._is_held_B = np.zeros(num_envs, np.bool_)
         # Neighbouring games share a worker, which writes its results to its own rows of these arrays.
         num_shares = min(max(num_workers, 1), num_envs)
         self._shares = [slice(*s) for s in pairwise(num_envs * k // num_shares for k in range(num_shares + 1))]
@@ -58,23 +57,14 @@ class AtariEnvs:
 
         Args:
             actions_B: `(num_envs,)`, integers below `num_actions`; where negative, the game is held.
-        """
-        self.send(actions_B)
-        return self.receive()
-
-    def send(self, actions_B: Tensor) -> None:
-        """Begins a step: workers play while the caller does something else, until it calls `receive`."""
-        actions = actions_B.tolist()
-        self._is_held_B = np.array(actions) < 0
-        for worker, share in zip(self._workers, self._shares, strict=True):
-            worker.send("step", actions[share])
-
-    def receive(self) -> Step:
-        """Returns the result of the step that was begun last.
 
         Raises:
             OSError: a worker has ended.
         """
+        actions = actions_B.tolist()
+        is_held_B = np.array(actions) < 0
+        for worker, share in zip(self._workers, self._shares, strict=True):
+            worker.send("step", actions[share])
         for worker in self._workers:
             worker.receive()
         outcomes = self._outcomes.copy()
@@ -84,7 +74,7 @@ class AtariEnvs:
         stacks[:, -1] = self._frames
         # SB3 clears the stack where an episode, or a life, starts.
         stacks[outcomes["starts"], :-1] = 0
-        stacks[self._is_held_B] = self._stacks[self._is_held_B]
+        stacks[is_held_B] = self._stacks[is_held_B]
         self._stacks = stacks
         episodes = [
             Episode(i, float(o["episodic_return"]), int(o["length"]), bool(o["truncated"]))
@@ -131,14 +121,6 @@ class AtariEnvs:
         """Ends the workers; so does the end of this process or of the last reference."""
         for worker in self._workers:
             worker.close()
-
-    def __enter__(self) -> "AtariEnvs":
-        """Returns itself, to be closed at the end of a `with` block."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Ends the workers."""
-        self.close()
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         for worker in self._workers:

@@ -2,9 +2,7 @@
 
 import math
 import shutil
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,8 @@ from policykd.agents.archive import read_archive
 from policykd.agents.card import Card
 from policykd.agents.ensemble import (
     ConfidenceWeights,
-    Disagreement,
     Ensemble,
     FixedWeights,
-    ReturnWeights,
     disagreement_B,
     load_teachers,
     make_ensemble,
@@ -110,26 +106,27 @@ def test_confidence_weighs_state_by_state() -> None:
     assert float(ConfidenceWeights()(between)[0, 0]) == pytest.approx(confidence / (confidence + 1.0), rel=1e-3)
 
 
-def test_returns_weigh_by_what_is_above_chance() -> None:
-    weights_MB = ReturnWeights((9.3, -0.7, -30.0), random_return=-20.7)(torch.zeros(3, 5, 2))
-    torch.testing.assert_close(weights_MB, torch.tensor([[0.6], [0.4], [0.0]]))
+def test_returns_weigh_by_what_is_above_chance(tmp_path: Path) -> None:
+    path = tmp_path / "agent.zip"
+    CRITICS["PPO MLP"]().save(path)
+    returns = iter((9.3, -0.7, -30.0, -21.0, -20.8))
+    net = load_teachers(f"{path}+{path}+{path}", "return", game="Pong", measure=lambda _: next(returns)).net
+    assert isinstance(net, Ensemble)
+    torch.testing.assert_close(net.weights(torch.zeros(3, 5, 2)), torch.tensor([[0.6], [0.4], [0.0]]))
     with pytest.raises(ValueError, match="none is above random play"):
-        ReturnWeights((-21.0, -20.8), random_return=-20.7)
+        load_teachers(f"{path}+{path}", "return", game="Pong", measure=lambda _: next(returns))
 
 
 def test_disagreement_is_none_between_twins_and_log_2_between_sure_opposites() -> None:
     twins = make_ensemble([fixed([[1.0, 2.0], [0.0, 5.0]])] * 2, FixedWeights((1.0, 1.0)))
     opposites = make_ensemble([fixed([[99.0, 0.0]] * 2), fixed([[0.0, 99.0]] * 2)], FixedWeights((1.0, 1.0)))
     for teacher, expected in ((twins, 0.0), (opposites, math.log(2.0))):
-        net = teacher.net
-        assert isinstance(net, Ensemble)
-        assert net.take_disagreement() is None  # nothing scored yet
+        assert teacher.take_metrics() == {}  # nothing labelled yet
         teacher(OBS)
-        shares = net.take_disagreement()
-        assert shares
-        assert shares.disagreement == pytest.approx(expected, abs=1e-6)
-        assert shares.weights == pytest.approx((0.5, 0.5))
-        assert net.take_disagreement() is None
+        metrics = teacher.take_metrics()
+        assert metrics.pop("teacher_disagreement") == pytest.approx(expected, abs=1e-6)
+        assert metrics == pytest.approx({"teacher_weight_0": 0.5, "teacher_weight_1": 0.5})
+        assert teacher.take_metrics() == {}
 
 
 def test_disagreement_is_the_mean_kl_to_the_mixture() -> None:
@@ -145,24 +142,7 @@ def test_disagreement_leaves_broken_states_out() -> None:
     nan = float("nan")
     net = Ensemble([fixed([[99.0, 0.0], [nan, 0.0]]), fixed([[0.0, 99.0], [0.0, 0.0]])], FixedWeights((1.0, 1.0)))
     assert net(OBS)[1].isnan().all()  # the loop sees that this state has no label
-    shares = net.take_disagreement()
-    assert shares
-    assert shares.disagreement == pytest.approx(math.log(2.0), abs=1e-6)
-
-
-def test_disagreement_counts_every_thread() -> None:
-    disagreement, switched = Disagreement(), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that threads meet in the middle of things
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            rows = [torch.full((n % 7,), float(n)) for n in range(3000)]
-            list(pool.map(disagreement.add, rows, [torch.full((2, 1), 0.5)] * 3000))
-    finally:
-        sys.setswitchinterval(switched)
-    weights = [n % 7 for n in range(3000)]
-    shares = disagreement.take()
-    assert shares
-    assert shares.disagreement == pytest.approx(np.average(range(3000), weights=weights), rel=1e-12)
+    assert net.take_metrics()["teacher_disagreement"] == pytest.approx(math.log(2.0), abs=1e-6)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -201,7 +181,7 @@ def test_it_is_known_by_its_members_and_weights() -> None:
 def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
     pytest.importorskip("onnxruntime")
     ppo, dqn = (load_teacher(f"bundled:{name}", game="Pong") for name in ("ppo", "dqn"))
-    for weights, kind in (("equal", FixedWeights), ("return", ReturnWeights), ("confidence", ConfidenceWeights)):
+    for weights, kind in (("equal", FixedWeights), ("return", FixedWeights), ("confidence", ConfidenceWeights)):
         teacher = load_teachers("bundled:ppo+bundled:dqn", weights, game="Pong")
         assert isinstance(teacher.net, Ensemble)
         assert isinstance(teacher.net.weights, kind)
@@ -215,19 +195,17 @@ def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
     assert net.num_parameters == 2 * 1_687_206
     assert net.num_macs is not None
     assert 2 * 9.3e6 < net.num_macs < 2 * 9.4e6
-    shares = net.take_disagreement()
-    assert shares
-    assert 0.0 < shares.disagreement < math.log(2.0)
-    assert shares.weights == pytest.approx((0.7, 0.3))
+    metrics = net.take_metrics()
+    assert 0.0 < metrics["teacher_disagreement"] < math.log(2.0)
+    assert [metrics["teacher_weight_0"], metrics["teacher_weight_1"]] == pytest.approx([0.7, 0.3])
     compiled = compile_policy(mixture, pong_frames)
     assert isinstance(compiled.session, Ensemble)
     assert all(isinstance(t.session, CompiledNet) for t in compiled.session.teachers)
     assert compiled.backend.startswith("onnxruntime")
-    net.take_disagreement()
+    net.take_metrics()
     torch.testing.assert_close(compiled(pong_frames).exp(), expected, atol=1e-4, rtol=1e-3)
-    again = net.take_disagreement()  # one count for both
-    assert again
-    assert again.disagreement == pytest.approx(shares.disagreement, abs=1e-4)
+    again = net.take_metrics()  # one count for both
+    assert again["teacher_disagreement"] == pytest.approx(metrics["teacher_disagreement"], abs=1e-4)
 
 
 def test_references_with_a_plus(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from policykd.agents.card import Provenance
 from policykd.agents.networks import MLP, ConvNet, num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, load_student, make_student, save_student
-from policykd.envs.identity import IdentityEnv
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile
 from policykd.loop import DistillConfig, distill
+from tests.identity_env import IdentityEnv
 
 
 def noise(num: int) -> Tensor:

@@ -20,8 +20,8 @@ from policykd.agents.sb3_student import AlgorithmName, StudentFeatures, from_sb3
 from policykd.agents.student import SIZES, Size, Student, init_student, make_student, student_shape
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
+from tests.identity_env import IdentityEnv
 
 CPU: dict[str, Any] = {"device": "cpu", "seed": 0}
 PPO_SHORT = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "learning_rate": 1e-3, **CPU}

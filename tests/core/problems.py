@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from policykd.agents.student import make_student
-from policykd.envs.identity import IdentityEnv
 from policykd.loop import DistillConfig, Round, distill, forward_kl
 from policykd.losses import LossFn
 from policykd.train_state import TrainState, make_train_state
+from tests.identity_env import IdentityEnv
 
 SMALL = DistillConfig(rounds=8, states_per_round=160, updates_per_round=40, batch_size=64, learning_rate=2e-2)
 

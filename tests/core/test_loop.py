@@ -15,7 +15,6 @@ from policykd.agents.networks import MLP
 from policykd.agents.student import make_student
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.evaluation.evaluate import evaluate
 from policykd.loop import DistillConfig, distill, forward_kl
 from policykd.losses import ActionNLL, Batch, ForwardKL, LogitMSE, LossFn, Metrics, ReverseKL
@@ -24,6 +23,7 @@ from policykd.schedules import Linear
 from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
 from policykd.train_state import Rollout, TrainState
 from tests.core.problems import Problem, identity_teacher
+from tests.identity_env import IdentityEnv
 
 PONG = DistillConfig(rounds=1, states_per_round=40, updates_per_round=2, batch_size=8, states=TeacherStates())
 

@@ -12,7 +12,6 @@ from policykd.agents.ensemble import load_teachers
 from policykd.agents.student import make_student
 from policykd.agents.teacher import load_teacher
 from policykd.envs.atari import make_atari
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Episode, Step
 from policykd.loop import DistillConfig, Round, distill
 from policykd.losses import (
@@ -36,6 +35,7 @@ from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentSt
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.train_state import TrainState, make_train_state
 from tests.core.problems import SMALL, Problem, identity_teacher
+from tests.identity_env import IdentityEnv
 
 LOSSES = [JensenShannon(), TwoSidedKL(), SoftAndHard(), LogitHuber(), DecoupledKL(), StandardizedKL()]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import VectorEnv
+from tests.identity_env import IdentityEnv
 
 MAKERS: dict[str, Callable[[], VectorEnv]] = {
     "identity": lambda: IdentityEnv(3, 4, seed=1),

@@ -60,17 +60,6 @@ def test_the_number_of_workers_changes_nothing() -> None:
         envs.close()
 
 
-def test_a_step_is_played_while_the_caller_does_something_else() -> None:
-    envs, again = (make_atari("Pong", 2, 0, num_workers=n) for n in (1, 0))
-    envs.reset()
-    again.reset()
-    actions_B = torch.tensor([2, 3])
-    envs.send(actions_B)
-    step = again.step(actions_B)
-    assert (envs.receive().obs == step.obs).all()
-    envs.close()
-
-
 def test_a_worker_that_dies_is_one_clear_line_and_signals_are_its_parents() -> None:
     """C04: SIGINT and SIGTERM end no game. A worker that is killed, as by the kernel for memory, is an OSError."""
     envs = make_atari("Pong", 4, 0, num_workers=2)
@@ -104,16 +93,17 @@ def test_a_bad_position_is_refused_by_a_worker_too() -> None:
 def test_an_interrupted_answer_is_never_taken_for_the_next_one() -> None:
     envs = make_atari("Pong", 1, 0, num_workers=1)
     envs.reset()
-    envs.send(torch.tensor([0]))
+    workers(envs)[0].send("step", [0])
     with pytest.raises(OSError, match="make new environments"):
         envs.step(torch.tensor([1]))
     envs.close()
 
 
 def test_closed_and_forgotten_environments_end_their_workers() -> None:
-    with make_atari("Pong", 1, 0, num_workers=1) as envs:
-        (closed,) = (worker.pid for worker in workers(envs))
-        assert not has_ended(closed)
+    envs = make_atari("Pong", 1, 0, num_workers=1)
+    (closed,) = (worker.pid for worker in workers(envs))
+    assert not has_ended(closed)
+    envs.close()
     assert has_ended(closed)
     envs = make_atari("Pong", 1, 0, num_workers=1)
     (forgotten,) = (worker.pid for worker in workers(envs))
@@ -129,7 +119,7 @@ def test_workers_die_with_their_parent(how: str) -> None:
         "import os, sys, torch; from policykd.envs.atari import make_atari\n"
         "envs = make_atari('Pong', 2, 0, num_workers=2); envs.reset()\n"
         "print(*[w.pid for w in envs._workers], flush=True)\n"
-        f"envs.send(torch.tensor([0, 0])); {how}"
+        f"envs._workers[0].send('step', [0]); {how}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (3 if "exit" in how else -9, "")

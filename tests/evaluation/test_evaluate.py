@@ -16,7 +16,6 @@ import policykd
 from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import load_teacher
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Episode, Step
 from policykd.evaluation.evaluate import (
     MAX_STEPS,
@@ -30,6 +29,7 @@ from policykd.evaluation.evaluate import (
 )
 from policykd.evaluation.results import summarise_episodes
 from policykd.io.signals import handle_signals, is_signalled
+from tests.identity_env import IdentityEnv
 
 
 class TwoSpeeds:

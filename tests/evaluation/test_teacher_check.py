@@ -20,7 +20,6 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import Step
 from policykd.evaluation.evaluate import evaluate
 from policykd.evaluation.results import protocols_of_card
@@ -33,6 +32,7 @@ from policykd.evaluation.teacher_check import (
 )
 from policykd.loop import DistillConfig, distill
 from policykd.schedules import WarmupCosine
+from tests.identity_env import IdentityEnv
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -18,13 +18,13 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
 
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.rl.teacher_mixin import TeacherRolloutSamples
 from policykd.schedules import Linear, ReturnGap
+from tests.identity_env import IdentityEnv
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL_PPO: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, **CPU}

@@ -12,7 +12,6 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor
 
 from policykd.agents.policy import log_policy
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.losses import kl_divergence_B
 from policykd.rl.sb3_distillation import StudentDriven
@@ -23,6 +22,7 @@ from policykd.rl.student_driven import (
     StudentDrivenMethod,
     cross_entropy_B,
 )
+from tests.identity_env import IdentityEnv
 
 S, A, HORIZON, GAMMA = 3, 2, 3, 0.9
 DISCOUNT_T = GAMMA ** torch.arange(HORIZON, dtype=torch.float64)

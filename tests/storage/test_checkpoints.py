@@ -11,12 +11,12 @@ from torch import Tensor
 
 from policykd.agents.student import make_student
 from policykd.envs.atari import make_atari
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import VectorEnv
 from policykd.io.files import BadFile
 from policykd.loop import DistillConfig, Round, distill
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.train_state import Rollout, TrainState, make_train_state
+from tests.identity_env import IdentityEnv
 
 
 class TestTeacher:

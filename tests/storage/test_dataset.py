@@ -20,7 +20,6 @@ from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.identity import IdentityEnv
 from policykd.envs.vector import VectorEnv
 from policykd.io.files import BadFile
 from policykd.io.locks import lock_folder
@@ -31,6 +30,7 @@ from policykd.storage.dataset import label, load_dataset, open_dataset, save_dat
 from policykd.storage.manifest import Origin, StatesInfo, TeacherRef
 from policykd.storage.shards import Arrays
 from policykd.train_state import make_train_state
+from tests.identity_env import IdentityEnv
 
 REF = TeacherRef("PPO", "ab" * 32)
 INFO = StatesInfo(obs_shape=(2,), dtype="float32", origin=Origin("a test"), num_actions=2)
