@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from policykd.envs.make import make_env
     from policykd.evaluation.evaluate import evaluate
     from policykd.loop import DistillConfig, distill
+    from policykd.runs.config import DistillRunConfig
+    from policykd.runs.distill_run import distill_run
+    from policykd.runs.results import RunResult
 
     __version__: str
 
 __all__ = [
     "DistillConfig",
+    "DistillRunConfig",
+    "RunResult",
     "__version__",
     "distill",
+    "distill_run",
     "evaluate",
     "load_student",
     "load_teacher",
@@ -31,7 +37,10 @@ __all__ = [
 
 _MODULES = {
     "DistillConfig": "loop",
+    "DistillRunConfig": "runs.config",
+    "RunResult": "runs.results",
     "distill": "loop",
+    "distill_run": "runs.distill_run",
     "evaluate": "evaluation.evaluate",
     "load_student": "agents.student",
     "load_teacher": "agents.teacher",
