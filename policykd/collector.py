@@ -57,6 +57,7 @@ class Collector:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stops the background thread; states of an unfinished collection are not used."""
+        # The thread looks at this event once per step, so it ends within milliseconds.
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
@@ -78,6 +79,7 @@ class Collector:
 
     def start(self) -> None:
         """Starts collecting the next round's states with a copy of the student; none after the last round."""
+        # The student is changed by training meanwhile, so a copy acts.
         index = self.state.round
         rounds = self.config.rounds
         acting = copy.deepcopy(self.state.student)
@@ -131,6 +133,7 @@ class Collector:
             state.episode_starts_B = step.starts_B
             episodes += step.episodes
             own_returns += self._own_returns(step.episodes, alone=alone)
+        # 3. Report; what the teacher measured itself is reset for the next round.
         return Rollout(
             first=first,
             student_fraction=states.student_fraction(progress),

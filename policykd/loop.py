@@ -119,11 +119,13 @@ def distill(
         ValueError: settings, environments or stored states that do not fit each other.
         FloatingPointError: too many teacher outputs or updates of a round are not finite.
     """
+    # Everything that changes is in `state`; everything below reads the settings from `config`.
     state = state or make_train_state(student, envs, config, loss_fn=loss_fn)
     temperature = config.temperature or float(getattr(teacher, "temperature", 1.0))
     if follows_return(loss_fn, config.states):
         _ = state.progress(0.0).return_progress  # fails now rather than after hours if the teacher's return is unknown
     prepare = getattr(loss_fn, "prepare", None)
+    # A number is the peak of the default schedule.
     peak = config.learning_rate
     learning_rate = peak if callable(peak) else WarmupCosine(peak)
     collector = Collector(teacher, state, config, temperature)

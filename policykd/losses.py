@@ -121,6 +121,7 @@ def check_temperature(name: str, temperature: Quantity | None, maximum: float = 
     Raises:
         ValueError: not positive, not finite, or above the maximum.
     """
+    # The advice depends on whose temperature it is: the teacher's, or that of both sides.
     try:
         check_bounds(name, temperature, MIN_TEMPERATURE, maximum)
     except ValueError as error:
@@ -285,6 +286,7 @@ class SoftAndHard(_TeacherTempered):
 
     def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
         """Returns (1 - hard) KL(p_T || p_S) - hard log p_S(argmax_a teacher) per state."""
+        # Cross-entropy with the best action is a KL to a one-hot policy, so both terms are in nats.
         hard = resolve(self.hard, progress)
         log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
         nll_B = cross_entropy(upcast(student_BA), teacher_BA.argmax(dim=-1), reduction="none")

@@ -135,6 +135,7 @@ class Replay:
         num_offline = round(drawn.offline_fraction * batch_size)
         # A fixed shuffle of each batch: without it a thread's part would hold stored or live states alone.
         order_B = torch.randperm(batch_size, generator=torch.Generator().manual_seed(0))
+        # Many batches per draw: one copy to the device for all of them.
         for begun in range(0, num, BATCHES_PER_DRAW):
             u = min(BATCHES_PER_DRAW, num - begun)
             rows_UB = self._draw((u, batch_size - num_offline), drawn.first, drawn.end, generator)
@@ -145,6 +146,7 @@ class Replay:
 
     def _draw(self, shape: tuple[int, int], first: int, end: int, generator: torch.Generator) -> Tensor:
         """Returns rows of states in [first, end), drawn uniformly."""
+        # Uniform over the states: drawn among their ranks, then moved behind the rows that are skipped.
         skipped = self.context_only_rows
         skipped = skipped[(skipped >= first) & (skipped < end)] - first
         rows_UB = torch.randint(end - first - len(skipped), shape, generator=generator)

@@ -194,6 +194,7 @@ def check_bounds(name: str, quantity: Quantity | None, minimum: float, maximum: 
     Raises:
         ValueError: a value outside [minimum, maximum], or not finite.
     """
+    # Now, not in the round that reaches the value: a run would end after hours.
     for value in _values_over_a_run(quantity):
         if not (minimum <= value <= maximum and math.isfinite(value)):
             bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
@@ -208,6 +209,7 @@ def follows_return(*configs: object) -> bool:
 
 def iter_schedules(config: object, prefix: str = "") -> Iterator[tuple[str, Schedule]]:
     """Yields the schedules in a dataclass, with names such as `temperature` or `weight.floor`."""
+    # Depth first, in the order of the fields, so that names are stable from run to run.
     if isinstance(config, Schedule):
         yield prefix.removesuffix("."), config
     elif hasattr(config, "iter_schedules"):  # a loss function that is not a dataclass
@@ -231,6 +233,7 @@ def parse_schedule(text: str) -> float | Schedule:
     Raises:
         ValueError: neither a number nor a schedule.
     """
+    # A number has no colon; everything else is KIND:NUMBER[:NUMBER...].
     kind, *numbers = text.split(":")
     try:
         values = [float(number) for number in numbers or [text]]
@@ -252,6 +255,7 @@ def format_schedule(quantity: Quantity) -> str:
     """
     if isinstance(quantity, int | float):
         return _format_number(quantity)
+    # The exact class: a subclass of the user's may compute something else from the same numbers.
     for kind, schedule_class in SCHEDULES.items():
         if type(quantity) is schedule_class:
             numbers = [getattr(quantity, field.name) for field in fields(quantity)]  # type: ignore[arg-type]

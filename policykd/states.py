@@ -46,6 +46,7 @@ class _EpsilonNoise:
 
     def with_noise(self, actions_B: Tensor, num_actions: int, progress: float, generator: torch.Generator) -> Tensor:
         """Returns the actions with some replaced by random ones; without noise no random number is drawn."""
+        # A run without noise has the same random stream, and so the same bits, as before there was noise.
         epsilon = resolve(self.epsilon, progress)
         if epsilon <= 0.0:
             return actions_B
@@ -155,5 +156,6 @@ class DatasetStates:
 
 def student_acts_alone(states: StateSource, progress: float) -> bool:
     """Returns whether every step is the student's own action, without noise: its episodes are then its return."""
+    # Noise or a shared episode would make the return that of another policy.
     epsilon = resolve(getattr(states, "epsilon", 0.0), progress)
     return states.student_fraction(progress) == 1.0 and epsilon == 0.0

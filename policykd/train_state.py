@@ -103,6 +103,7 @@ class TrainState:
             config: budget, window and share of stored states.
             end: row after the last that is trained on.
         """
+        # The newest rounds only, or everything; states that are held out are behind `end`.
         window = config.replay_window_rounds * config.states_per_round
         first = max(0, end - window) if window else 0
         offline_fraction = 0.0
@@ -124,6 +125,7 @@ class TrainState:
 
     def fit_input_normalization(self) -> None:
         """Sets the student's input scaling from the frames collected so far (some 256 of them)."""
+        # A module of the user's scales its own input.
         if isinstance(self.student, Student):
             num = len(self.replay)
             self.student.fit_input_normalization(self.replay.frames[1 : 1 + num][:: max(1, num // 256)])
@@ -153,6 +155,7 @@ def make_train_state(
     # The student decides the device: everything that an update touches is moved there.
     obs = vector_env.reset()
     device = next(student.parameters()).device
+    # Allocated once, for all rounds: a buffer that grows would copy gigabytes.
     if replay is None:
         shape = (vector_env.num_envs, vector_env.num_actions, vector_env.obs_shape)
         replay = Replay(config.rounds * config.states_per_round, *shape, stack=vector_env.stack, dtype=obs.dtype)

@@ -41,6 +41,7 @@ class Trainer:
         self.config = config
         self.temperature = temperature
         self.parameters = state.parameters()
+        # Other devices parallelise a batch themselves.
         self.num_parts = 1
         if state.device.type == "cpu":
             self.num_parts = max(1, min(config.threads, config.batch_size // MIN_STATES_PER_THREAD))
@@ -98,6 +99,7 @@ class Trainer:
         bf16 = torch.autocast(obs.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
         with bf16:
             loss_B, metrics = self.loss_fn(self.state.student, batch)
+        # Divided by the whole batch, not by the part: the parts' gradients then simply add up.
         share_of_mean = loss_B.sum() / self.config.batch_size
         gradients = torch.autograd.grad(share_of_mean, self.parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
@@ -107,6 +109,7 @@ class Trainer:
 
     def _apply(self, parts: list[tuple[tuple[Tensor, ...], Tensor]]) -> None:
         """Adds the parts up in order and lets Adam take the step, unless it is not finite."""
+        # Always in the order of the parts, not of their completion: floating-point addition is not associative.
         for parameter, *gradients in zip(self.parameters, *(g for g, _ in parts), strict=True):
             parameter.grad = sum(gradients[1:], start=gradients[0])
         measured_M = sum((m for _, m in parts[1:]), start=parts[0][1])
@@ -149,6 +152,7 @@ class Trainer:
         Raises:
             FloatingPointError: more than `MAX_NONFINITE_UPDATES` updates, or all of them, were not finite.
         """
+        # The only read from the device in a round.
         grad_norm, skipped, loss, *values = (self._sums_M / self._num_steps).tolist()
         num_skipped = round(skipped * self._num_steps)
         if num_skipped > MAX_NONFINITE_UPDATES or 0 < num_skipped == self._num_steps:

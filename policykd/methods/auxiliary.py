@@ -104,6 +104,7 @@ class AuxiliaryLosses(nn.Module):
             std = self.projection.in_features**-0.5
             self.projection.weight.data.normal_(0.0, std, generator=generator)
             self.projection.bias.data.zero_()
+        # States are labelled in the order of their rows, each once.
         self._num_prepared = 0
         # Width 0 where a loss is not used: then nothing is stored per state.
         keeps_hidden = bool({"hint", "similarity", "relational"} & set(self.active))
@@ -185,6 +186,7 @@ class AuxiliaryLosses(nn.Module):
 
     def _label(self, obs_BCHW: Tensor, rows_B: Tensor, new: slice) -> None:
         """Stores the teacher's values and features of the rows `rows_B[new]`, with one forward pass of its network."""
+        # Labels are stored in float16: their error, 1e-3, is far below the student's.
         new_rows_B = rows_B[new]
         # One forward pass serves values and features alike.
         net = self.teacher.net

@@ -43,6 +43,7 @@ class DecoupledKL(TwoSided):
         # 2. Distributions over the other actions alone.
         log_p_others_BA = log_policy(drop_action(teacher_BA, best_B), teacher_both)
         log_q_others_BA = log_policy(drop_action(student_BA, best_B), both)
+        # 3. T^2 restores the gradient's scale, as in the two-sided KL.
         best_term_B = resolve(self.alpha, progress) * kl_divergence_B(log_p_B2, log_q_B2)
         others_term_B = resolve(self.beta, progress) * kl_divergence_B(log_p_others_BA, log_q_others_BA)
         return both**2 * (best_term_B + others_term_B)

@@ -92,6 +92,7 @@ def shift_loss_B(logits_BA: Tensor, shifted_BA: Tensor) -> Tensor:
 def random_shifts(random_B: Tensor) -> Tensor:
     """Returns shifts of -4 to 4 pixels down and right, int64 `(batch, 2)`, made of 64 random bits per row."""
     num_shifts = 2 * MAX_SHIFT + 1
+    # Two digits of the random number in base 9.
     down_B = random_B % num_shifts
     right_B = random_B // num_shifts % num_shifts
     return torch.stack([down_B, right_B], dim=1) - MAX_SHIFT
@@ -119,6 +120,7 @@ def shift_frames(obs_BCHW: Tensor, shifts_B2: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     """Returns vectors at length 1 along the last dimension; zeros, without a gradient, where there is no length."""
+    # Dead maps and repeated states have no direction; dividing by their length would give infinite gradients.
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     is_zero = length < _ZERO_LENGTH
     return (x / length.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
@@ -126,6 +128,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _relative_distances(hidden_BF: Tensor) -> Tensor:
     """Returns the distances between rows over their mean, `(batch, batch)`; 0 on the diagonal."""
+    # Not by matrix products: they lose the digits of small distances, and their gradient at 0 is nan.
     distances_BB = torch.cdist(hidden_BF, hidden_BF, compute_mode="donot_use_mm_for_euclid_dist")
     num_pairs = max(1, len(hidden_BF) * (len(hidden_BF) - 1))
     return distances_BB / (distances_BB.sum() / num_pairs).clamp(min=_ZERO_LENGTH)
