@@ -25,15 +25,14 @@ from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
-from policykd.export.compiled import compile_policy
 from policykd.io.locks import lock_folder
 from policykd.io.machine import prepare_device, versions
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
 from policykd.methods.auxiliary import AuxiliaryLosses
+from policykd.replay import Replay
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return
-from policykd.runs.finish import finish_run
 from policykd.runs.folder import (
     CHECKPOINTS,
     FINAL_EVALUATION,
@@ -53,10 +52,8 @@ from policykd.runs.results import RunResult, load_results
 from policykd.runs.settings import to_settings
 from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.storage.dataset import open_dataset
 from policykd.storage.generations import has_generations
 from policykd.storage.manifest import Origin, TeacherRef
-from policykd.storage.offline import label_preloaded, open_replay
 from policykd.train_state import TrainState, make_train_state
 
 
@@ -158,7 +155,10 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
             write_run_config(run, replace(record, teacher_check=check))
 
         # 4. Restore the last checkpoint, train, and log every round.
-        label_preloaded(state.replay, teacher)
+        if state.replay.num_preloaded:
+            from policykd.storage.offline import label_preloaded
+
+            label_preloaded(state.replay, teacher)
         _restore(job, state, is_resumed=started is not None)
         with closing(RunLogger(run, state.round)) as logger:
             _train(job, state, loss_fn, logger)
@@ -170,6 +170,8 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
 
 def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
     """Returns the teacher on the device, with the fastest backend that is installed; from the Hub, at one commit."""
+    from policykd.export.compiled import compile_policy
+
     teacher = load_teachers(
         pin_teacher_revision(config.teacher, started),
         config.teacher_weights,
@@ -185,6 +187,8 @@ def _record(job: _Job) -> RunRecord:
     """Returns what identifies the run, but for the check of its teacher."""
     inputs: dict[str, str] = {}
     if isinstance(job.config.states, DatasetStates | BlendedStates):
+        from policykd.storage.dataset import open_dataset
+
         inputs["dataset"] = open_dataset(job.config.states.path).sha256
     return RunRecord(
         subcommand="distill",
@@ -227,13 +231,24 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     loss_fn: LossFn = config.policy_loss
     if config.auxiliary.active:
         loss_fn = AuxiliaryLosses(config.policy_loss, config.auxiliary, student, teacher, seed=config.seed)
-    room = 0 if config.is_offline else config.rounds * config.states_per_round
-    replay = open_replay(config.states, teacher, config.game, room=room, num_envs=config.num_envs, device=job.device)
+    replay = _stored_states(job)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     state.teacher_return, state.random_return = check.goal(config.game)
     if depends_on_return(config):
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
     return state, loss_fn
+
+
+def _stored_states(job: _Job) -> Replay | None:
+    """Returns a replay of the dataset that the run starts with; None without a dataset."""
+    config = job.config
+    if not isinstance(config.states, DatasetStates | BlendedStates):
+        return None
+    from policykd.storage.offline import open_replay
+
+    # Room for the states that the run adds, so that the buffers are allocated once.
+    room = 0 if config.is_offline else config.rounds * config.states_per_round
+    return open_replay(config.states, job.teacher, config.game, room=room, num_envs=config.num_envs, device=job.device)
 
 
 def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:
@@ -308,6 +323,8 @@ def _progress_line(r: Round) -> str:
 
 def _finish(job: _Job, state: TrainState, seconds: dict[str, float]) -> RunResult:
     """Saves the student, plays the final games, and writes everything that a finished run has."""
+    from policykd.runs.finish import finish_run
+
     config = job.config
     student = _as_student(state.student)
     command = shlex.join(sys.argv)

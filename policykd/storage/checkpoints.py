@@ -17,9 +17,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from policykd.io.typed import parse_json, to_json
-from policykd.storage.dataset import describe
 from policykd.storage.generations import commit, last, recover
-from policykd.storage.manifest import Count, Manifest, Origin, ShardEntry
+from policykd.storage.manifest import Count, Manifest, Origin, ShardEntry, describe
 from policykd.train_state import Rollout, TrainState
 
 

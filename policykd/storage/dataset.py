@@ -22,11 +22,10 @@ from policykd.io.files import BadFile
 from policykd.io.locks import lock_folder
 from policykd.replay import Replay
 from policykd.storage.generations import Generation, commit, has_generations, last, newest
-from policykd.storage.manifest import DType, Manifest, Origin, ShardEntry, StatesInfo
+from policykd.storage.manifest import Manifest, Origin, ShardEntry, StatesInfo, describe
 from policykd.storage.shards import MAX_RATIO, Arrays
 
 ROWS_PER_SHARD = 16_384
-_DTYPES: dict[torch.dtype, DType] = {torch.uint8: "uint8", torch.float32: "float32", torch.float64: "float64"}
 
 
 @dataclass(frozen=True)
@@ -272,18 +271,6 @@ def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:
     if origin.teacher is None:
         parts = ({key: array for key, array in part.items() if key != "teacher"} for part in parts)
     return write_dataset(folder, describe(replay, origin), parts)
-
-
-def describe(replay: Replay, origin: Origin) -> StatesInfo:
-    """Returns a description of the states in a replay."""
-    return StatesInfo(
-        obs_shape=tuple(replay.obs_shape),
-        dtype=_DTYPES[replay.frames.dtype],
-        origin=origin,
-        stack=replay.stack,
-        num_actions=replay.teacher_NA.shape[1],
-        num_envs=replay.num_envs,
-    )
 
 
 def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import AfterValidator, Field
 
 from policykd.envs.games import canonical_name
+from policykd.replay import Replay
 from policykd.storage.shards import Layout
 
 FORMAT = 3
@@ -31,6 +33,7 @@ GameName = Annotated[str, AfterValidator(_canonical)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{6,9}\.(json|npz|safetensors)$")]
 """a name without folders, so that a manifest cannot refer to a file elsewhere"""
 DType = Literal["uint8", "float32", "float64"]
+_DTYPES: dict[torch.dtype, DType] = {torch.uint8: "uint8", torch.float32: "float32", torch.float64: "float64"}
 Unit = Literal["round", "step", "row"]
 """what a generation counts: rounds of a distillation, steps of an SB3 training, or rows of an import"""
 
@@ -98,6 +101,18 @@ class StatesInfo:
             "starts": ("bool", ()),
         }
         return arrays if self.num_actions is None else {**arrays, "teacher": ("float32", (self.num_actions,))}
+
+
+def describe(replay: Replay, origin: Origin) -> StatesInfo:
+    """Returns a description of the states in a replay."""
+    return StatesInfo(
+        obs_shape=tuple(replay.obs_shape),
+        dtype=_DTYPES[replay.frames.dtype],
+        origin=origin,
+        stack=replay.stack,
+        num_actions=replay.teacher_NA.shape[1],
+        num_envs=replay.num_envs,
+    )
 
 
 @dataclass(frozen=True)
