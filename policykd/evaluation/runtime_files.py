@@ -114,10 +114,10 @@ class ArtifactBuilder:
 
     def _numpy(self) -> RuntimeFile:
         (self.folder / "numpy_policy.py").write_bytes(numpy_runtime())
-        return self._write("policy.npz", to_npz(self.source.layered_net))
+        return self._write("policy.npz", to_npz(self.source.net))
 
     def _c(self) -> RuntimeFile:
-        self._write("policy.h", to_c(self.source.layered_net).encode())
+        self._write("policy.h", to_c(self.source.net).encode())
         self._write("policy.c", _C_LIBRARY)
         path = self.folder / "policy.so"
         compile_c(*C_FLAGS, "policy.c", "-o", path.name, "-lm", folder=self.folder)

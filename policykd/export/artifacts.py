@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from policykd.agents.card import TeacherRecord
+from policykd.agents.policy import log_policy
 from policykd.agents.student import Shape, packed_weights
 from policykd.agents.teacher import Teacher
-from policykd.export.formats import Artifact, ExportSource, FormatName, log_probabilities, make_artifact, outputs_of
+from policykd.export.formats import Artifact, ExportSource, FormatName, make_artifact, outputs_of
 from policykd.io.files import write_atomically
 from policykd.io.machine import versions
 from policykd.io.signals import deferred_signals
@@ -158,7 +160,7 @@ def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, 
     """
     expected = np.concatenate([outputs_of(source.net, batch) for batch in states.split(_BATCH)])
     if artifact.gives_log_probabilities:
-        expected = log_probabilities(expected)
+        expected = log_policy(torch.from_numpy(expected)).numpy()
     found = np.concatenate([artifact.run(batch) for batch in states.split(_BATCH)])
     if found.shape != expected.shape or not np.isfinite(found).all():
         raise FloatingPointError(

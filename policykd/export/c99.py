@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from policykd.agents.networks import MLP, FrameNet
+from policykd.agents.networks import Net
 from policykd.export.c99_layers import ADD_LAYER, Source, Value
 from policykd.export.layers import layers_of
 
@@ -63,7 +63,7 @@ int main(void)
 """
 
 
-def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str] = ()) -> str:
+def to_c(net: Net, *, prefix: str = "policykd", actions: Sequence[str] = ()) -> str:
     """Returns a header with `PREFIX_scores` and `PREFIX_act`; the same text for the same weights.
 
     Args:
@@ -72,24 +72,20 @@ def to_c(net: FrameNet | MLP, *, prefix: str = "policykd", actions: Sequence[str
         actions: meaning of each action, for a comment.
 
     Raises:
-        ValueError: the prefix is not a C identifier.
+        ValueError: the prefix is not a C identifier, or a module of the user's, whose layers are unknown.
     """
     check_prefix(prefix)
     layers = layers_of(net)
-    is_frames = len(net.obs_shape) == 3
-    shape = tuple(net.obs_shape)
-    source = Source(prefix)
-    source.values["obs"] = Value(shape, "obs", channels_first=is_frames)
-    fused = set[str]()
+    shape = net.obs_shape
+    is_frames = len(shape) == 3
+    source = Source(prefix, values={"obs": Value(shape, "obs", channels_first=is_frames)})
     for layer in layers:
-        if layer.gives in fused:
-            continue
         # A ReLU right after sums of products is computed with them, unless something else reads the sums.
         readers = [other for other in layers if layer.gives in other.takes]
         with_relu = layer.operator in ("conv", "dense") and [r.operator for r in readers] == ["relu"]
         gives = readers[0].gives if with_relu else layer.gives
-        fused.add(gives)
-        ADD_LAYER[layer.operator](source, layer, gives, with_relu)
+        if layer.gives not in source.values:
+            ADD_LAYER[layer.operator](source, layer, gives, with_relu)
     # Stack: the arrays between layers, and the outputs that PREFIX_act keeps.
     buffers, calls = _buffers(source)
     stack = 4 * (sum(buffers.values()) + net.num_actions)
@@ -140,10 +136,9 @@ def _buffers(source: Source) -> tuple[dict[str, int], list[str]]:
     lines = []
     for i, call in enumerate(source.calls):
         if call.gives != "scores":
-            free = [name for name in sizes if name not in array_of.values()]
-            large_enough = [name for name in free if sizes[name] >= call.size]
-            candidates = large_enough or sorted(free, key=lambda name: -sizes[name]) or [f"values{len(sizes)}"]
-            chosen = candidates[0]
+            free = [name for name in sizes if name not in array_of.values()] or [f"values{len(sizes)}"]
+            large_enough = [name for name in free if sizes.get(name, 0) >= call.size]
+            chosen = large_enough[0] if large_enough else max(free, key=lambda name: sizes.get(name, 0))
             array_of[call.gives] = chosen
             sizes[chosen] = max(sizes.get(chosen, 0), call.size)
         arguments = ", ".join(array_of.get(name, name) for name in (*call.takes, call.gives))

@@ -185,26 +185,21 @@ def _add_conv(source: Source, layer: Layer, gives: str, with_relu: bool) -> None
     weight = layer.weight.numpy()
     taken = source.values[layer.takes[0]]
     channels, height, width = taken.shape
-    kernel, stride, groups = weight.shape[2], layer.stride, layer.groups
-    # The order of the weights follows the order in which the filter reads its inputs from memory.
-    group_channels = channels // groups
+    group_channels, kernel = weight.shape[1:3]
+    stride = layer.stride
     image = 1 + (height - kernel) // stride, 1 + (width - kernel) // stride
-    row = width * channels
+    # The order of the weights follows the order in which the filter reads its inputs from memory.
     if taken.channels_first:
         # Of frames, one strip of rows is in memory at a time.
         plane = width * (kernel if taken.name == "obs" else height)
         rows, columns = (group_channels, plane), (kernel, width)
         walk = _Walk(image, rows, columns, kernel, stride, stride * width, group_channels * plane)
-        order = (0, 1, 2, 3)
     else:
-        order = (0, 2, 3, 1)
-        down = stride * row
-        if groups == 1:
-            walk = _Walk(image, (kernel, row), (1, 0), kernel * channels, stride * channels, down)
-        else:
-            rows, columns = (kernel, row), (kernel, channels)
-            walk = _Walk(image, rows, columns, group_channels, stride * channels, down, group_channels)
-    weights_GOK = weight.transpose(order).reshape(groups, len(weight) // groups, -1)
+        assert layer.groups == 1, "only the first convolution may be depthwise"
+        weight = weight.transpose(0, 2, 3, 1)
+        row = width * channels
+        walk = _Walk(image, (kernel, row), (1, 0), kernel * channels, stride * channels, stride * row)
+    weights_GOK = weight.reshape(layer.groups, len(weight) // layer.groups, -1)
     _add_filters(source, layer, gives, with_relu, weights_GOK, walk)
 
 
@@ -242,29 +237,28 @@ def _add_pool(source: Source, layer: Layer, gives: str, with_relu: bool) -> None
     kernel, stride, margin = layer.kernel, layer.stride, layer.padding
     channels, height, width = taken.shape
     high, wide = (1 + (size + 2 * margin - kernel) // stride for size in (height, width))
-    if taken.channels_first:
+    if layer.operator == "average_pool":
+        assert taken.channels_first
+        assert not margin
         loops = [("c", channels), ("y", high), ("x", wide)]
-        input_index = f"((c * {height} + v) * {width} + u)"
+        add = f"sum += in0[((c * {height} + v) * {width} + u)];"
+        start, end = "0.0f", f"sum * {float.hex(1.0 / kernel**2)}f"
         output_index = f"((c * {high} + y) * {wide} + x)"
     else:
+        assert not taken.channels_first
         loops = [("y", high), ("x", wide), ("c", channels)]
-        input_index = f"((v * {width} + u) * {channels} + c)"
-        output_index = f"((y * {wide} + x) * {channels} + c)"
-    # Padding does not count: -inf for a maximum, and an average has no padding.
-    if layer.operator == "max_pool":
+        value = f"in0[((v * {width} + u) * {channels} + c)]"
+        # Padding does not count, as if it were minus infinity.
+        add = f"if (v >= 0 && v < {height} && u >= 0 && u < {width}) sum = {value} > sum ? {value} : sum;"
         start, end = "-HUGE_VALF", "sum"
-        add = f"sum = in0[{input_index}] > sum ? in0[{input_index}] : sum;"
-    else:
-        start, end = "0.0f", f"sum * {float.hex(1.0 / kernel**2)}f"
-        add = f"sum += in0[{input_index}];"
-    inside = f"if (v >= 0 && v < {height} && u >= 0 && u < {width}) " if margin else ""
+        output_index = f"((y * {wide} + x) * {channels} + c)"
     body = "\n".join(f"{'  ' * (i + 1)}for (int {v} = 0; {v} < {n}; {v}++)" for i, (v, n) in enumerate(loops))
     body += f""" {{
         float sum = {start};
         for (int j = 0; j < {kernel}; j++)
           for (int i = 0; i < {kernel}; i++) {{
             const int v = y * {stride} + j - {margin}, u = x * {stride} + i - {margin};
-            {inside}{add}
+            {add}
           }}
         out[{output_index}] = {end};
       }}"""

@@ -11,10 +11,8 @@ from policykd.agents.networks import MLP, ConvNet, Net, check_obs
 from policykd.agents.onnx_policy import finite
 from policykd.agents.onnx_session import backend, open_session
 from policykd.agents.teacher import Teacher
+from policykd.export.artifacts import TOLERANCE
 from policykd.export.onnx import to_onnx
-
-TOLERANCE = 1e-4
-"""maximum difference from torch's outputs, relative to the largest output: float32 has seven digits"""
 
 
 class CompiledNet:
@@ -35,10 +33,7 @@ class CompiledNet:
         return self
 
     def __call__(self, obs: Tensor, /) -> Tensor:
-        """Returns logits or Q-values, float32 `(batch, num_actions)`.
-
-        Args:
-            obs: uint8 frames or float vectors, `(batch, *obs_shape)`.
+        """Returns logits or Q-values, float32 `(batch, num_actions)`, of uint8 frames or float vectors.
 
         Raises:
             ValueError: observations of another shape or dtype, or vectors that are not finite.
@@ -54,15 +49,11 @@ class CompiledNet:
 def compile_net(net: Net, obs: Tensor, *, num_threads: int = 1) -> CompiledNet:
     """Returns the compiled network, after comparing its outputs with torch's on `obs`.
 
-    Within the tolerance a greedy action differs only where two actions are nearly tied.
-
-    Args:
-        net: the network; its current weights are copied.
-        obs: observations to compare both on, `(batch, *obs_shape)`.
-        num_threads: CPU threads per call; with 1, as many callers may run in parallel as there are cores.
+    Within the tolerance a greedy action differs only where two actions are nearly tied. With one thread per call, as
+    many callers may run in parallel as there are cores.
 
     Raises:
-        ValueError: the packages onnx and onnxruntime are not installed.
+        ValueError: the package onnx is not installed.
         FloatingPointError: the outputs differ from torch's.
     """
     compiled = CompiledNet(net, num_threads=num_threads)
@@ -86,7 +77,7 @@ def compile_policy(teacher: Teacher, obs: Tensor, *, num_threads: int = 1) -> Te
 
     Args:
         teacher: the policy to speed up.
-        obs: real observations, on the device where the teacher will run, to compare both backends on.
+        obs: real observations `(batch, *obs_shape)`, on the teacher's device, to compare both backends on.
         num_threads: CPU threads per call.
 
     Raises:

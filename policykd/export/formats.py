@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from policykd.agents.card import TeacherRecord
-from policykd.agents.networks import MLP, FrameNet, Net
-from policykd.agents.policy import Policy, log_policy
+from policykd.agents.networks import Net, UserNet
+from policykd.agents.policy import Policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
 from policykd.export.c99 import check_prefix, stack_bytes, to_c
@@ -59,17 +59,6 @@ class ExportSource:
         return net
 
     @property
-    def layered_net(self) -> FrameNet | MLP:
-        """The same network, if its layers are known.
-
-        Raises:
-            ValueError: a module of the user's.
-        """
-        if not isinstance(self.net, FrameNet | MLP):
-            raise ValueError("a module of your own has no known layers; export it as onnx")
-        return self.net
-
-    @property
     def file_stem(self) -> str:
         """Name of the files without their suffixes."""
         return "student" if isinstance(self.policy, Student) else "teacher"
@@ -100,21 +89,17 @@ def check_format(source: ExportSource, format_name: FormatName) -> None:
             raise ValueError(f"{format_name}: {package} is not installed; pip install 'policykd[{extra}]'")
     if format_name == "sb3" and not isinstance(source.policy, Student):
         raise ValueError("sb3: a teacher is an SB3 archive already; export students")
-    if format_name in ("numpy", "c", "sb3"):
-        _ = source.layered_net
+    if format_name in ("numpy", "c", "sb3") and isinstance(source.net, UserNet):
+        raise ValueError("a module of your own has no known layers; export it as onnx")
     if format_name == "c":
         check_prefix(source.c_prefix)
         _ = find_c_compiler()
 
 
 def make_artifact(source: ExportSource, format_name: FormatName, folder: Path, calibration: Tensor) -> Artifact:
-    """Writes one format's files into a folder, without validation; `export` validates them.
+    """Writes one format's files into an existing folder, without validation; `export` validates them.
 
-    Args:
-        source: the policy.
-        format_name: the format.
-        folder: an existing folder.
-        calibration: visited states `(n, *obs_shape)` that int8 is calibrated on; other formats ignore them.
+    Only int8 uses the calibration states, `(n, *obs_shape)`.
 
     Raises:
         ValueError: the policy cannot be exported in this format, or a package or compiler is missing.
@@ -140,12 +125,6 @@ def outputs_of(policy: Policy, obs: Tensor) -> np.ndarray:
     return outputs
 
 
-@torch.inference_mode()
-def log_probabilities(outputs: np.ndarray) -> np.ndarray:
-    """Returns log softmax(outputs), float32 `(batch, num_actions)`."""
-    return log_policy(torch.from_numpy(outputs)).numpy()
-
-
 def _onnx_artifact(path: Path, content: bytes) -> Artifact:
     from policykd.agents.onnx_policy import OnnxPolicy
 
@@ -164,10 +143,10 @@ def _int8_artifact(source: ExportSource, path: Path, calibration: Tensor) -> Art
 
 
 def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
-    path.write_bytes(to_npz(source.layered_net, actions=source.action_names))
+    path.write_bytes(to_npz(source.net, actions=source.action_names))
     module_path = path.with_name("numpy_policy.py")
     module_path.write_bytes(numpy_runtime())
-    # Runs the copy that is shipped, not the module that is installed here.
+    # Run the copy that is shipped, not the module that is installed here.
     spec = importlib.util.spec_from_file_location("numpy_policy", module_path)
     assert spec
     assert spec.loader
@@ -178,7 +157,7 @@ def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
 
 
 def _c_artifact(source: ExportSource, path: Path) -> Artifact:
-    header = to_c(source.layered_net, prefix=source.c_prefix, actions=source.action_names)
+    header = to_c(source.net, prefix=source.c_prefix, actions=source.action_names)
     path.write_text(header)
     # With this macro the header is a program that maps observations on standard input to outputs.
     program = path.with_name("program")

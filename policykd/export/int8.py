@@ -7,7 +7,8 @@ not notice changes the action. docs/export.md has the agreement of each form.
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def quantize_weights(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         calibration_obs: visited states, uint8 `(n, 4, 84, 84)` or float32 `(n, features)`; a thousand are enough.
 
     Raises:
-        ValueError: onnx or onnxruntime is not installed, or there are no states.
+        ValueError: no states.
     """
     model = _load(onnx_model, calibration_obs)
     from onnx import TensorProto, helper, numpy_helper
@@ -80,22 +81,21 @@ def quantize_static(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
     processors without VNNI. `export` does not use it: it keeps too few actions (docs/export.md). It is here for the
     comparison with other ways of compression.
 
-    Args:
-        onnx_model: output of `to_onnx`.
-        calibration_obs: as in `quantize_weights`.
+    Arguments are those of `quantize_weights`.
 
     Raises:
-        ValueError: onnx or onnxruntime is not installed, or there are no states.
+        ValueError: no states.
     """
     model = _load(onnx_model, calibration_obs)
     from onnxruntime import quantization  # type: ignore[import-untyped]
 
+    batches = _batches(calibration_obs)
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"
         quantization.quantize_static(
             model,
             path,
-            cast(Any, _CalibrationReader(calibration_obs)),
+            SimpleNamespace(get_next=lambda: next(batches, None)),
             per_channel=True,
             reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,
@@ -106,23 +106,15 @@ def quantize_static(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
         return path.read_bytes()
 
 
-class _CalibrationReader:
-    """States in batches, in the form that ONNX Runtime's calibration reads."""
-
-    def __init__(self, obs: np.ndarray) -> None:
-        self._batches: Iterator[np.ndarray] = iter([obs[i : i + _BATCH] for i in range(0, len(obs), _BATCH)])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"obs": batch}
+def _batches(obs: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Yields states in batches, as ONNX Runtime takes them."""
+    for i in range(0, len(obs), _BATCH):
+        yield {"obs": obs[i : i + _BATCH]}
 
 
 def _load(onnx_model: bytes, obs: np.ndarray) -> "onnx.ModelProto":
-    try:
-        import onnx
-        import onnxruntime.quantization  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError as error:
-        raise ValueError("quantization needs another package: pip install 'policykd[onnx]'") from error
+    import onnx
+
     if not len(obs):
         raise ValueError("quantization needs states for calibration; give a thousand that the policy visits")
     model = onnx.load_model_from_string(onnx_model)
@@ -142,8 +134,7 @@ def _layer_inputs(model: "onnx.ModelProto", node: Any, weight: np.ndarray, obs: 
     del tapped.graph.output[:]
     tapped.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
     session = open_session(tapped.SerializeToString(), 1)
-    batches = [obs[i : i + _BATCH] for i in range(0, len(obs), _BATCH)]
-    inputs = np.concatenate([session.run(None, {"obs": batch})[0] for batch in batches])
+    inputs = np.concatenate([session.run(None, batch)[0] for batch in _batches(obs)])
     if node.op_type == "Gemm":
         return inputs
     # Of a convolution, a random sample of all places.

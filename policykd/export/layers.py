@@ -6,12 +6,21 @@ ONNX, NumPy and C each translate the ten operators below; none of them looks at 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from policykd.agents.networks import MLP, ConvNet, FrameNet, ImpalaNet, ResidualBlock, Stage, UserNet
 
 Operator = Literal["conv", "average_pool", "max_pool", "relu", "elu", "leaky_relu", "tanh", "flatten", "dense", "add"]
+
+_ACTIVATIONS: dict[type[nn.Module], Operator] = {
+    nn.ReLU: "relu",
+    nn.ELU: "elu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+}
+"""activations of an MLP: those that SB3's archives may name"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,12 @@ class Layer:
     alpha: float = 0.0
     """slope or scale of elu and leaky_relu"""
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Weight and bias, as far as the layer has them, by their names in the state dict."""
+        tensors = {"weight": self.weight, "bias": self.bias}
+        return {f"{self.name}.{kind}": tensor.numpy() for kind, tensor in tensors.items() if tensor is not None}
+
 
 @torch.no_grad()
 def layers_of(net: nn.Module) -> list[Layer]:
@@ -58,32 +73,34 @@ def layers_of(net: nn.Module) -> list[Layer]:
             " policykd's networks"
         )
     # Convolutional part first, then the dense layers, which all networks have.
-    chain = _Chain([])
+    chain = _Chain(net)
     if isinstance(net, ConvNet):
         _add_convolutions(chain, net)
     elif isinstance(net, ImpalaNet):
         _add_stages(chain, net)
+    activation: nn.Module = nn.ReLU()
     if isinstance(net, MLP):
-        activation, alpha = _activation(net.activation)
+        activation = net.activation
     else:
-        activation, alpha = "relu", 0.0
         chain.add("flatten")
-    for i, dense in enumerate(net.dense):
-        assert isinstance(dense, nn.Linear)
-        chain.add_weights("dense", f"dense.{i}", dense.weight, dense.bias)
+    alpha = getattr(activation, "alpha", getattr(activation, "negative_slope", 0.0))
+    for dense in net.dense:
+        chain.add_weights("dense", dense)
         # The first of two low-rank factors has no bias and no activation; nor has the output layer an activation.
-        if dense.bias is not None and i < len(net.dense) - 1:
-            chain.add(activation, alpha=alpha)
+        if dense.bias is not None and dense is not net.dense[-1]:
+            chain.add(_ACTIVATIONS[type(activation)], alpha=alpha)
     # The last output has one name in every format, whatever the number of layers.
     chain.layers[-1] = replace(chain.layers[-1], gives="scores")
     return chain.layers
 
 
-@dataclass
 class _Chain:
     """Layers so far; each takes the previous one's output, and `others`."""
 
-    layers: list[Layer]
+    def __init__(self, net: FrameNet | MLP) -> None:
+        self.layers: list[Layer] = []
+        self._net = net
+        self._names = {module: name for name, module in net.named_modules()}
 
     @property
     def last(self) -> str:
@@ -92,14 +109,17 @@ class _Chain:
     def add(self, operator: Operator, *others: str, **settings: Any) -> None:
         self.layers.append(Layer(operator, (self.last, *others), f"x{len(self.layers) + 1}", **settings))
 
-    def add_weights(self, operator: Operator, name: str, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
-        self.add(operator, name=name, weight=_copy(weight), bias=None if bias is None else _copy(bias), **settings)
-
-    def add_conv(self, name: str, conv: nn.Conv2d, net: FrameNet) -> None:
+    def add_weights(self, operator: Operator, layer: Any, **settings: Any) -> None:
         # The first convolution gets (pixel - centre) / scale folded into its weights, so that runtimes need no scaling.
-        weight, bias = net.first_layer() if conv is net.first else (conv.weight, conv.bias)
-        padding = int(conv.padding[0])
-        self.add_weights("conv", name, weight, bias, stride=conv.stride[0], padding=padding, groups=conv.groups)
+        weight = layer.weight
+        bias = layer.bias
+        if isinstance(self._net, FrameNet) and layer is self._net.first:
+            weight, bias = self._net.first_layer()
+        bias = None if bias is None else _copy(bias)
+        self.add(operator, name=self._names[layer], weight=_copy(weight), bias=bias, **settings)
+
+    def add_conv(self, conv: nn.Conv2d) -> None:
+        self.add_weights("conv", conv, stride=conv.stride[0], padding=int(conv.padding[0]), groups=conv.groups)
 
 
 def _copy(weight: Tensor) -> Tensor:
@@ -109,31 +129,23 @@ def _copy(weight: Tensor) -> Tensor:
 def _add_convolutions(chain: _Chain, net: ConvNet) -> None:
     if net.design == "half":
         chain.add("average_pool", kernel=2, stride=2)
-    for i, conv in enumerate(net.convolutions, start=1):
-        chain.add_conv(f"conv{i}", conv, net)
+    for conv in net.convolutions:
+        chain.add_conv(conv)
         chain.add("relu")
 
 
 def _add_stages(chain: _Chain, net: ImpalaNet) -> None:
     """Adds the residual stages of IMPALA (Espeholt et al., 2018, figure 3)."""
-    for i, stage in enumerate(net.stages):
+    for stage in net.stages:
         assert isinstance(stage, Stage)
-        chain.add_conv(f"stages.{i}.conv", stage.conv, net)
+        chain.add_conv(stage.conv)
         chain.add("max_pool", kernel=3, stride=2, padding=1)
-        for j, block in enumerate(stage.blocks):
+        for block in stage.blocks:
             assert isinstance(block, ResidualBlock)
             skip = chain.last
             # x + conv(relu(conv(relu(x)))): the skip connection carries x before its ReLU.
-            for k, conv in enumerate((block.conv1, block.conv2), start=1):
+            for conv in (block.conv1, block.conv2):
                 chain.add("relu")
-                chain.add_conv(f"stages.{i}.blocks.{j}.conv{k}", conv, net)
+                chain.add_conv(conv)
             chain.add("add", skip)
     chain.add("relu")
-
-
-def _activation(module: nn.Module) -> tuple[Operator, float]:
-    if isinstance(module, nn.ELU):
-        return "elu", module.alpha
-    if isinstance(module, nn.LeakyReLU):
-        return "leaky_relu", module.negative_slope
-    return ("tanh" if isinstance(module, nn.Tanh) else "relu"), 0.0

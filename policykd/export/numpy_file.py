@@ -8,19 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from policykd.agents.networks import MLP, FrameNet
+from policykd.agents.networks import Net
 from policykd.export import numpy_policy
 from policykd.export.layers import Layer, layers_of
 
 _DESCRIBED = [field.name for field in fields(Layer) if field.name not in ("weight", "bias")]
 
 
-def to_npz(net: FrameNet | MLP, *, actions: Sequence[str] = ()) -> bytes:
+def to_npz(net: Net, *, actions: Sequence[str] = ()) -> bytes:
     """Returns the content of an `.npz` for `numpy_policy.load`; the same bytes for the same weights.
 
     Args:
         net: the network, such as a student's `folded_net()`.
         actions: meaning of each action, for the reader.
+
+    Raises:
+        ValueError: a module of the user's, whose layers are unknown.
     """
     layers = layers_of(net)
     about = {
@@ -32,9 +35,7 @@ def to_npz(net: FrameNet | MLP, *, actions: Sequence[str] = ()) -> bytes:
     }
     arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
     for layer in layers:
-        for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
-            if tensor is not None:
-                arrays[f"{layer.name}.{kind}"] = tensor.numpy()
+        arrays |= layer.arrays
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

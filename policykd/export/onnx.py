@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from policykd.agents.networks import ATARI_OBS_SHAPE, MLP, FrameNet, UserNet
-from policykd.export.layers import Layer, layers_of
+from policykd.export.layers import Layer, Operator, layers_of
+from policykd.io.typed import one_line
 
 # ONNX Runtime reads both since 1.17, of January 2024.
 _OPSET = 20
 _IR_VERSION = 9
-_OPERATORS = {
+_OPERATORS: dict[Operator, str] = {
     "conv": "Conv",
     "max_pool": "MaxPool",
     "relu": "Relu",
@@ -59,10 +60,8 @@ def to_onnx(net: nn.Module) -> bytes:
     initializers = []
     for layer in layers:
         inputs = [first_input if name == "obs" else name for name in layer.takes]
-        for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
-            if tensor is not None:
-                initializers.append(numpy_helper.from_array(tensor.numpy(), f"{layer.name}.{kind}"))
-                inputs.append(f"{layer.name}.{kind}")
+        inputs += layer.arrays
+        initializers += [numpy_helper.from_array(array, name) for name, array in layer.arrays.items()]
         nodes.append(helper.make_node(_OPERATORS[layer.operator], inputs, [layer.gives], **_attributes(layer)))
     obs_type = TensorProto.UINT8 if on_frames else TensorProto.FLOAT
     obs = helper.make_tensor_value_info("obs", obs_type, ("batch", *net.obs_shape))
@@ -98,26 +97,21 @@ def _without_groups(layer: Layer) -> Layer:
 
 
 def _attributes(layer: Layer) -> dict[str, Any]:
-    if layer.operator in ("elu", "leaky_relu"):
-        return {"alpha": layer.alpha}
-    if layer.operator == "dense":
-        return {"transB": 1}
-    attributes: dict[str, int | list[int]] = {}
-    if layer.operator in ("conv", "max_pool"):
-        attributes["strides"] = [layer.stride] * 2
-        if layer.padding:
-            attributes["pads"] = [layer.padding] * 4
-    if layer.operator == "max_pool":
-        attributes["kernel_shape"] = [layer.kernel] * 2
-    return attributes
+    window: dict[str, Any] = {"strides": [layer.stride] * 2}
+    if layer.padding:
+        window["pads"] = [layer.padding] * 4
+    attributes: dict[Operator, dict[str, Any]] = {
+        "conv": window,
+        "max_pool": {**window, "kernel_shape": [layer.kernel] * 2},
+        "elu": {"alpha": layer.alpha},
+        "leaky_relu": {"alpha": layer.alpha},
+        "dense": {"transB": 1},
+    }
+    return attributes.get(layer.operator, {})
 
 
 def _traced(net: UserNet) -> bytes:
-    """Returns a user's module as an ONNX model with the inputs and outputs of `to_onnx`, traced by torch.
-
-    Raises:
-        ValueError: onnxscript is not installed, or torch cannot export the module.
-    """
+    """Returns a user's module as an ONNX model with the inputs and outputs of `to_onnx`, traced by torch."""
     # Tracing needs evaluation mode; the caller's module is left in the mode in which it came.
     was_training = net.training
     try:
@@ -140,7 +134,7 @@ def _traced(net: UserNet) -> bytes:
         raise ValueError("ONNX export of a module needs another package: pip install 'policykd[onnx]'") from error
     except Exception as error:
         name = type(net.module).__name__
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = one_line(str(error)) or type(error).__name__
         raise ValueError(f"{name}: torch.onnx.export fails ({reason}); use operators that it supports") from error
     finally:
         net.train(was_training)
