@@ -41,7 +41,7 @@ def zero_teacher(obs: Tensor) -> Tensor:
         (LogitMSE(), MixedStates(student=Linear(0.0, 1.0))),
         (ActionNLL(), MixedStates()),
     ],
-    ids=repr,
+    ids=lambda part: getattr(part, "__name__", repr(part)),
 )
 def test_a_student_learns_its_teacher(loss_fn: LossFn, states: StateSource, problem: Problem, eye: Tensor) -> None:
     last = problem.train(loss_fn, states=states)[-1]
