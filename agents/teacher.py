@@ -9,11 +9,9 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.archive import read_archive, read_members
 from policykd.agents.card import Card, TeacherRecord
 from policykd.agents.networks import MLP, Activations, ConvNet
 from policykd.agents.policy import PolicyNet
-from policykd.agents.rebuild import rebuild, rebuild_critic
 from policykd.agents.references import TEACHER_HELP, Source, find_teacher
 from policykd.agents.zoo import played_game
 from policykd.io.files import BadFile
@@ -110,6 +108,9 @@ class Teacher:
                 f"{self.ref or self.path}: no critic, only SB3 archives of PPO and A2C that are read without"
                 " --trust-pickle have one here; give another teacher"
             )
+        from policykd.agents.archive import read_archive
+        from policykd.agents.rebuild import rebuild_critic
+
         # Most users never need the critic, so it is read on first use, from the same file.
         archive = read_archive(self.path)
         if archive.sha256 != self.sha256:
@@ -173,6 +174,7 @@ def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pic
 
 def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, str]:
     """Returns network, algorithm and sha256; the hash is compared with the card's before any code could run."""
+    # Each kind of file has a reader of its own, imported only for that kind.
     if source.path.suffix == ".onnx":
         from policykd.agents.onnx_policy import OnnxPolicy
 
@@ -184,6 +186,8 @@ def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, 
                 f"{source.path}: unknown algorithm {named!r} in its card; give one of {', '.join(_FILE_ALGORITHMS)}"
             )
         return policy, cast(Algorithm, named), policy.sha256
+    from policykd.agents.archive import read_archive, read_members
+
     # The very bytes that were hashed are executed, not the file read again.
     if trust_pickle:
         from policykd.agents.trusted import load_with_sb3
@@ -192,6 +196,8 @@ def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, 
         _check_hash(source, sha256)
         trusted, algorithm = load_with_sb3(source.path, members)
         return trusted.requires_grad_(False), algorithm, sha256
+    from policykd.agents.rebuild import rebuild
+
     archive = read_archive(source.path)
     _check_hash(source, archive.sha256)
     net, algorithm = rebuild(archive)

@@ -14,7 +14,7 @@ Shape suffixes: B batch, A actions.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -291,3 +291,30 @@ class SoftAndHard(_TeacherTempered):
         log_p_BA, log_q_BA = self.log_policies(student_BA, teacher_BA, temperature, progress)
         nll_B = cross_entropy(upcast(student_BA), teacher_BA.argmax(dim=-1), reduction="none")
         return (1.0 - hard) * kl_divergence_B(log_p_BA, log_q_BA) + hard * nll_B
+
+
+@dataclass(frozen=True)
+class AuxiliaryLossWeights:
+    """Weights of the auxiliary losses (docs/auxiliary_losses.md); 0 leaves one out, a schedule changes it."""
+
+    value: Quantity = 0.0
+    """squared error of the student's value head against PPO's or A2C's critic, or max Q"""
+    hint: Quantity = 0.0
+    """relative squared error of a linear map from the student's last hidden layer to the teacher's (FitNets)"""
+    attention: Quantity = 0.0
+    """distance between the image regions where both networks' convolutions are active"""
+    similarity: Quantity = 0.0
+    """distance between both networks' similarities of the states of a batch"""
+    relational: Quantity = 0.0
+    """difference between the distances and angles of a batch's states in both networks' hidden layers"""
+    shift: Quantity = 0.0
+    """KL from the student's policy to its policy on the frames shifted by up to 4 pixels"""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_bounds(f"the weight of the auxiliary loss {field.name}", getattr(self, field.name), 0.0)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the losses that are used at some time: those whose weight is a schedule, or not 0."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != 0.0)

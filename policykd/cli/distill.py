@@ -9,7 +9,7 @@ from policykd.io.typed import read_json
 from policykd.runs.config import DistillRunConfig
 from policykd.runs.distill_run import distill_run
 from policykd.runs.folder import RunRecord, pin_teacher_revision
-from policykd.runs.settings import from_settings
+from policykd.runs.groups import from_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import tyro
 from policykd.cli.main import load_command
 from policykd.io.machine import DeviceName
 from policykd.runs.folder import load_run_config
-from policykd.runs.settings import from_settings
+from policykd.runs.groups import from_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ states, A actions, F features, P pixels of all maps, C H W an image.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from policykd.agents.networks import MLP, Activations, ConvNet, FrameNet, UserNet
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.losses import Batch, Metrics, PolicyLoss, policy_metrics
+from policykd.losses import AuxiliaryLossWeights, Batch, Metrics, PolicyLoss, policy_metrics
 from policykd.methods.feature_losses import (
     attention_loss_B,
     attention_maps,
@@ -27,39 +26,12 @@ from policykd.methods.feature_losses import (
     value_loss_B,
 )
 from policykd.replay import Replay
-from policykd.schedules import Quantity, Schedule, check_bounds, iter_schedules, resolve
+from policykd.schedules import Schedule, iter_schedules, resolve
 
 _FEATURE_LOSSES = ("hint", "attention", "similarity", "relational")
 _NATURE_CNN_MAP_SIZES = (20, 9, 7)
 """width of the maps of SB3's NatureCNN, pixels"""
 _LABEL_BATCH_SIZE = 256
-
-
-@dataclass(frozen=True)
-class AuxiliaryLossWeights:
-    """Weights of the auxiliary losses (docs/auxiliary_losses.md); 0 leaves one out, a schedule changes it."""
-
-    value: Quantity = 0.0
-    """squared error of the student's value head against PPO's or A2C's critic, or max Q"""
-    hint: Quantity = 0.0
-    """relative squared error of a linear map from the student's last hidden layer to the teacher's (FitNets)"""
-    attention: Quantity = 0.0
-    """distance between the image regions where both networks' convolutions are active"""
-    similarity: Quantity = 0.0
-    """distance between both networks' similarities of the states of a batch"""
-    relational: Quantity = 0.0
-    """difference between the distances and angles of a batch's states in both networks' hidden layers"""
-    shift: Quantity = 0.0
-    """KL from the student's policy to its policy on the frames shifted by up to 4 pixels"""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            check_bounds(f"the weight of the auxiliary loss {field.name}", getattr(self, field.name), 0.0)
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """Names of the losses that are used at some time: those whose weight is a schedule, or not 0."""
-        return tuple(f.name for f in fields(self) if getattr(self, f.name) != 0.0)
 
 
 class AuxiliaryLosses(nn.Module):

@@ -42,8 +42,16 @@ from policykd.runs.folder import (
     should_resume,
     write_run_config,
 )
-from policykd.runs.groups import MachineArgs, NotNegative, Positive, RunArgs, SeedArgs, check_flags, check_name
-from policykd.runs.settings import to_settings
+from policykd.runs.groups import (
+    MachineArgs,
+    NotNegative,
+    Positive,
+    RunArgs,
+    SeedArgs,
+    check_flags,
+    check_name,
+    to_settings,
+)
 
 AlgorithmFlag = Literal["ppo", "a2c", "dqn", "qrdqn"]
 ALGORITHMS: dict[AlgorithmFlag, Any] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}

@@ -6,6 +6,7 @@ from policykd.agents.student import Size
 from policykd.loop import DistillConfig
 from policykd.losses import (
     ActionNLL,
+    AuxiliaryLossWeights,
     ForwardKL,
     JensenShannon,
     LogitHuber,
@@ -15,7 +16,6 @@ from policykd.losses import (
     SoftAndHard,
     TwoSidedKL,
 )
-from policykd.methods.auxiliary import AuxiliaryLossWeights
 from policykd.methods.decoupled_kl import DecoupledKL
 from policykd.methods.standardized_kl import StandardizedKL
 from policykd.methods.state_weights import StateWeighting, weigh_states

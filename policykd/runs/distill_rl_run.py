@@ -48,9 +48,9 @@ from policykd.runs.groups import (
     TeacherArgs,
     check_flags,
     check_name,
+    to_settings,
 )
 from policykd.runs.results import RunResult, load_results
-from policykd.runs.settings import to_settings
 
 NUM_SCALING_STEPS = 100
 """agent steps of the teacher in 8 environments whose frames determine the student's input scaling"""

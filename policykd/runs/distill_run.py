@@ -30,7 +30,6 @@ from policykd.io.machine import prepare_device, versions
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
-from policykd.methods.auxiliary import AuxiliaryLosses
 from policykd.replay import Replay
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return
 from policykd.runs.folder import (
@@ -47,9 +46,9 @@ from policykd.runs.folder import (
     should_resume,
     write_run_config,
 )
+from policykd.runs.groups import to_settings
 from policykd.runs.records import RunLogger
 from policykd.runs.results import RunResult, load_results
-from policykd.runs.settings import to_settings
 from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import has_generations
@@ -230,6 +229,8 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     ).to(job.device)
     loss_fn: LossFn = config.policy_loss
     if config.auxiliary.active:
+        from policykd.methods.auxiliary import AuxiliaryLosses
+
         loss_fn = AuxiliaryLosses(config.policy_loss, config.auxiliary, student, teacher, seed=config.seed)
     replay = _stored_states(job)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)

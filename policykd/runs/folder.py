@@ -13,7 +13,7 @@ from policykd.evaluation.teacher_check import TeacherCheck
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
-from policykd.runs.settings import Settings, changed_settings
+from policykd.runs.groups import Settings, changed_settings
 
 CONFIG = "config.json"
 NOTES = "notes.log"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
+from pydantic_core import from_json
 
 from policykd.evaluation.evaluate import Evaluation
 from policykd.io.files import BadFile, write_atomically
@@ -183,7 +184,7 @@ def round_curves(r: Round, temperature: float) -> dict[str, float]:
 
 def _read_lines(path: Path) -> list[Row]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [from_json(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except ValueError as error:
         raise BadFile(f"{path}: damaged ({error}); start a new run under another --name") from error
 

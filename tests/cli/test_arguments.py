@@ -5,8 +5,7 @@ import re
 import pytest
 
 from policykd.cli.arguments import expand_shorthand, parse_args
-from policykd.losses import ForwardKL, SoftAndHard
-from policykd.methods.auxiliary import AuxiliaryLossWeights
+from policykd.losses import AuxiliaryLossWeights, ForwardKL, SoftAndHard
 from policykd.runs.config import DistillRunConfig
 from policykd.schedules import Cosine, Linear, ReturnGap
 from policykd.states import MixedStates

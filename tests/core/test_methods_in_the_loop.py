@@ -15,6 +15,7 @@ from policykd.envs.atari import make_atari
 from policykd.envs.vector import Episode, Step
 from policykd.loop import DistillConfig, Round, distill
 from policykd.losses import (
+    AuxiliaryLossWeights,
     Batch,
     ForwardKL,
     JensenShannon,
@@ -26,7 +27,7 @@ from policykd.losses import (
     SoftAndHard,
     TwoSidedKL,
 )
-from policykd.methods.auxiliary import AuxiliaryLosses, AuxiliaryLossWeights
+from policykd.methods.auxiliary import AuxiliaryLosses
 from policykd.methods.decoupled_kl import DecoupledKL
 from policykd.methods.standardized_kl import StandardizedKL
 from policykd.methods.state_weights import ByDisagreement, ByEntropy, ByGap, StateWeight, WeightedStates

@@ -14,8 +14,8 @@ from policykd.agents.networks import ConvNet
 from policykd.agents.student import Size, Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.envs.atari import make_atari
-from policykd.losses import Batch, ForwardKL
-from policykd.methods.auxiliary import AuxiliaryLosses, AuxiliaryLossWeights
+from policykd.losses import AuxiliaryLossWeights, Batch, ForwardKL
+from policykd.methods.auxiliary import AuxiliaryLosses
 from policykd.methods.feature_losses import (
     attention_loss_B,
     attention_maps,

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from policykd.io.files import BadFile
-from policykd.losses import JensenShannon, SoftAndHard, TwoSidedKL
-from policykd.methods.auxiliary import AuxiliaryLossWeights
+from policykd.losses import AuxiliaryLossWeights, JensenShannon, SoftAndHard, TwoSidedKL
 from policykd.runs.config import DistillRunConfig, check_config
-from policykd.runs.settings import changed_settings, from_settings, to_settings
+from policykd.runs.groups import changed_settings, from_settings, to_settings
 from policykd.schedules import Cosine, Exponential, Linear, ReturnGap
 from policykd.states import BlendedStates, DatasetStates, StudentStates, TeacherStates
 

@@ -16,8 +16,8 @@ from policykd.runs import distill_run as module
 from policykd.runs.config import DistillRunConfig
 from policykd.runs.distill_run import distill_run
 from policykd.runs.folder import NOTES, load_run_config
+from policykd.runs.groups import from_settings
 from policykd.runs.results import RunResult, load_results
-from policykd.runs.settings import from_settings
 
 pytestmark = pytest.mark.usefixtures("flickers")
 
