@@ -32,11 +32,13 @@ _MAX_JSON = 1 << 20
 # The file type in the upper half of `external_attr`.
 _UNIX_LINK = 0o120000
 _PICKLE = re.compile(rb'":serialized:"\s*:\s*"[^"\\]*"')
+_GIVE = "give the path of an SB3 archive"
 _GET_AGAIN = "download or save it again"
 _UNSAFE = "do not use it"
 _BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, UnicodeDecodeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
     *(OSError, OverflowError),  # a broken directory makes zipfile seek to impossible places
+    *(LookupError, TypeError),  # a member is missing, or the pickle's stack holds something else
 )
 
 
@@ -104,13 +106,10 @@ def read_archive(path: str | Path) -> Archive:
     data = parse_data(path, members["data"].getvalue())
     try:
         tensors = read_state_dict(members["policy.pth"])
-    except zipfile.BadZipFile as error:
-        reason = f"truncated, or not an SB3 archive: policy.pth ({one_line(str(error))}); {_GET_AGAIN}"
-        raise BadFile(f"{path}: {reason}") from error
-    except (ValueError, *_BROKEN) as error:
+    except _BROKEN as error:
         raise BadFile(
-            f"{path}: policy.pth is not a state dict of dense, finite float32 tensors ({one_line(str(error))});"
-            f" {_UNSAFE}, or --trust-pickle if it is your own"
+            f"{path}: policy.pth is truncated, or not a state dict of dense, finite float32 tensors"
+            f" ({one_line(str(error))}); {_GET_AGAIN}, or --trust-pickle if it is your own"
         ) from error
     return Archive(path, sha256, tensors, data)
 
@@ -125,15 +124,18 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
     """
     # The Hub's unpacked form is hashed as `sha256sum` would, so that a user can compare.
     if path.is_dir():
-        contents = {name: _read_file(path / name, MAX_MEMBER[name]) for name in ("policy.pth", "data")}
+        names = ("policy.pth", "data")
+        contents = {name: read_bounded(path / name, MAX_MEMBER[name], next_step=_GIVE) for name in names}
         sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
         return hashlib.sha256(sums.encode()).hexdigest(), {n: io.BytesIO(content) for n, content in contents.items()}
     # The whole file is read first: what is hashed is what is parsed, even if the file changes meanwhile.
-    whole = _read_file(path, MAX_FILE)
+    whole = read_bounded(path, MAX_FILE, next_step=_GIVE)
     try:
         with zipfile.ZipFile(BoundedReader(io.BytesIO(whole))) as archive:
-            members = _checked_members(path, archive)
-            read = {name: _read_member(path, archive, members, name) for name in MAX_MEMBER}
+            _check_members(path, archive.infolist())
+            read = {name: read_stream(archive.open(name), MAX_MEMBER[name]) for name in MAX_MEMBER}
+    except BadFile:
+        raise
     except _BROKEN as error:
         reason = f"truncated, or not an SB3 .zip archive ({one_line(str(error))}); {_GET_AGAIN}"
         raise BadFile(f"{path}: {reason}") from error
@@ -158,22 +160,14 @@ def text(value: object) -> str:
     return value if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _read_file(path: Path, limit: int) -> bytes:
-    return read_bounded(path, limit, next_step="give the path of an SB3 archive")
-
-
-def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Returns the members by name, once none of them is unsafe, not even one that is not read."""
-    # zipfile has read the directory only, no member yet.
-    members = archive.infolist()
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Raises BadFile for an unsafe member, even one that is not read: other tools may unpack the same file."""
     if len(members) > MAX_MEMBERS:
         raise BadFile(f"{path}: unsafe archive with {len(members)} members, SB3 writes at most 6; {_UNSAFE}")
-    # All are checked, also those that are never opened: other tools may unpack the same file.
     names = [member.filename for member in members]
     for member in members:
         if reason := _danger(member, names):
             raise BadFile(f"{path}: unsafe archive, {member.filename[:80]!r} {reason}; {_UNSAFE}")
-    return dict(zip(names, members, strict=True))
 
 
 def _danger(member: zipfile.ZipInfo, names: list[str]) -> str | None:
@@ -189,13 +183,3 @@ def _danger(member: zipfile.ZipInfo, names: list[str]) -> str | None:
     if member.file_size > MAX_MEMBER.get(member.filename, MAX_FILE):
         return f"unpacks to {member.file_size:,} bytes"
     return None
-
-
-def _read_member(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> io.BytesIO:
-    if name not in members:
-        raise BadFile(f"{path}: truncated, or not an SB3 archive: no {name!r}; save the agent with SB3's model.save")
-    try:
-        with archive.open(members[name]) as stream:
-            return read_stream(stream, MAX_MEMBER[name])
-    except ValueError as error:
-        raise BadFile(f"{path}: unsafe archive, {name!r} {one_line(str(error))}; {_UNSAFE}") from error

@@ -71,7 +71,6 @@ class Card:
     """training command"""
     settings: dict[str, JsonValue] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    remark: str = ""
     members: tuple[TeacherRecord, ...] = ()
     """of an ensemble"""
     weights: str = ""

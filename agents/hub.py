@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from httpx2 import HTTPError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
 from policykd.agents.archive import MAX_FILE
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line, parse_json
@@ -52,8 +63,6 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
         BadFile: no archive, or one that is too large.
         OSError: the Hub cannot be reached and the cache has no copy, or a file is damaged.
     """
-    from httpx2 import HTTPError
-
     name = repo.split("/")[1]
     layouts = ((f"{name}/policy.pth", f"{name}/data"), (f"{name}.zip",))  # the unpacked files are a third of the size
     snapshot = _from_cache(repo, revision, layouts)
@@ -65,7 +74,7 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
             if snapshot is None or not isinstance(explained, OSError):
                 raise explained from error
             # Whoever sets HF_HUB_OFFLINE knows that the cache is used.
-            if not _is_offline():
+            if not constants.HF_HUB_OFFLINE:
                 reason = f"hub:{repo}: {_reason(error)}; using commit {snapshot.revision[:12]} of the cache"
                 warnings.warn(reason, stacklevel=5)
     archive = snapshot.archive
@@ -76,8 +85,6 @@ def fetch(repo: str, revision: str = "") -> Snapshot:
 
 
 def _from_cache(repo: str, revision: str, layouts: Sequence[Sequence[str]]) -> Snapshot | None:
-    from huggingface_hub import try_to_load_from_cache
-
     # A layout is cached only if all its files are.
     for layout in layouts:
         paths = [try_to_load_from_cache(repo, file, revision=revision or None) for file in layout]
@@ -93,8 +100,6 @@ def _snapshot(path: str, file: str, layout: Sequence[str]) -> Snapshot:
 
 
 def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, max_retries: int) -> Snapshot:
-    from huggingface_hub import hf_hub_download
-
     sizes = _file_sizes(repo, revision, max_retries=max_retries)
     layout = next((layout for layout in layouts if sizes.keys() >= set(layout)), None)
     if layout is None:
@@ -107,10 +112,11 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, max
     files = [*(file for file in _ZOO_FILES if file in sizes), *layout]
     for file in files:
         size = sizes[file]
-        if size is None:
-            raise BadFile(f"hub:{repo}: the Hub does not report the size of {file}; give --teacher FILE.zip instead")
-        if size > MAX_FILE:
-            raise BadFile(f"hub:{repo}: {file} has {size:,} bytes, more than a policy can need; do not use it")
+        if size is None or size > MAX_FILE:
+            found = "unknown" if size is None else f"{size:,}"
+            raise BadFile(
+                f"hub:{repo}: {file}: size {found}, expected at most {MAX_FILE:,} bytes; give another teacher"
+            )
     # The first file is requested by the branch's name, which makes the cache record the branch's commit.
     snapshot = _snapshot(hf_hub_download(repo, files[0], revision=revision or None), files[0], layout)
     for file in files[1:]:
@@ -120,13 +126,6 @@ def _download(repo: str, revision: str, layouts: Sequence[Sequence[str]], *, max
 
 def _file_sizes(repo: str, revision: str, *, max_retries: int) -> dict[str, int | None]:
     """Returns the size in bytes of every file of a revision."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-        http_backoff,
-    )
-
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     response = http_backoff(
         "GET",
@@ -143,8 +142,6 @@ def _file_sizes(repo: str, revision: str, *, max_retries: int) -> dict[str, int 
 
 def _explained(error: Exception, repo: str, revision: str, file: str) -> Exception:
     """Returns an error of one line with the reference, the reason and the next step."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
     ref = f"hub:{repo}@{revision}" if revision else f"hub:{repo}"
     if isinstance(error, GatedRepoError):
         return ValueError(f"{ref}: access is restricted by its owner; ask for it on its page, then set HF_TOKEN")
@@ -160,9 +157,7 @@ def _explained(error: Exception, repo: str, revision: str, file: str) -> Excepti
 
 
 def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if _is_offline():
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     # huggingface_hub hides the failed request behind "not in the cache".
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -170,12 +165,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answers HTTP {error.response.status_code}"
     return f"{type(error).__name__}: {one_line(str(error))}"
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
 
 
 def _check_content(repo: str, path: Path) -> None:

@@ -68,7 +68,6 @@ class FrameNet(nn.Module):
         """Adds the layers after the convolutions, and the normalisation's buffers; called last by every subclass."""
         self.num_actions = num_actions
         self.hidden = tuple(hidden)
-        self.rank = rank
         self.num_features = [num_flat, *hidden][-1]
         # The first dense layer has most parameters; a low rank replaces it by two factors.
         layers = [nn.Linear(i, o) for i, o in pairwise([num_flat, *hidden, num_actions])]
@@ -91,11 +90,7 @@ class FrameNet(nn.Module):
         return self._dense(last_map)[0]
 
     def activations(self, obs_BCHW: Tensor) -> Activations:
-        """Returns the same outputs as a call, with the hidden activations.
-
-        Raises:
-            ValueError: observations of another shape or dtype.
-        """
+        """Returns the same outputs as a call, with the hidden activations; raises as a call does."""
         check_obs(obs_BCHW, self.obs_shape)
         maps = tuple(self._feature_maps(_to_float(obs_BCHW)))
         outputs_BA, hidden_BF = self._dense(maps[-1])
@@ -152,14 +147,7 @@ class ConvNet(FrameNet):
         design: Design = "nature",
         rank: int = 0,
     ) -> None:
-        """Builds the network with torch's initial weights.
-
-        Args:
-            widths: channels of each convolution; a multiple of 4 for a depthwise one.
-            hidden: units of the dense layers.
-            num_actions: number of outputs.
-            design: kernels and strides.
-            rank: rank of the first dense layer, which is then two linear ones; 0 for a full one.
+        """Builds the network with torch's initial weights; arguments as in a student's `Shape`.
 
         Raises:
             ValueError: the number of widths differs from the number of convolutions.
@@ -278,11 +266,7 @@ class MLP(nn.Module):
         return self.activations(obs_BF).outputs_BA
 
     def activations(self, obs_BF: Tensor) -> Activations:
-        """Returns the same outputs as a call, with the hidden activations.
-
-        Raises:
-            ValueError: observations of another shape.
-        """
+        """Returns the same outputs as a call, with the hidden activations; raises as a call does."""
         check_obs(obs_BF, self.obs_shape)
         x = obs_BF.float()
         for layer in self.dense[:-1]:

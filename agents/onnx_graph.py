@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line, read_bounded
-
-if TYPE_CHECKING:
-    import onnx
 
 MAX_BYTES = 64 << 20
 MAX_BYTES_BESIDES_WEIGHTS = 1 << 20
@@ -35,6 +35,9 @@ _OPERATORS = (
     " Squeeze Sub Sum Tanh Transpose Unsqueeze Where"
 )
 OPERATORS = frozenset(_OPERATORS.split())
+_DTYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BOOL", "INT8", "UINT8", "INT32", "INT64"}
+_DTYPE_NAMES = {number: name for name, number in onnx.TensorProto.DataType.items()}
+_CHECK_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 # Field numbers of nested messages (onnx.proto), and of the fields that hold weights: float_data and raw_data.
 _NESTED = {
@@ -75,21 +78,8 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
 
     Raises:
         BadFile: missing, damaged, foreign or unsafe file; one line that names it, the reason and the next step.
-        ValueError: the package onnx is not installed.
     """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
     content = read_bounded(path, MAX_BYTES, next_step="give the path of an .onnx file")
-    broken = (
-        DecodeError,
-        IndexError,
-        UnicodeError,
-        onnx.checker.ValidationError,
-        onnx.shape_inference.InferenceError,
-    )
     try:
         _check_message_sizes(path, content)
         model = onnx.load_model_from_string(content)
@@ -97,7 +87,7 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
         _check_tensors(path, model)
         onnx.checker.check_model(model)
         return _describe(path, content, model)
-    except broken as error:
+    except (*_CHECK_ERRORS, DecodeError, IndexError, UnicodeError) as error:
         reason = one_line(str(error)) or type(error).__name__
         raise BadFile(f"{path}: truncated, or not a valid ONNX file ({reason}); export it again") from error
 
@@ -144,7 +134,7 @@ def _varint(content: bytes, position: int) -> tuple[int, int]:
     return value, position
 
 
-def _check_nodes(path: Path, model: "onnx.ModelProto") -> None:
+def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
     """Raises BadFile for an operator that is not on the list, or a graph inside a node."""
     if model.functions or model.graph.sparse_initializer or model.training_info:
         raise BadFile(
@@ -159,19 +149,13 @@ def _check_nodes(path: Path, model: "onnx.ModelProto") -> None:
                 raise BadFile(f"{path}: unsafe, its {name!r} holds a graph or sparse numbers; do not use it")
 
 
-def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
+def _check_tensors(path: Path, model: onnx.ModelProto) -> None:
     """Raises BadFile for weights in another file, of an unknown type, too few for their shape, or not finite."""
-    import numpy as np
-    import onnx
-
-    dtypes = onnx.TensorProto
-    known = {dtypes.FLOAT, dtypes.FLOAT16, dtypes.DOUBLE, dtypes.BOOL}
-    known |= {dtypes.INT8, dtypes.UINT8, dtypes.INT32, dtypes.INT64}
     for tensor in _tensors(model):
         # ONNX Runtime would open the file that a tensor names.
-        if tensor.external_data or tensor.data_location != dtypes.DEFAULT:
+        if tensor.external_data or tensor.data_location != onnx.TensorProto.DEFAULT:
             raise BadFile(f"{path}: unsafe, {tensor.name!r} is in another file; export it with external_data=False")
-        if tensor.data_type not in known:
+        if _DTYPE_NAMES.get(tensor.data_type) not in _DTYPES:
             raise BadFile(f"{path}: {tensor.name!r} has a dtype that no policy needs; export it again as float32")
         try:
             is_finite = bool(np.isfinite(onnx.numpy_helper.to_array(tensor)).all())
@@ -185,32 +169,34 @@ def _check_tensors(path: Path, model: "onnx.ModelProto") -> None:
             )
 
 
-def _tensors(model: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     yield from model.graph.initializer
     for node in model.graph.node:
         for attribute in node.attribute:
             yield from ([attribute.t] if attribute.HasField("t") else attribute.tensors)
 
 
-def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph:
+def _describe(path: Path, content: bytes, model: onnx.ModelProto) -> OnnxGraph:
     """Returns the graph's inputs and outputs, once everything that it computes is small."""
-    import onnx
-
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     graph_input, output_name = _only_input_and_output(path, model, weights)
     tensor_type = graph_input.type.tensor_type
     dims = [d.dim_value for d in tensor_type.shape.dim]  # 0 where the size is open
-    dtype = tensor_type.elem_type
-    dtypes = onnx.TensorProto
-    if dtype not in (dtypes.UINT8, dtypes.FLOAT) or len(dims) not in (2, 4) or min(dims[1:]) < 1:
-        names = {number: name for name, number in dtypes.DataType.items()}
+    dtype = _DTYPE_NAMES.get(tensor_type.elem_type)
+    if dtype not in ("UINT8", "FLOAT") or len(dims) not in (2, 4) or min(dims[1:]) < 1:
         raise BadFile(
-            f"{path}: unsupported input {names.get(dtype, 'unknown')} {tuple(dims)} (0 for open sizes); export it with"
+            f"{path}: unsupported input {dtype} {tuple(dims)} (0 for open sizes); export it with"
             " UINT8 or FLOAT (batch, channels, height, width), (batch, height, width, channels) or (batch, features)"
         )
     if dims[0] not in (0, 1):
         raise BadFile(f"{path}: its batch is fixed to {dims[0]}; export it with an open batch, or one of 1")
-    output_shape = _checked_shapes(path, model, graph_input.name, is_batch_open=dims[0] == 0)[output_name]
+    shapes = _inferred_shapes(path, model, graph_input.name, batch=1)
+    if dims[0] == 0:
+        # A size may hide in the batch: batch^4 numbers are few for one observation.
+        of_two = _inferred_shapes(path, model, graph_input.name, batch=2)
+        if _num_numbers(of_two) > 2 * _num_numbers(shapes):
+            raise BadFile(f"{path}: unsafe, its memory grows faster than the batch; do not use it")
+    output_shape = shapes[output_name]
     if len(output_shape) != 2 or output_shape[0] != 1:
         raise BadFile(f"{path}: one observation gives {output_shape}, expected (1, num_actions); export it like that")
     # Frames have more pixels per side than stacked channels.
@@ -222,8 +208,8 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
         output_name=output_name,
         obs_shape=(dims[3], dims[1], dims[2]) if channels_last else tuple(dims[1:]),
         num_actions=output_shape[1],
-        num_parameters=sum(math.prod(t.dims) for t in weights.values() if t.data_type != dtypes.INT64),
-        takes_bytes=dtype == dtypes.UINT8,
+        num_parameters=sum(math.prod(t.dims) for t in weights.values() if t.data_type != onnx.TensorProto.INT64),
+        takes_bytes=dtype == "UINT8",
         channels_last=channels_last,
         is_single=dims[0] == 1,
         divide_by=_divide_by(path, model),
@@ -231,8 +217,8 @@ def _describe(path: Path, content: bytes, model: "onnx.ModelProto") -> OnnxGraph
 
 
 def _only_input_and_output(
-    path: Path, model: "onnx.ModelProto", weights: Mapping[str, "onnx.TensorProto"]
-) -> tuple["onnx.ValueInfoProto", str]:
+    path: Path, model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto]
+) -> tuple[onnx.ValueInfoProto, str]:
     inputs = [i for i in model.graph.input if i.name not in weights]  # old files list their weights as inputs too
     outputs = list(model.graph.output)
     if len(outputs) > 1:
@@ -245,27 +231,8 @@ def _only_input_and_output(
     return inputs[0], outputs[0].name
 
 
-def _checked_shapes(
-    path: Path, model: "onnx.ModelProto", input_name: str, *, is_batch_open: bool
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of everything that is computed from one observation, by name.
-
-    Raises:
-        BadFile: an unknown shape, or more numbers than a policy needs.
-    """
-    shapes = _inferred_shapes(path, model, input_name, batch=1)
-    # A size may hide in the batch: batch^4 numbers are few for one observation.
-    if is_batch_open:
-        of_one = sum(map(math.prod, shapes.values()))
-        of_two = sum(map(math.prod, _inferred_shapes(path, model, input_name, batch=2).values()))
-        if of_two > 2 * of_one:
-            raise BadFile(f"{path}: unsafe, its memory grows faster than the batch; do not use it")
-    return shapes
-
-
-def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batch: int) -> dict[str, tuple[int, ...]]:
-    import onnx
-
+def _inferred_shapes(path: Path, model: onnx.ModelProto, input_name: str, batch: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of everything that is computed from a batch, by name, once all are known and small."""
     # The file's own claims about shapes are removed, and the batch is closed.
     closed = onnx.ModelProto()
     closed.CopyFrom(model)
@@ -283,7 +250,7 @@ def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batc
             for name, t in types.items()
             if t.HasField("shape") and all(d.HasField("dim_value") for d in t.shape.dim)
         }
-        if (numbers := sum(map(math.prod, shapes.values()))) > MAX_NUMBERS:
+        if (numbers := _num_numbers(shapes)) > MAX_NUMBERS:
             raise BadFile(f"{path}: unsafe, one observation makes {numbers:,} numbers; do not use it")
     computed = [name for node in model.graph.node for name in node.output if name]
     if unknown := [name for name in computed if name not in shapes]:
@@ -291,7 +258,11 @@ def _inferred_shapes(path: Path, model: "onnx.ModelProto", input_name: str, batc
     return shapes
 
 
-def _divide_by(path: Path, model: "onnx.ModelProto") -> float:
+def _num_numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _divide_by(path: Path, model: onnx.ModelProto) -> float:
     text = {p.key: p.value for p in model.metadata_props}.get("policykd.divide_by", "1")
     try:
         number = float(text)

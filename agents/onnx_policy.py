@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from policykd.agents.networks import check_obs
-from policykd.agents.onnx_graph import read_onnx_graph
 from policykd.agents.onnx_session import backend, open_session
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line
@@ -33,11 +32,13 @@ class OnnxPolicy:
             ValueError: the packages onnx and onnxruntime are not installed.
         """
         self.path = Path(path)
-        self._graph = read_onnx_graph(self.path)
         try:
             import onnxruntime.capi.onnxruntime_pybind11_state as ort  # type: ignore[import-untyped]
+
+            from policykd.agents.onnx_graph import read_onnx_graph
         except ImportError as error:
             raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
+        self._graph = read_onnx_graph(self.path)
         self._errors = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
         try:
             self._session = open_session(self._graph.content, torch.get_num_threads())

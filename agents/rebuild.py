@@ -19,7 +19,6 @@ from policykd.io.files import BadFile
 
 Sb3Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN"]
 
-_KERNELS = ((8, 8), (4, 4), (3, 3))
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "Tanh": nn.Tanh, "ELU": nn.ELU, "LeakyReLU": nn.LeakyReLU}
 _EXTRACTORS = tuple(
     f"<class 'stable_baselines3.common.torch_layers.{name}'>" for name in ("NatureCNN", "FlattenExtractor")
@@ -162,14 +161,9 @@ def _tensor(archive: Archive, name: str, num_dimensions: int) -> Tensor:
 
 
 def _layers(archive: Archive, convolutions: Sequence[str], dense: Sequence[str]) -> _Layers:
-    """Returns the parameters of layers by their prefixes; the dense ones fit each other and share no numbers."""
+    """Returns the parameters of layers by their prefixes; the dense ones share no numbers."""
     kernels = [(_tensor(archive, f"{p}weight", 4), _tensor(archive, f"{p}bias", 1)) for p in convolutions]
     linear = [(_tensor(archive, f"{p}weight", 2), _tensor(archive, f"{p}bias", 1)) for p in dense]
-    next_inputs = [weight.shape[1] for weight, _ in linear[1:]]
-    for prefix, (weight, bias), width in zip(dense, linear, [*next_inputs, None], strict=True):
-        if len(weight) != len(bias) or width not in (None, len(weight)):
-            shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-            raise _unexpected(archive, f"weight and bias of {width or len(bias)} at {prefix}", shapes)
     # A small file could otherwise name one tensor hundreds of times, and every copy of the network would be large.
     if len({t.data_ptr() for pair in linear for t in pair}) < 2 * len(linear):
         raise BadFile(f"{archive.path}: unsafe archive, two layers share their numbers; do not use it")
@@ -182,7 +176,8 @@ def _mean_over_quantiles(archive: Archive, kwargs: Mapping[str, JsonValue], laye
     num_quantiles = kwargs.get("n_quantiles", archive.data.entries.get("n_quantiles", _DEFAULT_QUANTILES))
     # sb3-contrib lays the outputs out as (quantiles, actions).
     *hidden, (weight, bias) = layers.dense
-    if num_actions is None or type(num_quantiles) is not int or num_actions * num_quantiles != len(bias):
+    found = {len(weight), len(bias)}
+    if num_actions is None or type(num_quantiles) is not int or found != {num_actions * num_quantiles}:
         expected = f"n_quantiles times the number of actions ({num_actions}), as its `data` says"
         raise _unexpected(archive, expected, f"{len(bias)} outputs")
     mean = (
@@ -195,14 +190,7 @@ def _mean_over_quantiles(archive: Archive, kwargs: Mapping[str, JsonValue], laye
 def _network(
     archive: Archive, kwargs: Mapping[str, JsonValue], layers: _Layers, *, default: type[nn.Module]
 ) -> ConvNet | MLP:
-    """Returns the network of these layers; nothing is copied.
-
-    Args:
-        archive: for its description, and for errors.
-        kwargs: its policy_kwargs.
-        layers: parameters.
-        default: activation of SB3's policy class.
-    """
+    """Returns the network of these layers; nothing is copied. `default` is the activation of SB3's policy class."""
     activation = _activation(archive, kwargs, default)
     net: ConvNet | MLP
     if layers.kernels:
@@ -211,7 +199,7 @@ def _network(
         net, state = _mlp(archive, layers, activation)
     for i, (weight, bias) in enumerate(layers.dense):
         state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
-    # The network's own shapes are the last check: convolution outputs that do not fit the dense layer.
+    # The network's own shapes are the last check: layers that do not fit each other, or another kernel than SB3's.
     for name, expected in net.state_dict().items():
         if state[name].shape != expected.shape:
             raise _unexpected(archive, f"{name} of {tuple(expected.shape)}", tuple(state[name].shape))
@@ -235,20 +223,16 @@ def _conv_net(
     archive: Archive, kwargs: Mapping[str, JsonValue], layers: _Layers, activation: type[nn.Module]
 ) -> tuple[ConvNet, dict[str, Tensor]]:
     """Returns SB3's NatureCNN without memory for its weights, and the tensors before its dense layers."""
-    kernels = [kernel for kernel, _ in layers.kernels]
     shape = archive.data.obs_shape
     dtype = archive.data.obs_dtype or "uint8"
     if shape not in (None, ATARI_OBS_SHAPE) or dtype != "uint8":
         raise _unexpected(archive, f"observations uint8 {ATARI_OBS_SHAPE}", f"{dtype!r:.20} {shape}")
-    if tuple(tuple(k.shape[2:]) for k in kernels) != _KERNELS or kernels[0].shape[1] != ATARI_OBS_SHAPE[0]:
-        shapes = ", ".join(str(tuple(k.shape)) for k in kernels)
-        raise _unexpected(archive, "SB3's NatureCNN on 4 stacked 84x84 frames", shapes)
     if len(layers.dense) > 2 and activation is not nn.ReLU:
         expected = "ReLU between the dense layers after the convolutions"
         raise _unexpected(archive, expected, activation.__name__)
     # Without memory for weights: the tensors of the archive become the network's own.
     with torch.device("meta"):
-        net = ConvNet([len(k) for k in kernels], layers.widths[:-1], layers.widths[-1])
+        net = ConvNet([len(kernel) for kernel, _ in layers.kernels], layers.widths[:-1], layers.widths[-1])
     # SB3 divides frames by 255 unless policy_kwargs turn it off.
     scale = 1.0 if kwargs.get("normalize_images") is False else 255.0
     state = {"centre": torch.zeros(()), "scale": torch.tensor(scale)}

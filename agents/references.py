@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from policykd.agents.card import MAX_CARD_BYTES, Card
-from policykd.agents.zoo import BENCHMARK, read_zoo_files
+from policykd.agents.zoo import read_zoo_files
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile
 from policykd.io.typed import read_json
@@ -102,9 +102,7 @@ def _on_hub(ref: str, game: str | None) -> Source:
         raise ValueError(f"{ref!r}: invalid repository {repo!r}; give OWNER/NAME, as in hub:sb3/dqn-PongNoFrameskip-v4")
     snapshot = hub.fetch(repo, revision)
     # The benchmark is of the zoo's own agents, which only the organisation sb3 publishes.
-    card = read_zoo_files(repo.split("/")[1], snapshot.folder)
-    if repo.startswith("sb3/"):
-        card = _with_benchmark(card)
+    card = read_zoo_files(repo.split("/")[1], snapshot.folder, is_benchmarked=repo.startswith("sb3/"))
     return Source(f"hub:{repo}", snapshot.archive, snapshot.revision, card)
 
 
@@ -113,7 +111,7 @@ def _local(ref: str, path: Path) -> Source:
         raise ValueError(f"{ref}: {_not_found(ref)}")
     if not path.is_dir():
         zoo = path.with_suffix("")  # the zoo writes ENV.zip and ENV/config.yml
-        card = _with_benchmark(read_zoo_files("", zoo)) if (zoo / "config.yml").is_file() else Card()
+        card = read_zoo_files("", zoo) if (zoo / "config.yml").is_file() else Card()
         return Source(ref, path, card=_card_of(path).with_defaults(card))
     if (path / "policy.pth").is_file():
         return Source(ref, path, card=_card_of(path))
@@ -126,15 +124,8 @@ def _local(ref: str, path: Path) -> Source:
             " give ALGO/ENV_1 or the .zip itself"
         )
     (archive,) = archives
-    card = _with_benchmark(read_zoo_files(archive.stem, archive.with_suffix(""), path))
+    card = read_zoo_files(archive.stem, archive.with_suffix(""), path)
     return Source(ref, archive, card=_card_of(archive).with_defaults(card))
-
-
-def _with_benchmark(card: Card) -> Card:
-    """Returns a zoo agent's card with the return of the zoo's benchmark, unless its own files report one."""
-    if card.reported_return is not None:
-        return card
-    return replace(card, reported_return=BENCHMARK.get((card.algorithm, card.game)))
 
 
 def _card_of(path: Path) -> Card:

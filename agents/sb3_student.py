@@ -46,15 +46,7 @@ class StudentFeatures(BaseFeaturesExtractor):
         design: Design = "nature",
         rank: int = 0,
     ) -> None:
-        """Builds the network with new weights.
-
-        Args:
-            observation_space: stacks of frames `(4, 84, 84)`, uint8, or vectors.
-            widths: as in a student's `Shape`, like `hidden`, `design` and `rank`.
-            hidden: not empty.
-            temperature: factor from the student's logits to the policy's outputs; see `to_sb3`.
-            design: kind of the convolutions.
-            rank: of the first dense layer.
+        """Builds the network of a student's `Shape` with new weights; for `temperature` see `to_sb3`.
 
         Raises:
             ValueError: observations of another shape, or a student without a hidden layer.

@@ -9,9 +9,7 @@ take any time (nested tuples as dictionary keys).
 import io
 import math
 import pickletools
-import struct
 import zipfile
-import zlib
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -57,21 +55,21 @@ def read_stream(stream: IO[bytes], limit: int) -> io.BytesIO:
     """Returns the content of a stream, whatever size it declares.
 
     Raises:
-        ValueError: more than `limit` bytes.
+        zipfile.BadZipFile: more than `limit` bytes, or a wrong checksum.
     """
     content = io.BytesIO()
     while chunk := stream.read(CHUNK):
         if content.tell() + len(chunk) > limit:
-            raise ValueError(f"unpacks to more than the {limit:,} bytes that a policy can need")
+            raise zipfile.BadZipFile(f"unpacks to more than the {limit:,} bytes that a policy can need")
         content.write(chunk)
     return content
 
 
 def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
-    """Returns the dense, finite, float32 tensors that `torch.save` wrote; they share the memory of `pth`.
+    """Returns the dense, finite, float32 tensors that `torch.save` wrote.
 
     Raises:
-        ValueError: anything else, with the reason alone.
+        ValueError, LookupError, TypeError: anything else, with the reason alone.
         zipfile.BadZipFile: truncated, or a wrong checksum.
     """
     with zipfile.ZipFile(BoundedReader(pth)) as archive:
@@ -86,22 +84,21 @@ def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
             raise ValueError("its numbers are big-endian")
         if records["data.pkl"].file_size > _MAX_PICKLE:
             raise ValueError(f"{records['data.pkl'].file_size:,} bytes describe its tensors")
+        # Records that overlap could be any number of times as large as the file.
+        if sum(m.file_size for m in records.values()) > len(pth.getbuffer()):
+            raise ValueError("its records overlap")
         views = _read_description(archive.read(records["data.pkl"]))
-    storages = {key: _storage(pth, records.get(f"data/{key}")) for key in {v.key for v in views.values()}}
+        keys = {view.key for view in views.values()}
+        storages = {key: _storage(archive, records[f"data/{key}"]) for key in keys}
     return _tensors(views, storages)
 
 
-def _storage(pth: io.BytesIO, record: zipfile.ZipInfo | None) -> Tensor:
-    """Returns the numbers of a record without copying them, once their checksum is right."""
-    content = pth.getbuffer()
-    if record is None or record.file_size == 0 or record.file_size % 4 or record.header_offset + 30 > len(content):
+def _storage(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
+    """Returns the numbers of a record."""
+    content = read_stream(archive.open(record), record.file_size).getbuffer()
+    if len(content) == 0 or len(content) % 4:
         raise ValueError("the numbers of a tensor are missing")
-    # A record's numbers come after its local header of 30 bytes, its name and its extra field.
-    start = record.header_offset + 30 + sum(struct.unpack_from("<HH", content, record.header_offset + 26))
-    end = start + record.file_size
-    if end > len(content) or zlib.crc32(content[start:end]) != record.CRC:
-        raise zipfile.BadZipFile(f"bad checksum of {record.filename[:80]!r}")
-    return torch.frombuffer(content, dtype=torch.float32, count=record.file_size // 4, offset=start)
+    return torch.frombuffer(content, dtype=torch.float32)
 
 
 def _tensors(views: dict[str, _View], storages: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,10 +146,7 @@ def _read_description(pickled: bytes) -> dict[str, _View]:
     Raises:
         ValueError: an opcode, a call or a type that a state dict does not need.
     """
-    try:
-        state = _interpret(pickled)
-    except (IndexError, KeyError, TypeError, struct.error) as error:
-        raise ValueError(f"a broken pickle, {type(error).__name__}") from error
+    state = _interpret(pickled)
     if type(state) is not dict or not state:
         raise ValueError(f"a {type(state).__name__} or nothing, not a state dict")
     for name, view in state.items():

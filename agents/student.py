@@ -339,12 +339,7 @@ def init_student(shape: Shape, seed: int = 0) -> Student:
 
 
 def save_student(student: Student, path: Path, provenance: Provenance | None = None) -> None:
-    """Writes `student.safetensors` and `student.json` into a folder, each atomically.
-
-    Args:
-        student: the student to save.
-        path: folder, created if missing.
-        provenance: game, teacher and command, recorded in student.json.
+    """Writes `student.safetensors` and `student.json` into a folder, created if missing, each atomically.
 
     Raises:
         OSError: no space left or no permission; the previous files stay.
@@ -427,10 +422,9 @@ def _check_module(folder: Path, shape: Shape, module: nn.Module | None) -> None:
     """Raises ValueError unless a module is given exactly if the card names one, and of the named class."""
     expected = one_line(shape.module)
     given = type(module).__qualname__ if module is not None else ""
-    if expected and not given:
-        example = f"load_student(path, module={expected}())"
-        raise ValueError(f"{folder}: a student of your own module; load it with {example}")
-    if given and not expected:
+    if given == shape.module:
+        return
+    if not expected:
         raise ValueError(f"{folder}: one of policykd's own students; leave out module={given}()")
-    if given != shape.module:
-        raise ValueError(f"{folder}: a student of {expected}, not of {given}; load it with module={expected}()")
+    example = f"load_student(path, module={expected}())"
+    raise ValueError(f"{folder}: a student of your own module; load it with {example}")

@@ -4,7 +4,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,13 @@ class _Results:
     mean_reward: Return | None = None
 
 
-def read_zoo_files(name: str, *folders: Path) -> Card:
+def read_zoo_files(name: str, *folders: Path, is_benchmarked: bool = True) -> Card:
     """Returns the card of a zoo agent: game, algorithm and reported return, as far as they are known.
 
     Args:
         name: such as `dqn-PongNoFrameskip-v4`; used where `args.yml` is missing.
         folders: searched in order for `args.yml`, `config.yml`, `env_kwargs.yml` and `results.json`.
+        is_benchmarked: whether `BENCHMARK` is of this agent; without results.json its return is the reported one.
 
     Raises:
         BadFile: a damaged or unsafe file, or preprocessing that policykd does not have.
@@ -78,7 +79,10 @@ def read_zoo_files(name: str, *folders: Path) -> Card:
         _check_preprocessing(config_path, env_id)
     if kwargs_path := _find("env_kwargs.yml", folders):
         _warn_of_env_kwargs(kwargs_path)
-    return Card(game=played_game(env_id), algorithm=algorithm.upper(), reported_return=_reported_return(folders))
+    card = Card(game=played_game(env_id), algorithm=algorithm.upper(), reported_return=_reported_return(folders))
+    if card.reported_return is None and is_benchmarked:
+        return replace(card, reported_return=BENCHMARK.get((card.algorithm, card.game)))
+    return card
 
 
 def played_game(env_id: str) -> str:

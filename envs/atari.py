@@ -25,8 +25,6 @@ class AtariEnvs:
 
     def __init__(self, rules: Rules, num_envs: int, num_workers: int) -> None:
         """Shares the games among `num_workers` processes; with 0 they are played in this one."""
-        self.game = rules.game
-        self.seed = rules.seed
         self.num_envs = num_envs
         self.obs_shape: tuple[int, ...] = (STACK, 84, 84)
         self.stack = STACK
@@ -53,10 +51,7 @@ class AtariEnvs:
         return torch.from_numpy(self._stacks)
 
     def step(self, actions_B: Tensor) -> Step:
-        """Takes one action (4 frames) in every game.
-
-        Args:
-            actions_B: `(num_envs,)`, integers below `num_actions`; where negative, the game is held.
+        """Takes one action (4 frames) in every game, integers `(num_envs,)`; where negative, the game is held.
 
         Raises:
             OSError: a worker has ended.
@@ -97,10 +92,7 @@ class AtariEnvs:
         return {"num_resets": self._num_resets, "stacks": pack(self._stacks), "games": games}
 
     def restore(self, state: EnvState) -> Tensor:
-        """Returns to a position, whatever number of workers it was taken with.
-
-        Returns:
-            uint8 `(num_envs, 4, 84, 84)`.
+        """Returns the observations of a position, whatever number of workers it was taken with.
 
         Raises:
             ValueError: the state is of another game or number of environments.

@@ -5,6 +5,7 @@ A request to a worker is a line of JSON; its answer is one too, followed by outc
 that ended.
 """
 
+import functools
 import io
 import json
 import os
@@ -37,16 +38,14 @@ class InProcessWorker:
     def __init__(self, rules: Rules, envs: range, outcomes: np.ndarray, frames: np.ndarray) -> None:
         """Plays environments `envs`; the results of a step are written to rows of `outcomes` and `frames`."""
         self._emulators = Emulators(rules, envs, outcomes, frames)
-        self._request: tuple[str, tuple[Any, ...]] = ("", ())
 
     def send(self, method: str, *arguments: Any) -> None:
         """Takes a request: the name of a method of `Emulators`, and its arguments."""
-        self._request = (method, arguments)
+        self._request = functools.partial(getattr(self._emulators, method), *arguments)
 
     def receive(self) -> Any:
         """Executes the request and returns the answer."""
-        method, arguments = self._request
-        return getattr(self._emulators, method)(*arguments)
+        return self._request()
 
     def close(self) -> None:
         """Does nothing: emulators end with the process."""

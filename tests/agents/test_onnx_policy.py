@@ -504,6 +504,7 @@ def test_without_the_extra_there_is_one_line_with_the_command(tmp_path: Path, mo
     path = saved(tmp_path, linear())
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:
+            without.delitem(sys.modules, "policykd.agents.onnx_graph")
             without.setitem(sys.modules, package, None)
             with pytest.raises(ValueError, match=r"another package: pip install 'policykd\[onnx\]'"):
                 OnnxPolicy(path)

@@ -279,7 +279,7 @@ def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="format 4 is unknown to this policykd, update it"):
         load_student(tmp_path)
     card.write_text("{")
-    with pytest.raises(BadFile, match=r"student.json: invalid \(Invalid JSON"):
+    with pytest.raises(BadFile, match=r"student.json: invalid \("):
         load_student(tmp_path)
     card.unlink()
     os.mkfifo(card)
