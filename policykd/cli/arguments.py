@@ -45,7 +45,7 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
         if ended.code in (0, None):  # --help
             raise
         raise ValueError(_first_sentence(complaint.getvalue())) from None
-    check_flags(args)  # type: ignore[arg-type]  # T is a dataclass
+    check_flags(args)
     return args
 
 

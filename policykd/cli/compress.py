@@ -16,13 +16,13 @@ from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import NotNegative, Positive, SeedArgs, check_flags, check_name
+from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_flags, check_name
 from policykd.states import DatasetStates
 from policykd.storage.offline import label_preloaded, open_replay
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressArgs(SeedArgs):
+class CompressArgs(DebugArgs, TrustArgs, SeedArgs):
     """Compresses the student of a run, or compares several methods with --compare.
 
     Fine-tunes with the distillation loss on the run's states, and prints one table of costs and returns. Every network
@@ -63,10 +63,6 @@ class CompressArgs(SeedArgs):
     """name of the folder to write, next to the run's"""
     threads: Positive = 1
     """CPU threads per batch"""
-    trust_pickle: bool = False
-    """let SB3 itself load the teacher, which executes code in the file: only for your own archives"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: CompressArgs) -> None:

@@ -17,11 +17,11 @@ from policykd.evaluation.policies import infer_game, load_any_policy
 from policykd.evaluation.results import ProtocolResult, summarise_episodes
 from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
-from policykd.runs.groups import MachineArgs, Positive, SeedArgs
+from policykd.runs.groups import DebugArgs, MachineArgs, Positive, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(MachineArgs, SeedArgs):
+class EvaluateArgs(DebugArgs, TrustArgs, MachineArgs, SeedArgs):
     """Plays full episodes with a student, a teacher or at random, and prints their statistics.
 
     Greedy play without sticky actions or no-op starts repeats the same few games, so each protocol has a source of
@@ -40,12 +40,8 @@ class EvaluateArgs(MachineArgs, SeedArgs):
     """no-op starts with sampled actions, sticky actions (0.25) with greedy play, or both"""
     num_envs: Positive = 16
     """games played at once"""
-    trust_pickle: bool = False
-    """let SB3 itself load a teacher, which executes code in the file: only for your own archives"""
     json: Path | None = None
     """file for every episode and the statistics"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from policykd.evaluation.policies import infer_game, load_named_policy, run_fold
 from policykd.evaluation.real_states import on_policy_states
 from policykd.export import FORMATS, ExportSource, FormatName, Manifest, check_format, export
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import Positive, SeedArgs, check_flags
+from policykd.runs.groups import DebugArgs, Positive, SeedArgs, check_flags
 
 FEW_STATES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArgs(SeedArgs):
+class ExportArgs(DebugArgs, SeedArgs):
     """Writes a policy as files that run without policykd, each validated on real states before it gets its name.
 
     onnx: float32 for ONNX Runtime; int8: the same in a quarter of the bytes; numpy: an .npz and a module that needs
@@ -48,8 +48,6 @@ class ExportArgs(SeedArgs):
     """prefix of the names in the C header"""
     threads: int = 1
     """CPU threads; 0 takes as many as torch finds"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: ExportArgs) -> None:

@@ -16,11 +16,11 @@ from policykd.evaluation.policies import infer_game, load_named_policy, run_fold
 from policykd.evaluation.profile import ProfileOptions, profile, profile_table
 from policykd.evaluation.runtimes import RUNTIMES, RuntimeName
 from policykd.io.typed import write_json
-from policykd.runs.groups import Positive, SeedArgs
+from policykd.runs.groups import DebugArgs, Positive, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileArgs(SeedArgs):
+class ProfileArgs(DebugArgs, TrustArgs, SeedArgs):
     """Measures parameters, multiply-accumulates, bytes, latency, throughput, memory and start-up of policies.
 
     Every installed runtime takes its turn: SB3's predict, torch, ONNX Runtime (float32 and int8), NumPy and C, all with
@@ -42,10 +42,6 @@ class ProfileArgs(SeedArgs):
     """timed calls per turn"""
     starts: Positive = 3
     """fresh processes per policy and runtime; start-up is their median"""
-    trust_pickle: bool = False
-    """let SB3 itself load a teacher, which executes code in the file: only for your own archives"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: ProfileArgs) -> None:

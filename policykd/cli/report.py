@@ -15,11 +15,11 @@ from policykd.io.machine import prepare_device
 from policykd.report import ReportOptions, write_report
 from policykd.report.compressors import write_comparison_report
 from policykd.report.data import read_run
-from policykd.runs.groups import SeedArgs
+from policykd.runs.groups import DebugArgs, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportArgs(SeedArgs):
+class ReportArgs(DebugArgs, TrustArgs, SeedArgs):
     """Writes report.html into the folder of a finished run, or of a comparison of compression methods.
 
     Teacher and student play a few seconds for it: states on which their actions are compared, and a film.
@@ -32,12 +32,8 @@ class ReportArgs(SeedArgs):
     ] = ""
     seconds: Annotated[float, Field(ge=1.0, le=120.0)] = 16.0
     """length of the film"""
-    trust_pickle: bool = False
-    """let SB3 itself load the teacher, which executes code in the file"""
     threads: int = 0
     """CPU threads; 0 takes as many as torch finds"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: ReportArgs) -> None:

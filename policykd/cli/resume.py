@@ -9,11 +9,11 @@ import tyro
 from policykd.cli.main import load_command
 from policykd.io.machine import DeviceName
 from policykd.runs.folder import load_run_config
-from policykd.runs.groups import from_settings
+from policykd.runs.groups import DebugArgs, from_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeArgs:
+class ResumeArgs(DebugArgs):
     """Continues an interrupted run from its last checkpoint, with the flags that it was started with.
 
     A larger budget lengthens the run, also a finished one: its schedules then follow the new budget.
@@ -37,8 +37,6 @@ class ResumeArgs:
     """device to compute on; by default as before"""
     threads: int | None = None
     """CPU threads per batch and number of emulator processes; by default as before"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: ResumeArgs) -> None:

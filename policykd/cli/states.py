@@ -8,10 +8,11 @@ import tyro
 from policykd.cli.errors import needs_extra
 from policykd.importers.importers import import_states
 from policykd.importers.minari import export_to_minari
+from policykd.runs.groups import DebugArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import:
+class Import(DebugArgs):
     """Writes recorded states as a dataset, to distil from with --states dataset:FOLDER.
 
     Each frame is stored once. The same command continues an import that was interrupted.
@@ -27,20 +28,16 @@ class Import:
     """maximum number of states; all by default"""
     trust_pickle: bool = False
     """read a pickle, which EXECUTES whatever code is in it: only for a file that you made yourself"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(DebugArgs):
     """Writes a dataset, or the states of a run, as a lossless Minari dataset."""
 
     dataset: tyro.conf.Positional[Path]
     """folder of a dataset or of a run"""
     folder: tyro.conf.Positional[Path]
     """folder of the new Minari dataset; its name, such as pong-v0, is the dataset's id"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: Import | Export) -> None:

@@ -16,7 +16,7 @@ from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.errors import needs_extra
 from policykd.evaluation import policies
 from policykd.io.files import write_atomically
-from policykd.runs.groups import NotNegative, Positive, SeedArgs
+from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs
 from policykd.viewer import animation, colours, window
 
 ANIMATION_FORMATS: dict[str, animation.AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
@@ -28,7 +28,7 @@ Scale = Annotated[int, Field(ge=1, le=16)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchArgs(SeedArgs):
+class WatchArgs(DebugArgs, TrustArgs, SeedArgs):
     """Shows policies playing side by side on the same seed, with the probabilities of their actions.
 
     The space bar pauses the window; q and escape close it. Without a screen, or with --out, the first 20 seconds are
@@ -51,10 +51,6 @@ class WatchArgs(SeedArgs):
     """pixels per pixel of the game, along each side"""
     sticky: bool = False
     """play with sticky actions and greedily, instead of no-op starts and sampled actions"""
-    trust_pickle: bool = False
-    """let SB3 itself load a teacher, which executes code in the file"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 def run(args: WatchArgs) -> None:

@@ -114,6 +114,7 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
 
     def loop_config(self, threads: int) -> DistillConfig:
         """Returns the settings of the loop alone, with the number of threads resolved."""
+        # By name: the run's config inherits all fields of the loop's, so a new one needs no line here.
         names = {field.name for field in fields(DistillConfig)} - {"threads"}
         return DistillConfig(threads=threads, **{name: getattr(self, name) for name in names})
 
@@ -124,17 +125,21 @@ def check_config(config: DistillRunConfig) -> None:
     Raises:
         ValueError: a setting out of bounds, or settings that contradict each other; the line names the flag.
     """
+    # Each value by itself ...
     check_flags(config)
     check_name(config.name)
     config.loop_config(threads=1)  # checks the bounds of the loop's own settings
+    # ... then those that depend on each other. The buffer is allocated at once, so its size is known now.
     if (gigabytes := config.rounds * config.states_per_round * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
         raise ValueError(f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory; lower one of them")
+    # Every environment takes the same number of steps per round.
     if config.states_per_round % config.num_envs:
         raise ValueError(
             f"--states-per-round {config.states_per_round} is not a multiple of --num-envs {config.num_envs}"
         )
     if isinstance(config.learning_rate, int | float) and not config.learning_rate > 0.0:
         raise ValueError(f"--learning-rate must be positive, not {config.learning_rate}")
+    # An option without effect is more likely a mistake than meant.
     default_weight = DistillRunConfig.min_state_weight
     if config.state_weighting == "none" and config.min_state_weight != default_weight:
         raise ValueError("--min-state-weight needs --state-weighting entropy, gap or disagreement; leave it out")
@@ -147,6 +152,7 @@ def _check_return_schedules(config: DistillRunConfig) -> None:
     """Raises ValueError if schedules follow the student's return and nothing measures it during the run."""
     if not depends_on_return(config):
         return
+    # The return of a student is measured by periodic evaluations, or by collected episodes that are all its own.
     has_periodic_evaluations = 0 < config.eval_every < config.rounds
     # States that depend on the return themselves might never be left to the student.
     acts_alone = not follows_return(config.states) and student_acts_alone(config.states, 1.0)

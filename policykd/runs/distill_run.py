@@ -75,9 +75,6 @@ def distill_run(config: DistillRunConfig) -> RunResult:
     The run has a folder, `run_folder(config)`. With `config.resume` an interrupted run continues from its last
     checkpoint, with the same bits as without the interruption; a finished one returns its results.
 
-    Args:
-        config: the settings of the run; the flags of `policykd distill`.
-
     Raises:
         ValueError: invalid settings, or other ones than those of the run to resume.
         BadFile: a teacher or a file of the run that is damaged, or a teacher that is no better than a random policy.
@@ -85,11 +82,13 @@ def distill_run(config: DistillRunConfig) -> RunResult:
         FloatingPointError: too many teacher outputs or updates are not finite.
         KeyboardInterrupt: SIGINT or SIGTERM; the message names the command that resumes the run.
     """
+    # Everything that can be refused without reading a file is refused first.
     config = replace(config, game=canonical_name(config.game))
     check_config(config)
     device = prepare_device(config.device, config.threads)
     check_device(config, device)
     run = run_folder(config)
+    # The lock also keeps `policykd resume` out of a run that is still in progress.
     with lock_folder(run), _single_torch_thread() as threads:
         try:
             return _run_in_folder(run, config, device, threads)
@@ -130,6 +129,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
     # 1. Load the teacher and start the environments.
     started = load_run_config(run) if should_resume(run, resume=config.resume) else None
     teacher = _load_teacher(config, started, device)
+    # An offline run never steps its environment: it only has the shapes of observations and actions.
     num_envs = 1 if config.is_offline else config.num_envs
     num_workers = 0 if config.is_offline else threads
     with closing(make_atari(config.game, num_envs, config.seed, num_workers=num_workers)) as envs:
@@ -139,7 +139,9 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
         # 2. Resume only what is the same run; a finished one is shown again.
         record = _record(job)
         if started:
-            check_resumable(run, started, record, may_change=_may_change(config))
+            # Evaluations may move to other rounds, unless a schedule follows the returns that they measure.
+            may_change = RESUMABLE_CHANGES - ({"eval_every"} if depends_on_return(config) else set())
+            check_resumable(run, started, record, may_change=may_change)
             started = lengthen_run(run, started, record, "rounds")
             if result := _finished(job):
                 print(result.summary())
@@ -178,12 +180,14 @@ def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: t
         trust_pickle=config.trust_pickle,
         measure=lambda member: measured_return(member, config.game, seed=config.seed),
     )
+    # One real frame, on which the compiled network is compared with torch's.
     with closing(make_atari(config.game, 1, config.seed)) as envs:
         return compile_policy(teacher.to(device), envs.reset().to(device))
 
 
 def _record(job: _Job) -> RunRecord:
     """Returns what identifies the run, but for the check of its teacher."""
+    # A dataset can change between start and resume just as the teacher can, so its hash is part of the run.
     inputs: dict[str, str] = {}
     if isinstance(job.config.states, DatasetStates | BlendedStates):
         from policykd.storage.dataset import open_dataset
@@ -196,11 +200,6 @@ def _record(job: _Job) -> RunRecord:
         teacher=job.teacher.record,
         inputs=inputs,
     )
-
-
-def _may_change(config: DistillRunConfig) -> frozenset[str]:
-    """Returns the settings that may differ on resume: all that do not decide what is learned."""
-    return RESUMABLE_CHANGES - ({"eval_every"} if depends_on_return(config) else set())
 
 
 def _finished(job: _Job) -> RunResult | None:
@@ -220,6 +219,7 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     """
     config = job.config
     teacher = job.teacher
+    # The student's seed makes its first weights; the value head is there only if something trains it.
     student = make_student(
         config.student,
         job.envs.num_actions,
@@ -227,6 +227,7 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
         value="value" in config.auxiliary.active,
         temperature=student_temperature(config, teacher),
     ).to(job.device)
+    # The loss before the optimizer: auxiliary losses have weights of their own to train.
     loss_fn: LossFn = config.policy_loss
     if config.auxiliary.active:
         from policykd.methods.auxiliary import AuxiliaryLosses
@@ -234,6 +235,7 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
         loss_fn = AuxiliaryLosses(config.policy_loss, config.auxiliary, student, teacher, seed=config.seed)
     replay = _stored_states(job)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
+    # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)
     if depends_on_return(config):
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
@@ -287,6 +289,7 @@ def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> 
     )
     # A run that was stopped between a checkpoint and its evaluation evaluates first.
     _evaluate_if_due(job, state, logger)
+    # All training happens in this loop; a round is the unit that is logged, saved and repeated after a crash.
     rounds = distill(
         job.teacher, state.student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, state=state
     )
@@ -305,6 +308,7 @@ def _evaluate_if_due(job: _Job, state: TrainState, logger: RunLogger) -> None:
     is_due = config.eval_every and state.round and state.round % config.eval_every == 0
     if not is_due:
         return
+    # A resumed run may be past this evaluation already, and a schedule still needs its returns.
     if not logger.has_evaluation(state.num_updates):
         student = _as_student(state.student)
         evaluation = periodic_evaluation(student, config.game, seed=config.seed, num_workers=job.threads)
@@ -329,6 +333,7 @@ def _finish(job: _Job, state: TrainState, seconds: dict[str, float]) -> RunResul
     config = job.config
     student = _as_student(state.student)
     command = shlex.join(sys.argv)
+    # Weights before games: they are what the run was for, and the games take minutes.
     ensure_run_dir_exists(job.run)
     save_student(student, job.run, Provenance(game=config.game, teacher=job.teacher.record, command=command))
     options = FinalEvaluationOptions(num_episodes=config.eval_episodes, seed=config.seed, threads=job.threads)

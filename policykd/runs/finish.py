@@ -15,22 +15,14 @@ from policykd.viewer.animation import play_to_gif
 def finish_run(run: Path, result: RunResult, student: Student, teacher: Teacher, *, game: str, seed: int) -> None:
     """Writes student.gif, results.md, report.html and results.json into a run's folder, and prints the table.
 
-    results.json comes last: a run is finished once it is there.
-
-    Args:
-        run: folder of the run.
-        result: its result.
-        student: the run's student.
-        teacher: its teacher.
-        game: what both play.
-        seed: of the films.
-
     Raises:
         OSError: no space left or no permission; the run can be resumed.
     """
     play_to_gif(student, game, run / "student.gif", seed=seed)
+    # The film took a while: if the folder was moved meanwhile, no results are written where it used to be.
     ensure_run_dir_exists(run)
     write_atomically(run / "results.md", result.summary().encode())
     write_report(run, result, student, teacher, ReportOptions(seed=seed))
+    # Last: once results.json is there, the run is finished.
     write_json(run / RESULTS, result)
     print(f"\n{result.summary()}\n{run}/ holds student.safetensors, results.json, report.html")

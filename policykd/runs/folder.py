@@ -61,6 +61,7 @@ def should_resume(run: Path, *, resume: bool) -> bool:
         ValueError: it does, but to resume it was not asked for.
         BadFile: it holds checkpoints without a config.
     """
+    # A run writes its config before its first checkpoint, so one without the other is not a run to resume.
     if not (run / CONFIG).is_file():
         if (run / CHECKPOINTS).exists():
             raise BadFile(f"{run}: holds checkpoints but no {CONFIG}; give another --name")
@@ -86,20 +87,15 @@ def write_run_config(run: Path, record: RunRecord) -> None:
 
 
 def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change: Collection[str]) -> None:
-    """Compares the settings of a resumed run with those it was started with.
+    """Compares what a run was started with and what it is to be resumed with, except for settings in `may_change`.
 
     On another machine or with other versions it is resumed with a warning, which is also written to `notes.log`: its
     results are then not bit for bit the same.
 
-    Args:
-        run: the run's folder.
-        started: its config.
-        now: what it would be started with now.
-        may_change: names of settings that are not compared.
-
     Raises:
         ValueError: other settings, teacher or inputs; one line names each of them.
     """
+    # Every difference is named at once, so that one attempt is enough to fix the command line.
     changed = [
         f"{name} was {before!r}, is {value!r}"
         for name, before, value in changed_settings(started.settings, now.settings)
@@ -110,6 +106,7 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
     changed += _changes(started.inputs, now.inputs)
     if changed:
         raise ValueError(f"{run}: cannot resume with other settings ({'; '.join(changed)}); give another --name")
+    # Other hardware and versions change last bits only: worth a warning, not a refusal.
     elsewhere = _changes(started.versions, now.versions) + _changes(asdict(started.machine), asdict(now.machine))
     if elsewhere:
         warning = (
@@ -120,13 +117,7 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
 
 def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> RunRecord:
-    """Returns the record of a run whose budget may have grown; config.json and notes.log then record the new one.
-
-    Args:
-        run: the run's folder.
-        started: its config.
-        now: what it would be started with now.
-        key: name of the setting that holds the budget, such as `rounds`.
+    """Returns the record of a run whose budget, the setting `key`, may have grown; if so, its files record that too.
 
     Raises:
         ValueError: a smaller budget.
@@ -135,6 +126,7 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
     budget = now.settings[key]
     assert isinstance(before, int)
     assert isinstance(budget, int)
+    # Schedules stretch over the budget, so rounds that are done cannot be taken back.
     if budget < before:
         raise ValueError(
             f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
@@ -148,6 +140,7 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
 
 def add_note(run: Path, line: str) -> None:
     """Appends a line with the time to the run's `notes.log`."""
+    # Written as a whole: an append that is killed halfway would leave half a line.
     path = run / NOTES
     content = path.read_bytes() if path.is_file() else b""
     write_atomically(path, content + f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
@@ -167,14 +160,10 @@ def resume_command(run: Path) -> str:
 
 
 def pin_teacher_revision(reference: str, started: RunRecord | None) -> str:
-    """Returns a `--teacher` reference with the commit that a run was started with, if it means a teacher on the Hub.
-
-    Args:
-        reference: value of the flag.
-        started: the run's config; None for a new run.
-    """
+    """Returns a `--teacher` reference with the commit that a run was started with, if it means a teacher on the Hub."""
     if started is None or started.teacher is None or started.settings.get("teacher") != reference:
         return reference
+    # The author of a repository may have pushed another agent since the run was started.
     teacher = started.teacher
     if teacher.algorithm == "ENSEMBLE":  # its reference contains each member's commit
         return teacher.ref

@@ -1,4 +1,4 @@
-"""Flags that several commands share, each defined once; their bounds, and their form in a run's `config.json`.
+"""Flags that several commands share, their bounds, and their form in the `config.json` of a run.
 
 A command's arguments are a frozen, keyword-only dataclass that inherits the groups it needs. Bounds are annotations
 (`pydantic.Field`), which `check_flags` enforces. `config.json` spells flags as a command line does: a schedule as
@@ -8,9 +8,9 @@ A command's arguments are a frozen, keyword-only dataclass that inherits the gro
 import json
 import types
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
 import tyro
@@ -32,6 +32,22 @@ Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 """what NumPy, torch and the emulators all accept"""
 Settings = dict[str, JsonValue]
 """flags of a command by name, as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugArgs:
+    """How much is printed about an error."""
+
+    debug: bool = False
+    """print the traceback of an error"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustArgs:
+    """Whether code in the user's own files may be executed."""
+
+    trust_pickle: bool = False
+    """let SB3 itself load a teacher, which executes code in the file: only for your own archives"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +104,8 @@ class SeedArgs:
     """random seed (weights, batches, environments, actions)"""
 
 
-class DataclassInstance(Protocol):
-    """Any dataclass instance."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
-def check_flags(args: DataclassInstance) -> None:
-    """Checks every number against the bounds in its annotation.
+def check_flags(args: Any) -> None:
+    """Checks every number of a dataclass against the bounds in its annotation.
 
     Raises:
         ValueError: a number outside its bounds; the line names the flag.
@@ -104,6 +114,7 @@ def check_flags(args: DataclassInstance) -> None:
     for field in fields(args):
         value = getattr(args, field.name)
         minimum, maximum = _bounds(hints[field.name])
+        # Written so that NaN, which compares false with everything, is out of bounds.
         is_below = minimum is not None and value is not None and not value >= minimum
         is_above = maximum is not None and value is not None and not value <= maximum
         if is_below or is_above:
@@ -136,12 +147,7 @@ def to_settings(config: object) -> Settings:
 
 
 def from_settings(kind: type[T], settings: Settings, name: str | Path) -> T:
-    """Returns the config dataclass that `to_settings` wrote.
-
-    Args:
-        kind: the dataclass.
-        settings: fields that are left out have their defaults.
-        name: of the file that they come from, for errors.
+    """Returns the config that `to_settings` wrote; `name` is the file of the settings, for errors.
 
     Raises:
         BadFile: an unknown field, or an invalid value.
@@ -157,6 +163,7 @@ def from_settings(kind: type[T], settings: Settings, name: str | Path) -> T:
 
 def changed_settings(before: Settings, now: Settings) -> Iterator[tuple[str, JsonValue, JsonValue]]:
     """Yields each setting that differs as (dotted name, before, now)."""
+    # Options of one loss are compared one by one; another loss is one change.
     for key in now | before:
         old = before.get(key)
         new = now.get(key)
@@ -167,8 +174,10 @@ def changed_settings(before: Settings, now: Settings) -> Iterator[tuple[str, Jso
 
 
 def _encode(hint: Any, value: Any) -> JsonValue:
+    # A number stays a number, a schedule becomes the text that the command line takes.
     if _is_quantity(hint):
         return value if value is None or isinstance(value, int | float) else format_schedule(value)
+    # The class is only named where there is a choice.
     if is_dataclass(value):
         kind = {"kind": type(value).__name__} if len(_members(hint)) > 1 else {}
         return {**kind, **to_settings(value)}
@@ -184,12 +193,14 @@ def _decode(hint: Any, value: Any) -> Any:
         return TypeAdapter(hint).validate_json(json.dumps(value))
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} instead of an object")
+    # Nested dataclasses field by field, because they may hold schedules too.
     kind = members[0]
     if len(members) > 1:
         by_name = {member.__name__: member for member in members}
         kind = by_name[value["kind"]]
     given = {key: part for key, part in value.items() if not (key == "kind" and len(members) > 1)}
     hints = get_type_hints(kind, include_extras=True)
+    # Checked for a message that names the setting; Python's KeyError would not explain itself.
     if unknown := given.keys() - {field.name for field in fields(kind)}:
         raise ValueError(f"{', '.join(sorted(unknown))}: unknown")
     return kind(**{key: _decode(hints[key], part) for key, part in given.items()})

@@ -38,11 +38,7 @@ class RunLogger:
     """Writes the curves of one run into its folder. The x axis of TensorBoard is gradient updates."""
 
     def __init__(self, folder: Path, num_rounds: int) -> None:
-        """Opens the logs, dropping what an interrupted run wrote after its last checkpoint.
-
-        Args:
-            folder: of the run.
-            num_rounds: rounds in the last checkpoint.
+        """Opens the logs in a run's folder, whose last checkpoint has `num_rounds` rounds.
 
         Raises:
             BadFile: the logs are damaged, or contain fewer rounds than the checkpoint.
@@ -50,6 +46,7 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.folder = folder
+        # A run that was killed may have logged rounds after its last checkpoint; it computes those again.
         self._rounds = _read_lines(folder / METRICS)[:num_rounds]
         if len(self._rounds) < num_rounds:
             raise BadFile(
@@ -59,21 +56,18 @@ class RunLogger:
         self._timings = _read_lines(folder / TIMINGS)[:num_rounds]
         last = int(self._rounds[-1]["num_updates"]) if self._rounds else -1  # type: ignore[arg-type]
         self._evaluations = _read_evaluations(folder / EVALUATIONS, last)
+        # TensorBoard's files cannot be cut: `purge_step` makes it ignore the points after the checkpoint.
         with self._named_errors():
             self._board = SummaryWriter(str(folder), purge_step=last + 1)
 
     def add_round(self, r: Round, temperature: float) -> None:
-        """Writes the metrics and the times of a round.
-
-        Args:
-            r: the round.
-            temperature: of the teacher's policy; a loss's own, if it changes, is among the schedules.
-        """
+        """Writes the metrics and the times of a round; `temperature` is that of the teacher's policy."""
         seconds = (r.collected.collect_seconds, r.collected.label_seconds, r.train_seconds, r.seconds)
         self._timings.append({"index": r.index, **dict(zip(PHASES, seconds, strict=True))})
         self._rounds.append(metrics_row(r, temperature))
         curves = round_curves(r, temperature) | {"time/time_elapsed": self.seconds()["rounds"]}
         self._write_curves(curves, r.num_updates)
+        # Metrics last: their number of rounds is what a resumed run compares with its checkpoint.
         write_atomically(self.folder / TIMINGS, _to_lines(self._timings))
         write_atomically(self.folder / METRICS, _to_lines(self._rounds))
 
@@ -87,18 +81,14 @@ class RunLogger:
         return [float(r) for r in self._evaluations["results"][row]]
 
     def add_evaluation(self, evaluation: Evaluation, teacher_return: float | None) -> None:
-        """Writes a periodic evaluation after the last round to TensorBoard and `evaluations.npz`.
-
-        Args:
-            evaluation: full episodes; the same number in every evaluation.
-            teacher_return: mean return of the teacher, if it is known.
-        """
+        """Writes a periodic evaluation after the last round to TensorBoard and `evaluations.npz`."""
         num_updates = int(self._rounds[-1]["num_updates"])  # type: ignore[arg-type]
         mean = float(np.mean(evaluation.returns))
         curves = {"eval/mean_reward": mean, "eval/mean_ep_length": float(np.mean(evaluation.lengths))}
         if teacher_return is not None:
             curves |= {"eval/teacher_mean_reward": teacher_return, "eval/score_vs_teacher": mean - teacher_return}
         self._write_curves(curves, num_updates)
+        # SB3's layout: one row per evaluation, its episodes along the second axis.
         new = (self._rounds[-1]["num_states"], list(evaluation.returns), list(evaluation.lengths), num_updates)
         for name, value in zip(_ARRAYS, new, strict=True):
             self._evaluations[name].append(value)
@@ -138,10 +128,9 @@ def metrics_row(r: Round, temperature: float) -> Row:
 
     The loss function's metrics keep their names (`kl`); on new states they are prefixed (`new_kl`).
     """
-    new_states = {name if name in _DATA_METRICS else f"new_{name}": value for name, value in r.new_states.items()}
     return {
         **r.train,
-        **new_states,
+        **_new_state_metrics(r),
         **r.collected.metrics,
         "index": r.index,
         "num_states": r.num_states,
@@ -159,10 +148,10 @@ def metrics_row(r: Round, temperature: float) -> Row:
 def round_curves(r: Round, temperature: float) -> dict[str, float]:
     """Returns a round as TensorBoard curves, by tag (docs/metrics.md)."""
     train = {name: value for name, value in r.train.items() if name not in ("num_skipped", *_DATA_METRICS)}
-    new_states = {name if name in _DATA_METRICS else f"new_{name}": value for name, value in r.new_states.items()}
     curves = {f"train/{name}": value for name, value in train.items()}
-    curves |= {f"data/{name}": value for name, value in (new_states | r.collected.metrics).items()}
+    curves |= {f"data/{name}": value for name, value in (_new_state_metrics(r) | r.collected.metrics).items()}
     curves |= {f"schedule/{name}": value for name, value in r.schedules.items()}
+    # SB3's tags where SB3 has the quantity, so that both kinds of runs share their charts.
     curves |= {
         "train/learning_rate": r.learning_rate,
         "train/temperature": temperature,
@@ -174,12 +163,18 @@ def round_curves(r: Round, temperature: float) -> dict[str, float]:
         "time/iterations": r.index + 1,
         "time/total_timesteps": r.num_states,
     }
+    # No point, rather than 0, in a round in which no episode ended.
     if r.student_return is not None:
         curves["rollout/student_return"] = r.student_return
     if episodes := r.collected.episodes:
         curves["rollout/ep_rew_mean"] = float(np.mean([episode.episodic_return for episode in episodes]))
         curves["rollout/ep_len_mean"] = float(np.mean([episode.length for episode in episodes]))
     return curves
+
+
+def _new_state_metrics(r: Round) -> dict[str, float]:
+    """Returns the metrics on the new states: those that measure the student are prefixed."""
+    return {name if name in _DATA_METRICS else f"new_{name}": value for name, value in r.new_states.items()}
 
 
 def _read_lines(path: Path) -> list[Row]:
