@@ -32,6 +32,7 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
         SystemExit: with code 0, after --help.
         ValueError: an invalid argument; one line that names the flag.
     """
+    # tyro prints errors as a box of many lines and exits with 2; here they become one line of a ValueError.
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_quantity_rule)
     complaint = io.StringIO()
@@ -57,6 +58,7 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
     Raises:
         ValueError: an unknown name, a missing path, or one too many.
     """
+    # 1. Sort the words by where tyro wants them: flags, the two subcommands, and options of those.
     choices = {field: _choices(kind, field) for field in ("loss", "states")}
     flags: list[str] = []
     subcommands: dict[str, list[str]] = {"loss": [], "states": []}
@@ -74,6 +76,7 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
             options[field] += [word] if joined else [word, next(remaining, "")]
         else:
             subcommands[field] = [word]
+    # 2. Options without a subcommand belong to the default's.
     for field in ("loss", "states"):
         if options[field] and not subcommands[field]:
             subcommands[field] = [f"{field}:{_kebab(type(_default(default or kind, field)))}"]
@@ -102,6 +105,7 @@ def _kebab(kind: Any) -> str:
 
 
 def _subcommand(field: str, given: str, choices: dict[str, Any]) -> list[str]:
+    # The path may contain colons itself; only the first one separates it from the name.
     name, has_path, path = given.partition(":")
     takes_path = {name: any(f.name == "path" for f in fields(kind)) for name, kind in choices.items()}
     if name not in choices or takes_path[name] != bool(path) or bool(has_path) != bool(path):
@@ -113,6 +117,7 @@ def _subcommand(field: str, given: str, choices: dict[str, Any]) -> list[str]:
 
 def _first_sentence(complaint: str) -> str:
     """Returns the text of tyro's error box up to its first horizontal rule, on one line."""
+    # The characters of the box itself: its sides, corners and horizontal rules.
     lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()]
     body = [line for line in lines if line.strip("\u2500 ") and not line.startswith("\u2500")]
     end = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))

@@ -16,7 +16,7 @@ from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_flags, check_name
+from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_name
 from policykd.states import DatasetStates
 from policykd.storage.offline import label_preloaded, open_replay
 
@@ -66,17 +66,12 @@ class CompressArgs(DebugArgs, TrustArgs, SeedArgs):
 
 
 def run(args: CompressArgs) -> None:
-    """Loads student, teacher and states, and compresses or compares.
-
-    Raises:
-        ValueError: an invalid argument.
-        BadFile: a damaged file.
-    """
-    check_flags(args)
+    """Loads student, teacher and states, and compresses or compares."""
     check_name(args.name)
     # --method names methods of the run's student, with amounts from --sparsity and --rank.
     amounts = {"magnitude": f":{args.sparsity:g}", "structured": f":{args.sparsity:g}", "low-rank": f":{args.rank}"}
     methods = [method + amounts.get(method, "") for method in args.method.split("+")]
+    # The untouched student is always the row to compare with.
     recipes = args.compare or ("student", "+".join(["student", *methods]))
     recipes = STANDARD if recipes == ("standard",) else recipes
     for recipe in recipes:
@@ -98,6 +93,7 @@ def run(args: CompressArgs) -> None:
     settings = Settings(game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed)
     tuning = FineTuning(settings, teacher, make_atari(game, 1, args.seed), replay, args.threads)
 
+    # Networks that the folder holds already are not made again, so an interrupted comparison continues.
     folder = args.run.parent / args.name
     comparison = compare(folder, recipes, student, tuning, args.episodes)
     table = comparison_table(comparison)

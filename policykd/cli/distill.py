@@ -31,12 +31,8 @@ class DistillArgs(DistillRunConfig):
 
 
 def parse(words: Sequence[str], prog: str) -> DistillArgs:
-    """Returns the arguments; those of `--config FILE` are the defaults of the others.
-
-    Raises:
-        BadFile: FILE is not found, or not the config of a run.
-        ValueError: an invalid flag.
-    """
+    """Returns the arguments; those of `--config FILE` are the defaults of the others."""
+    # The file has to be read before the other flags are parsed, so --config is looked for by hand.
     default = None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, joined, value = word.partition("=")
@@ -47,11 +43,13 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
 
 def run(args: DistillArgs) -> None:
     """Runs the distillation."""
+    # --config is no setting of a run: what it named is in the other fields.
     distill_run(DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)}))
 
 
 def _load_config(path: Path) -> DistillArgs:
     record = read_json(RunRecord, path, next_step="give the config.json of a run of policykd distill")
     config = from_settings(DistillArgs, record.settings, path)
+    # The same agent, also if its repository has a newer one by now; a folder and a life of its own.
     teacher = pin_teacher_revision(config.teacher, record)
     return replace(config, teacher=teacher, name="", resume=False)

@@ -79,6 +79,7 @@ def _explained(error: Exception) -> tuple[object, int]:
         return f"out of memory ({text[:200] or 'no details'}); free some, or use smaller batches", ENVIRONMENT
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else error, ENVIRONMENT
+    # BadFile is a ValueError, so it comes first.
     for kind, code in ((BadFile, BAD_FILE), (ValueError, USAGE), (FloatingPointError, NUMERICS)):
         if isinstance(error, kind):
             return error, code

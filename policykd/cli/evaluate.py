@@ -65,6 +65,7 @@ def run(args: EvaluateArgs) -> None:
     device = prepare_device(args.device, args.threads)
     game = infer_game([args.policy], args.game)
     policy = load_any_policy(args.policy, game, device, weights=args.teacher_weights, trust_pickle=args.trust_pickle)
+    # Two sources of randomness, because results under one of them may not hold under the other.
     protocols: tuple[ProtocolName, ...] = tuple(PROTOCOLS) if args.protocol == "both" else (args.protocol,)
     results: dict[ProtocolName, ProtocolResult] = {}
     options = AtariOptions(num_envs=args.num_envs)
@@ -97,6 +98,7 @@ def check_output_file(path: Path) -> None:
 
 
 def _describe(result: ProtocolResult, game: str) -> str:
+    # The interquartile mean next to the mean: it is less moved by a few extraordinary games (Agarwal et al., 2021).
     low, high = result.interval
     iqm_low, iqm_high = result.iqm_interval
     parts = [

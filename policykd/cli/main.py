@@ -31,6 +31,7 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Runs the `policykd` command."""
+    # Not a parser with subcommands: it would import every command to know its flags.
     words = sys.argv[1:]
     if words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
@@ -40,12 +41,7 @@ def main() -> NoReturn:
 
 
 def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
-    """Runs one subcommand and ends the process.
-
-    Args:
-        name: a key of `COMMANDS`.
-        words: arguments after the subcommand; those of the process by default.
-    """
+    """Runs one subcommand with these arguments, by default those of the process, and ends the process."""
     run_cli(lambda: execute(name, sys.argv[1:] if words is None else words))
 
 
@@ -60,6 +56,7 @@ def execute(name: str, words: Sequence[str]) -> None:
     # Only now, so that `policykd --help` takes no longer than Python's start.
     from policykd.cli.arguments import parse_args
 
+    # A command whose defaults depend on its arguments, such as distill with --config, parses them itself.
     prog = f"policykd {name}"
     parse = getattr(sys.modules[run.__module__], "parse", None)
     run(parse(words, prog) if parse else parse_args(kind, words, prog=prog))
@@ -73,6 +70,7 @@ def load_command(name: str) -> tuple[Any, Callable[[Any], None]]:
     """
     if name not in COMMANDS:
         raise ValueError(f"{name}: not a command of policykd")
+    # The annotation of run() is the only place that connects a command with its flags.
     module = importlib.import_module(f"policykd.cli.{name.replace('-', '_')}")
     return get_type_hints(module.run)["args"], module.run
 

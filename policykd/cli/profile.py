@@ -52,6 +52,7 @@ def run(args: ProfileArgs) -> None:
         raise ValueError(f"--runtimes: give at least one of {', '.join(RUNTIMES)}; leave it out for all of them")
     if repeated := [name for name in RUNTIMES if args.runtimes.count(name) > 1]:
         raise ValueError(f"--runtimes {' '.join(args.runtimes)}: {repeated[0]} is repeated; give each once")
+    # Measuring takes minutes: a place that cannot be written to is reported first.
     path = args.json or _default_file(args.policies)
     check_output_file(path)
     torch.set_num_threads(1)  # this process only prepares; each measurement runs in one of its own
@@ -71,6 +72,7 @@ def run(args: ProfileArgs) -> None:
 
 
 def _default_file(refs: tuple[str, ...]) -> Path:
+    # Next to the results of the run that is profiled; teachers alone have no folder.
     runs = [run for run in map(run_folder, refs) if run]
     if runs:
         return runs[0] / "profile.json"

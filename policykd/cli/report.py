@@ -46,6 +46,7 @@ def run(args: ReportArgs) -> None:
     if (args.run / COMPARISON_FILE).is_file():
         path = write_comparison_report(args.run)
     else:
+        # A run records where its teacher was; the hash is compared, so a teacher given by hand is the same one.
         results = read_run(args.run).results
         next_step = "give its location with --teacher REF"
         teacher = load_run_teacher(

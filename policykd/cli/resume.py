@@ -40,22 +40,21 @@ class ResumeArgs(DebugArgs):
 
 
 def run(args: ResumeArgs) -> None:
-    """Resumes the run with the command that started it.
-
-    Raises:
-        ValueError: a flag that the run's command does not have, or the folder's parent is not named after the game.
-        BadFile: not the folder of a run.
-    """
+    """Resumes the run with the command that started it."""
+    # The run's own record has the command and all of its flags.
     folder = args.run.resolve()
     record = load_run_config(folder)
     kind, run_command = load_command(record.subcommand)
     config = from_settings(kind, record.settings, folder / "config.json")
+    # The command finds the run by FOLDER/GAME/NAME, so it would start a new one from a folder named otherwise.
     if folder.parent.name != record.settings.get("game"):
         raise ValueError(f"{args.run}: move the folder of a run to FOLDER/{record.settings.get('game')}/NAME first")
+    # Flags of several commands are offered here; each run has only those of its own.
     given = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "run"}
     changes = {name: value for name, value in given.items() if value is not None}
     if unknown := changes.keys() - record.settings.keys():
         flag = min(unknown).replace("_", "-")
         raise ValueError(f"--{flag}: not a flag of policykd {record.subcommand}, which started the run; leave it out")
+    # The folder may have been moved or renamed since the start.
     place: dict[str, Any] = {"name": folder.name, "folder": folder.parent.parent, "resume": True}
     run_command(replace(config, **changes, **place))

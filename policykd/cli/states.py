@@ -42,6 +42,7 @@ class Export(DebugArgs):
 
 def run(args: Import | Export) -> None:
     """Imports or exports, and prints what was written."""
+    # Minari is needed to export, and to import from a folder of its own.
     if isinstance(args, Export):
         with needs_extra("minari"):
             num_episodes = export_to_minari(args.dataset, args.folder)

@@ -82,11 +82,13 @@ def run(args: WatchArgs) -> None:
                 return
             except window.NoWindow as error:
                 reason = str(error).partition("; ")[0]
+    # A file holds the whole film in memory first, so its length and size are checked before anything is played.
     num_steps = args.steps or DEFAULT_STEPS_IN_FILE
     settings = replace(settings, num_steps=num_steps, steps_per_picture=args.every)
     _check_animation(players, settings)
     if reason:
         print(f"{reason}, so {num_steps / animation.STEPS_PER_SECOND:.0f} seconds of play are written to a file")
+    # Next to the run that is watched, if it is one.
     out = args.out or (policies.run_folder(args.policy) or Path()) / "watch.gif"
     pictures = animation.render_video(players, settings)
     content = animation.encode_animation(pictures, args.every, ANIMATION_FORMATS[out.suffix.lower()])
@@ -101,6 +103,7 @@ def _show(pictures: Iterator[Image.Image], title: str) -> None:
 
 def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:
     """Returns the policies to show, a teacher before a student."""
+    # Left the teacher, right the student, whichever was named first.
     policy = policies.load_named_policy(args.policy, game, trust_pickle=args.trust_pickle)
     own_run = policies.run_folder(args.policy)
     if args.against == "none" or (args.against == "teacher" and own_run is None):
