@@ -99,5 +99,5 @@ def run(args: CompressArgs) -> None:
     table = comparison_table(comparison)
     write_atomically(folder / "compression.md", table.encode())
     if args.episodes:
-        draw_pareto(comparison, folder / "pareto.svg")
+        write_atomically(folder / "pareto.svg", draw_pareto(comparison))
     print(f"\n{table}\n{folder}/ holds compression.json and, as a table and a picture, compression.md and pareto.svg")

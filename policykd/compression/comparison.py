@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +121,8 @@ def _row_folder(folder: Path, recipe: str) -> Path:
 
 def _with_parents(recipes: Sequence[str]) -> list[str]:
     """Returns recipes, the teacher first, each after the one that it starts from, without repetitions."""
-    ordered: dict[str, None] = {}
-    for recipe in ("teacher", *recipes):
-        methods = recipe.split("+")
-        for num_methods in range(1, len(methods) + 1):
-            ordered["+".join(methods[:num_methods])] = None
-    return list(ordered)
+    each = (accumulate(recipe.split("+"), "{}+{}".format) for recipe in ("teacher", *recipes))
+    return list(dict.fromkeys(chain.from_iterable(each)))
 
 
 def _read_row(path: Path, settings: Settings) -> Row:

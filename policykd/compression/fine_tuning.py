@@ -138,10 +138,7 @@ class FineTuning:
 def train_from_scratch(size: Size, tuning: FineTuning, loss_fn: LossFn = forward_kl) -> Student:
     """Returns a student of a size, distilled from random weights (Rusu et al., 2015, "Policy Distillation").
 
-    Args:
-        size: a name from `SIZES`.
-        tuning: teacher, states and budget.
-        loss_fn: a KL divergence for soft targets, `ActionNLL` for hard labels.
+    The loss is a KL divergence for soft targets, `ActionNLL` for hard labels.
     """
     student = make_student(size, tuning.teacher.num_actions, seed=tuning.settings.seed)
     return tuning.train_fully(student, FROM_SCRATCH, loss_fn)

@@ -44,17 +44,11 @@ def factorize(student: Student, rank: int) -> Student:
     left_OR, values_R, right_RI = torch.linalg.svd(weight_OI.double(), full_matrices=False)
     # The root of each singular value goes to either factor, so that neither learns much faster than the other.
     root_R = values_R[:rank].sqrt()
-    shifted = {_name_one_layer_later(name): weight for name, weight in weights.items()}
-    shifted["dense.0.weight"] = (root_R[:, None] * right_RI[:rank]).float()
-    shifted["dense.1.weight"] = (left_OR[:, :rank] * root_R).float()
-    shifted["dense.1.bias"] = bias_O
-    return student_with_weights(replace(student.shape, rank=rank), shifted)
-
-
-def _name_one_layer_later(name: str) -> str:
-    """Returns the name of a dense layer's weight after one more dense layer was inserted before it."""
-    kind, _, rest = name.partition(".")
-    if kind != "dense":
-        return name
-    index, _, tensor = rest.partition(".")
-    return f"dense.{int(index) + 1}.{tensor}"
+    # The dense layers after the first are one place later in the new network.
+    for i in range(len(student.shape.hidden), 0, -1):
+        for kind in ("weight", "bias"):
+            weights[f"dense.{i + 1}.{kind}"] = weights.pop(f"dense.{i}.{kind}")
+    weights["dense.0.weight"] = (root_R[:, None] * right_RI[:rank]).float()
+    weights["dense.1.weight"] = (left_OR[:, :rank] * root_R).float()
+    weights["dense.1.bias"] = bias_O
+    return student_with_weights(replace(student.shape, rank=rank), weights)

@@ -35,12 +35,6 @@ def student_with_weights(shape: Shape, weights: dict[str, Tensor]) -> Student:
     return student.requires_grad_(True).eval()
 
 
-def trainable_copy(student: Student) -> Student:
-    """Returns a copy of a student with gradients enabled."""
-    copied: Student = copy.deepcopy(student)
-    return copied.requires_grad_(True)
-
-
 @torch.no_grad()
 def with_normalized_input(student: Student, frames: Tensor) -> Student:
     """Returns a copy that computes the same function, with its input scaling fitted to some frames.
@@ -48,13 +42,13 @@ def with_normalized_input(student: Student, frames: Tensor) -> Student:
     SB3's networks take pixels in [0, 1]. Tuning on that scale is as badly conditioned as learning on it (docs/log.md).
 
     Args:
-        student: a student on frames.
+        student: a student on frames; it is not changed.
         frames: uint8 `(n, 84, 84)`.
 
     Raises:
         ValueError: not a student on frames.
     """
-    copied = trainable_copy(student)
+    copied = copy.deepcopy(student).requires_grad_(True)
     net = copied.net
     if not isinstance(net, FrameNet):
         raise ValueError("compression needs a student of policykd's own on frames; choose one of its sizes")

@@ -2,12 +2,10 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policykd.compression.comparison import RANDOM, Comparison, Row
 from policykd.evaluation.evaluate import ProtocolName
-from policykd.io.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,19 +24,14 @@ MARKERS |= {"magnitude": "s", "structured": "D", "low-rank": "P", "combined": "^
 
 
 def draw_pareto(
-    comparison: Comparison,
-    to: Path | io.BytesIO,
-    *,
-    protocol: ProtocolName = "noop_sampled",
-    this_run: Row | None = None,
-) -> None:
-    """Draws every row's mean return against its costs, and the Pareto front as a line, into an SVG file.
+    comparison: Comparison, *, protocol: ProtocolName = "noop_sampled", this_run: Row | None = None
+) -> bytes:
+    """Returns an SVG file of every row's mean return against its costs, with the Pareto front as a line.
 
     Returns are drawn minus the teacher's on a symmetric logarithmic axis, because rows differ near the teacher.
 
     Args:
         comparison: the rows; those without episodes of the protocol are left out.
-        to: an SVG file, or a buffer for one.
         protocol: the protocol whose returns are drawn, with their intervals.
         this_run: another row, drawn larger.
 
@@ -74,10 +67,7 @@ def draw_pareto(
             _separate_names(ax)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "policykd"})
-    if isinstance(to, io.BytesIO):
-        to.write(buffer.getvalue())
-    else:
-        write_atomically(to, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -101,20 +91,15 @@ def _draw_panel(
     ax.grid(visible=True, linewidth=0.6, color="#e2e8f0")
     for name, mean in references.items():
         ax.axhline(mean - teacher, color="#94a3b8", linewidth=1.0, linestyle="--" if name == RANDOM else "-")
-    points: list[tuple[float, float]] = []
-    drawn: list[Row] = []
-    for row in rows:
-        # A cost that was not measured: the latency of a run in the report is torch's, not ONNX Runtime's.
-        value = getattr(row, cost)
-        if not value:
-            continue
+    # Rows without a cost: the latency of a run in the report is torch's, not ONNX Runtime's.
+    rows = [row for row in rows if getattr(row, cost)]
+    points = [(float(getattr(row, cost)), row.protocols[protocol].mean - teacher) for row in rows]
+    names = list(MARKERS)
+    for row, point in zip(rows, points, strict=True):
         played = row.protocols[protocol]
         low, high = played.interval
-        points.append((float(value), played.mean - teacher))
-        drawn.append(row)
-        names = list(MARKERS)
         ax.errorbar(
-            *points[-1],
+            *point,
             yerr=[[max(0.0, played.mean - low)], [max(0.0, high - played.mean)]],
             marker=MARKERS.get(row.family, "h"),
             color=f"C{names.index(row.family)}" if row.family in names else "black",
@@ -127,7 +112,7 @@ def _draw_panel(
     front = pareto_front(points)
     ax.step([points[i][0] for i in front], [points[i][1] for i in front], where="post", color="#64748b", linewidth=1.0)
     for i in front:
-        ax.annotate(drawn[i].recipe, points[i], (4, 8), textcoords="offset points", fontsize=8.0)
+        ax.annotate(rows[i].recipe, points[i], (4, 8), textcoords="offset points", fontsize=8.0)
 
 
 def _separate_names(ax: "Axes") -> None:

@@ -4,6 +4,7 @@ Magnitude pruning follows Zhu & Gupta (2017, "To prune, or not to prune"), struc
 of DepGraph (Fang et al., 2023) in torch-pruning.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from policykd.agents.networks import ConvNet, num_parameters
 from policykd.agents.student import Student
 from policykd.compression.fine_tuning import FROM_TRAINED, ROUNDS, FineTuning
-from policykd.compression.networks import pixel_unit, student_with_weights, trainable_copy, weight_layers
+from policykd.compression.networks import pixel_unit, student_with_weights, weight_layers
 
 PRUNING_FRACTION = 0.6
 """fraction of the budget over which weights are removed; the rest only tunes those that are left"""
@@ -60,11 +61,9 @@ def prune_by_magnitude(student: Student, tuning: FineTuning, sparsity: float) ->
 
 
 def cubic_sparsity(progress: float, final: float) -> float:
-    """Returns the sparsity at a point of training: final (1 - (1 - t)^3), t the progress of the pruning phase.
+    """Returns the sparsity at a point of training, which rises as final (1 - (1 - t)^3).
 
-    Args:
-        progress: from 0 to 1 over the whole budget; pruning ends at `PRUNING_FRACTION`.
-        final: the sparsity at the end.
+    Progress is from 0 to 1 over the whole budget; t is that of the pruning phase, which ends at `PRUNING_FRACTION`.
     """
     t = min(1.0, progress / PRUNING_FRACTION)
     return float(final * (1.0 - (1.0 - t) ** 3))
@@ -97,7 +96,6 @@ class _Mask(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the masked weight."""
         return weight * self.mask
 
 
@@ -159,15 +157,13 @@ def remove_channels(student: Student, num_parameters_left: int) -> Student:
 
 def _sequential_copy(student: Student) -> nn.Sequential:
     """Returns the student's layers as one chain on pixels in [0, 1], which torch-pruning can trace."""
-    net = trainable_copy(student).net
+    net = copy.deepcopy(student.net).requires_grad_(True)
     if not isinstance(net, ConvNet) or student.shape.design != "nature" or student.shape.rank:
         raise ValueError("structured pruning needs three convolutions and plain dense layers; use another student")
     layers: list[nn.Module] = []
-    for convolution in (net.conv1, net.conv2, net.conv3):
-        layers += [convolution, nn.ReLU()]
-    layers.append(nn.Flatten())
-    for dense in net.dense:
-        layers += [dense, nn.ReLU()]
+    # The ReLU after Flatten changes nothing: its inputs are outputs of a ReLU.
+    for layer in (*net.convolutions, nn.Flatten(), *net.dense):
+        layers += [layer, nn.ReLU()]
     # Group magnitudes are compared in one unit, too.
     net.conv1.weight.data *= pixel_unit(student)
     plain = nn.Sequential(*layers[:-1])  # no ReLU after the logits
@@ -175,10 +171,7 @@ def _sequential_copy(student: Student) -> nn.Sequential:
 
 
 def _num_kept(width: int, kept: float) -> int:
-    """Returns the number of channels of a layer after pruning.
-
-    It is rounded to the nearest. Rounded down, each of the many small steps would remove a channel of every layer.
-    """
+    # Rounded to the nearest: rounded down, each of the many small steps would remove a channel of every layer.
     return max(1, round(kept * width))
 
 

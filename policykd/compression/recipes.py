@@ -33,11 +33,7 @@ STANDARD = (
 
 
 def check_recipe(recipe: str) -> None:
-    """Checks a recipe given as text.
-
-    Raises:
-        ValueError: unknown start or method, or an invalid amount.
-    """
+    """Raises ValueError for an unknown start or method, or an invalid amount."""
     start, *methods = recipe.split("+")
     size, _, targets = start.partition(":")
     if start not in STARTS and (size not in SIZES or targets not in TARGETS):
@@ -103,8 +99,16 @@ def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
         tuning: teacher, states and budget.
     """
     start, *methods = recipe.split("+")
+    if not methods and start == "student":
+        return previous
+    if not methods and start == "teacher":
+        return teacher_as_student(tuning.teacher)
     if not methods:
-        return _starting_student(start, previous, tuning)
+        size, _, targets = start.partition(":")
+        # Distilled from scratch: soft targets, the teacher's best actions, or targets between the two.
+        sharpened = tuning.teacher.temperature * SHARPENED
+        losses: dict[str, LossFn] = {"": ForwardKL(), "hard": ActionNLL(), "sharp": ForwardKL(sharpened)}
+        return train_from_scratch(cast(Size, size), tuning, losses[targets])
     method, _, amount = methods[-1].partition(":")
     if method == "magnitude":
         return prune_by_magnitude(previous, tuning, float(amount))
@@ -114,18 +118,3 @@ def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
     if method == "low-rank":
         return factorize_and_tune(previous, tuning, int(amount))
     return previous  # quantized when it is exported
-
-
-def _starting_student(start: str, student: Student, tuning: FineTuning) -> Student:
-    if start == "student":
-        return student
-    if start == "teacher":
-        return teacher_as_student(tuning.teacher)
-    size, _, targets = start.partition(":")
-    # Distilled from scratch: soft targets, the teacher's best actions, or targets between the two.
-    losses: dict[str, LossFn] = {
-        "": ForwardKL(),
-        "hard": ActionNLL(),
-        "sharp": ForwardKL(tuning.teacher.temperature * SHARPENED),
-    }
-    return train_from_scratch(cast(Size, size), tuning, losses[targets])

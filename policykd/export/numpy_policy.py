@@ -167,12 +167,8 @@ def _make_step(
 ) -> Step:
     """Returns a layer as a function of arrays `(N, H, W, C)` or `(N, K)`; only uint8 frames are `(N, C, H, W)`.
 
-    Args:
-        layer: its description.
-        weights: all weights, by name.
-        x: an example of its (first) input.
-        in_place: whether it may overwrite its input.
-        image_shape: `(H, W, C)` before `flatten`, of a dense layer whose weights are in the order (C, H, W).
+    `x` is an example of its (first) input, which `in_place` allows it to overwrite. `image_shape` is `(H, W, C)` before
+    `flatten`, of a dense layer whose weights are in the order (C, H, W).
     """
     operator = layer["operator"]
     is_frames = x.dtype == np.uint8

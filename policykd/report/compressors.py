@@ -1,6 +1,5 @@
 """Comparisons of compression methods in reports: a page of their own, and a section next to a run."""
 
-import io
 import os
 import sys
 from dataclasses import dataclass
@@ -41,10 +40,9 @@ def write_comparison_report(folder: Path) -> Path:
         BadFile: compression.json is damaged.
     """
     comparison = read_comparison(folder)
-    picture = io.BytesIO()
-    if RANDOM in comparison.rows:  # else no episodes were asked for
-        draw_pareto(comparison, picture)
-    compared = ComparedMethods(comparison, folder.resolve().name, picture.getvalue())
+    # Without random play no episodes were asked for.
+    picture = draw_pareto(comparison) if RANDOM in comparison.rows else b""
+    compared = ComparedMethods(comparison, folder.resolve().name, picture)
     page = render("comparison.html", compared=compared)
     write_atomically(folder / REPORT_FILE, page.encode())
     return folder / REPORT_FILE
@@ -71,9 +69,8 @@ def newest_comparison(run: Path, student: PolicyResult, teacher_sha256: str) -> 
                 num_bytes=(run / "student.safetensors").stat().st_size,
                 protocols=student.protocols,
             )
-            picture = io.BytesIO()
-            draw_pareto(comparison, picture, this_run=this_run)
-            return ComparedMethods(comparison, path.parent.name, picture.getvalue(), has_this_run=True)
+            picture = draw_pareto(comparison, this_run=this_run)
+            return ComparedMethods(comparison, path.parent.name, picture, has_this_run=True)
         except (OSError, ValueError) as error:
             print(f"warning: {error}; left out of the report", file=sys.stderr)
     return None

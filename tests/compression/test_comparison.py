@@ -244,10 +244,8 @@ def test_the_front_holds_what_no_cheaper_point_equals() -> None:
 def test_the_picture_is_the_same_svg_every_time_with_four_panels(comparison: Comparison) -> None:
     pictures = []
     for _ in range(2):
-        buffer = io.BytesIO()
         this_run = _row("this run <b>", "this run", 2_000, 5.0)
-        draw_pareto(comparison, buffer, this_run=replace(this_run, latency_microseconds=0.0))
-        pictures.append(buffer.getvalue())
+        pictures.append(draw_pareto(comparison, this_run=replace(this_run, latency_microseconds=0.0)))
     assert pictures[0] == pictures[1]
     text = pictures[0].decode()
     assert text.startswith("<?xml")
@@ -255,7 +253,7 @@ def test_the_picture_is_the_same_svg_every_time_with_four_panels(comparison: Com
     assert "<b>" not in text
     without_random = replace(comparison, rows={"teacher": comparison.rows["teacher"]})
     with pytest.raises(ValueError, match="no episodes of teacher and random play"):
-        draw_pareto(without_random, io.BytesIO())
+        draw_pareto(without_random)
 
 
 def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
