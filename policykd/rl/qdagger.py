@@ -3,7 +3,6 @@
 Shape suffixes: B batch, A actions.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,22 +10,20 @@ import numpy as np
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import ReplayBufferSamples, TrainFreq
+from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import obs_as_tensor, polyak_update
-from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
+from torch import Tensor, nn
 
-from policykd.agents.policy import log_policy, sample
-from policykd.losses import kl_divergence_B
-from policykd.rl.teacher_mixin import TeacherMixin, check_temperature, optimizer_step
+from policykd.agents.policy import sample
+from policykd.rl.teacher_mixin import TeacherMixin, check_temperature
 from policykd.schedules import Schedule
 
 LOG_INTERVAL = 1000
 """updates between two points of the offline curves"""
 Q_VALUE_TEMPERATURE = 0.1
 """at which Q-values are compared; the 0.01 at which they are played (Rusu et al., 2015) gives hard labels"""
-
-Metrics = dict[str, list[float]]
+CURVES = ("loss", "td_loss", "teacher_kl", "distillation_loss", "distillation_weight")
+"""logged in both phases"""
 
 
 class QDagger(TeacherMixin, DQN):
@@ -109,22 +106,18 @@ class QDagger(TeacherMixin, DQN):
         assert isinstance(self.train_freq, TrainFreq)
         steps_per_train = self.train_freq.frequency * self.n_envs
         target_interval = max(self.target_update_interval * max(self.gradient_steps, 1) // steps_per_train, 1)
-        # Constant, because the student's return does not change before it plays.
-        weight = self.current_weight()
-        metrics: Metrics = defaultdict(list)
-        self.policy.set_training_mode(True)
         for update in range(1, num_updates + 1):
-            self._update(self.batch_size, weight, metrics)
-            if update % target_interval == 0 or update == num_updates:
+            self.train(1, self.batch_size)
+            is_last = update == num_updates
+            if update % target_interval == 0 or is_last:
                 polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
-            if update % LOG_INTERVAL == 0 or update == num_updates:
-                self.check_weights()
-                kl = float(np.mean(metrics["teacher_kl"]))
+            # Curves of this phase have their own names and are means over LOG_INTERVAL updates.
+            for name in CURVES:
+                self.logger.record_mean(f"offline/{name}", self.logger.name_to_value.pop(f"train/{name}"))
+            if update % LOG_INTERVAL == 0 or is_last:
+                kl = self.logger.name_to_value["offline/teacher_kl"]
                 print_line(f"{update:,} of {num_updates:,} updates on the teacher's states: KL {kl:.3f} nats")
-                self._record("offline", weight, metrics)
                 self.logger.dump(update - num_updates)
-                metrics.clear()
-        self._n_updates += num_updates
 
         # The student starts with an empty buffer and with episodes of its own.
         self.replay_buffer.reset()
@@ -134,46 +127,24 @@ class QDagger(TeacherMixin, DQN):
         if self._vec_normalize_env is not None:
             self._last_original_obs = self._vec_normalize_env.get_original_obs()
 
+    @property
+    def output_layer(self) -> nn.Module:  # type: ignore[override]
+        """Network that returns the Q-values."""
+        network: nn.Module = self.q_net
+        return network
+
+    def teacher_labels(self, inputs: Tensor) -> Tensor:
+        """Returns the teacher's log-policies of the observations, which are the network's inputs."""
+        return self.teacher_log_policy(inputs)
+
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """Takes gradient steps on states that the student collected."""
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
+        """Takes gradient steps on states of the replay buffer."""
         weight = self.current_weight()
-        metrics: Metrics = defaultdict(list)
-        for _ in range(gradient_steps):
-            self._update(batch_size, weight, metrics)
-        self.check_weights()
-        self._n_updates += gradient_steps
-        self._record("train", weight, metrics)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    def _update(self, batch_size: int, weight: float, metrics: Metrics) -> None:
-        td_loss, teacher_kl = self._losses(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env))
-        loss = td_loss + weight * teacher_kl
-        metrics["loss"].append(loss.item())
-        metrics["td_loss"].append(td_loss.item())
-        metrics["teacher_kl"].append(teacher_kl.item())
-        optimizer_step(self.policy, loss, self.max_grad_norm)
-
-    def _losses(self, batch: ReplayBufferSamples) -> tuple[Tensor, Tensor]:
-        """Returns the n-step TD loss (Huber) and the KL divergence, both means over the batch."""
-        # SB3's TD target; an n-step replay buffer brings gamma^n with each row.
-        discount = self.gamma if batch.discounts is None else batch.discounts
-        with torch.no_grad():
-            best_B1 = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
-            target_B1 = batch.rewards + (1 - batch.dones) * discount * best_B1
-
-        # One forward pass serves both losses.
-        q_BA = self.q_net(batch.observations)
-        taken_B1 = q_BA.gather(1, batch.actions.long())
-        teacher_log_BA = self.teacher_log_policy(batch.observations)
-        kl_B = kl_divergence_B(teacher_log_BA, log_policy(q_BA, self.student_temperature))
-        return smooth_l1_loss(taken_B1, target_B1), kl_B.mean()
-
-    def _record(self, phase: str, weight: float, metrics: Metrics) -> None:
-        for name, numbers in metrics.items():
-            self.logger.record(f"{phase}/{name}", float(np.mean(numbers)))
-        self.logger.record(f"{phase}/distillation_weight", weight)
+        terms = self._train_with_teacher(weight, gradient_steps, batch_size)
+        # SB3's loss is the n-step TD loss (Huber).
+        td_loss = self.logger.name_to_value["train/loss"]
+        self.logger.record("train/td_loss", td_loss)
+        self.logger.record("train/loss", td_loss + weight * float(np.mean(terms)))
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """A teacher for SB3's algorithms: the mixin that evaluates and weights it, and a rollout buffer with its log-policies.
 
+SB3's own `train` computes the loss and takes the optimizer steps; a hook adds the teacher's term to that loss.
+
 Shape suffixes: B batch, A actions, N stored states.
 """
 
 import math
 import warnings
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,10 +17,12 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, is_vecenv_wrapped
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
+from policykd.losses import kl_divergence_B
 from policykd.schedules import Progress, Quantity, Schedule, check_bounds, follows_return, resolve
 
 ARRAY_SPACES = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
@@ -28,6 +34,10 @@ class TeacherMixin(BaseAlgorithm):
     """An SB3 algorithm with a teacher and a weighted distillation term; precedes SB3's class in the bases."""
 
     default_weight: ClassVar[float | Schedule] = 1.0
+    student_temperature: float = 1.0
+    """divides the student's outputs"""
+    output_layer: nn.Module
+    """part of the policy that returns the student's outputs, `(batch, num_actions)`"""
 
     def __init__(
         self,
@@ -139,20 +149,88 @@ class TeacherMixin(BaseAlgorithm):
         if not sums.isfinite().all():
             raise FloatingPointError(diverged("weights", self.num_timesteps))
 
+    def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
+        """Returns the distillation term of each state before its weight, nats `(batch,)`, from two log-policies."""
+        return kl_divergence_B(teacher_log_BA, student_log_BA)
+
+    def teacher_labels(self, inputs: Tensor) -> Tensor:
+        """Returns the teacher's log-policies of the current minibatch; `inputs` are those of the output layer."""
+        raise NotImplementedError
+
+    def _train_with_teacher(self, weight: float, *args: Any) -> list[float]:
+        """Runs SB3's own `train` with `weight` times the term added to its loss; returns the term per minibatch."""
+        terms: list[float] = []
+        divergences: list[float] = []
+
+        def add_term(_: nn.Module, inputs: tuple[Tensor], outputs_BA: Tensor) -> Tensor:
+            teacher_log_BA = self.teacher_labels(*inputs)
+            student_log_BA = log_policy(outputs_BA, self.student_temperature)
+            term = self.distillation_B(student_log_BA, teacher_log_BA).mean()
+            terms.append(term.item())
+            divergences.append(kl_divergence_B(teacher_log_BA, student_log_BA.detach()).mean().item())
+            outputs: Tensor = _AddedTerm.apply(outputs_BA, weight * term)  # type: ignore[no-untyped-call]
+            return outputs
+
+        # Only while SB3 trains: elsewhere it evaluates states that have no labels.
+        hook = self.output_layer.register_forward_hook(add_term)
+        try:
+            with finite_steps(self.policy):
+                super().train(*args)  # type: ignore[misc]
+        finally:
+            hook.remove()
+        self.check_weights()
+        losses = [loss for name, loss in self.logger.name_to_value.items() if name.endswith("loss")]
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(diverged("losses", self.num_timesteps))
+        # Means over the minibatches, as SB3 logs its own.
+        self.logger.record("train/distillation_loss", float(np.mean(terms)))
+        self.logger.record("train/teacher_kl", float(np.mean(divergences)))
+        self.logger.record("train/distillation_weight", weight)
+        return terms
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "rollout_buffer_class"]
 
 
-class TeacherRolloutSamples(NamedTuple):
-    """A minibatch of SB3's rollout buffer with the teacher's log-policies."""
+class _AddedTerm(torch.autograd.Function):
+    """A policy's outputs, unchanged; whatever loss is computed from them, its gradient includes that of a term.
 
-    observations: Tensor
-    actions: Tensor
-    old_values: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
-    returns: Tensor
-    teacher_log_BA: Tensor
+    So the loss itself stays SB3's. Mixture-of-experts models add their load-balancing losses in this way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, term: Tensor) -> Tensor:
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_ones(())
+
+
+@contextmanager
+def finite_steps(policy: nn.Module) -> Iterator[None]:
+    """Checks each gradient before the policy's optimizer uses it.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the weights stay unchanged.
+    """
+    optimizer: Any = policy.optimizer
+    norms: list[Tensor] = []
+
+    def check(*_: object) -> None:
+        if not torch.stack(norms).norm().isfinite():
+            raise FloatingPointError(diverged("gradients"))
+        norms.clear()
+
+    # SB3 clips the gradient before the step, which turns an infinite one into zeros: each norm is taken before that.
+    hooks: list[Any] = [optimizer.register_step_pre_hook(check)]
+    for weight in policy.parameters():
+        hooks.append(weight.register_post_accumulate_grad_hook(lambda weight: norms.append(weight.grad.norm())))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class TeacherRolloutBuffer(RolloutBuffer):
@@ -160,6 +238,10 @@ class TeacherRolloutBuffer(RolloutBuffer):
 
     teacher_log_NA: np.ndarray
     """float32 `(states, num_actions)`, in the order in which SB3 flattens its arrays"""
+    minibatch: RolloutBufferSamples
+    """the last one that was drawn"""
+    teacher_log_BA: Tensor
+    """its log-policies of the teacher"""
 
     def add_teacher_labels(self, agent: TeacherMixin) -> None:
         """Evaluates the agent's teacher on every state of the rollout."""
@@ -169,27 +251,10 @@ class TeacherRolloutBuffer(RolloutBuffer):
         labels = [agent.teacher_log_policy(self.to_torch(piece)).cpu().numpy() for piece in pieces]
         self.teacher_log_NA = np.concatenate(labels)
 
-    def _get_samples(  # type: ignore[override]
-        self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> TeacherRolloutSamples:
-        samples = super()._get_samples(batch_inds, env)
-        return TeacherRolloutSamples(*samples, self.to_torch(self.teacher_log_NA[batch_inds]))
-
-
-def optimizer_step(policy: nn.Module, loss: Tensor, max_grad_norm: float) -> None:
-    """Takes one step of a policy's own optimizer on a loss, with the gradient's norm clipped.
-
-    Raises:
-        FloatingPointError: the loss or its gradient is not finite; the weights stay unchanged.
-    """
-    optimizer: Any = policy.optimizer
-    optimizer.zero_grad()
-    loss.backward()
-    # Checked before the step, so that the last finite weights stay.
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    if not torch.stack([loss.detach(), norm]).isfinite().all():
-        raise FloatingPointError(diverged(f"loss ({loss.item():g}) or gradient ({norm.item():g})"))
-    optimizer.step()
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutBufferSamples:
+        self.minibatch = super()._get_samples(batch_inds, env)
+        self.teacher_log_BA = self.to_torch(self.teacher_log_NA[batch_inds])
+        return self.minibatch
 
 
 def diverged(quantity: str, steps: int | None = None) -> str:

@@ -9,7 +9,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -50,24 +49,6 @@ def mean_return(model: BaseAlgorithm) -> float:
     mean, _ = evaluate_policy(model, cart_poles(4, seed=99), 10, deterministic=False)
     assert isinstance(mean, float)
     return mean
-
-
-def replayed(num_rows: int, repeats: int = 1) -> ReplayBufferSamples:
-    generator = torch.Generator().manual_seed(0)
-    obs, next_obs = (torch.randn(num_rows, 4, generator=generator).repeat(repeats, 1) for _ in range(2))
-    column = torch.zeros(num_rows * repeats, 1)
-    return ReplayBufferSamples(obs, column.long(), next_obs, column, column + 1.0)
-
-
-def test_the_divergence_is_a_mean_over_the_batch_at_both_temperatures() -> None:
-    model = make(teacher_temperature=0.5, student_temperature=0.2)
-    losses = model._losses(replayed(8))
-    for loss, repeated in zip(losses, model._losses(replayed(8, repeats=16)), strict=True):
-        torch.testing.assert_close(loss, repeated)
-    obs = replayed(8).observations
-    teacher = torch.distributions.Categorical(logits=controller(obs) / 0.5)
-    student = torch.distributions.Categorical(logits=model.q_net(obs) / 0.2)
-    torch.testing.assert_close(losses[1], torch.distributions.kl_divergence(teacher, student).mean())
 
 
 def test_it_plays_as_its_teacher_before_its_first_own_step() -> None:

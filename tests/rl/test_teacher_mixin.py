@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-from policykd.rl.teacher_mixin import optimizer_step
+from policykd.rl.teacher_mixin import finite_steps
 from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
@@ -101,14 +101,22 @@ def test_an_optimizer_step_that_is_not_finite_is_not_taken() -> None:
     policy: Any = nn.Linear(1, 1)
     policy.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     before = policy.weight.clone()
-    for factor in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="loss"):
-            optimizer_step(policy, policy(torch.ones(1)).sum() * factor, 1.0)
+
+    def step(loss: Tensor) -> None:
+        policy.zero_grad()
+        with finite_steps(policy):
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            policy.optimizer.step()
+
+    for factor in (float("nan"), float("inf"), 1e30):  # the norm of the last one overflows, and is clipped to 0
+        with pytest.raises(FloatingPointError, match="gradient"):
+            step(policy(torch.ones(1)).sum() * factor)
     tiny = policy(torch.ones(1)).sum() * 0.0 + (policy.weight * 0.0).sum().sqrt()  # finite, with an infinite slope
     with pytest.raises(FloatingPointError, match="gradient"):
-        optimizer_step(policy, tiny, 1.0)
+        step(tiny)
     assert torch.equal(policy.weight, before)
-    optimizer_step(policy, policy(torch.ones(1)).sum(), 1.0)
+    step(policy(torch.ones(1)).sum())
     assert not torch.equal(policy.weight, before)
 
 
