@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from stable_baselines3 import DQN
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import obs_as_tensor, polyak_update
@@ -22,8 +23,7 @@ LOG_INTERVAL = 1000
 """updates between two points of the offline curves"""
 Q_VALUE_TEMPERATURE = 0.1
 """at which Q-values are compared; the 0.01 at which they are played (Rusu et al., 2015) gives hard labels"""
-CURVES = ("loss", "td_loss", "teacher_kl", "distillation_loss", "distillation_weight")
-"""logged in both phases"""
+OFFLINE_CURVES = ("loss", "td_loss", "teacher_kl", "distillation_weight")
 
 
 class QDagger(TeacherMixin, DQN):
@@ -106,18 +106,24 @@ class QDagger(TeacherMixin, DQN):
         assert isinstance(self.train_freq, TrainFreq)
         steps_per_train = self.train_freq.frequency * self.n_envs
         target_interval = max(self.target_update_interval * max(self.gradient_steps, 1) // steps_per_train, 1)
+        # `train` names its curves train/: here they are renamed, and become means over LOG_INTERVAL updates.
+        curves = self.logger
+        scratch = Logger(None, [])
         for update in range(1, num_updates + 1):
-            self.train(1, self.batch_size)
+            self._logger = scratch
+            try:
+                self.train(1, self.batch_size)
+            finally:
+                self._logger = curves
+            for name in OFFLINE_CURVES:
+                curves.record_mean(f"offline/{name}", scratch.name_to_value[f"train/{name}"])
             is_last = update == num_updates
             if update % target_interval == 0 or is_last:
                 polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
-            # Curves of this phase have their own names and are means over LOG_INTERVAL updates.
-            for name in CURVES:
-                self.logger.record_mean(f"offline/{name}", self.logger.name_to_value.pop(f"train/{name}"))
             if update % LOG_INTERVAL == 0 or is_last:
-                kl = self.logger.name_to_value["offline/teacher_kl"]
+                kl = curves.name_to_value["offline/teacher_kl"]
                 print_line(f"{update:,} of {num_updates:,} updates on the teacher's states: KL {kl:.3f} nats")
-                self.logger.dump(update - num_updates)
+                curves.dump(update - num_updates)
 
         # The student starts with an empty buffer and with episodes of its own.
         self.replay_buffer.reset()

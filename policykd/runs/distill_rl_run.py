@@ -1,42 +1,35 @@
 """A run of distillation inside reinforcement learning: teacher check, training, final evaluation, report."""
 
-import shlex
-import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from policykd.agents.card import Provenance
-from policykd.agents.ensemble import load_teachers
 from policykd.agents.policy import sample
 from policykd.agents.sb3_student import from_sb3
-from policykd.agents.student import Size, Student, make_student, save_student
+from policykd.agents.student import Size, make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import Evaluation, periodic_evaluation
-from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
-from policykd.evaluation.teacher_check import check_fits, check_teacher, measured_return
+from policykd.evaluation.results import FinalEvaluationOptions
+from policykd.evaluation.teacher_check import check_fits, check_teacher
 from policykd.export.compiled import compile_policy
 from policykd.io.locks import lock_folder
-from policykd.io.machine import prepare_device, versions
+from policykd.io.machine import prepare_device
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
 from policykd.rl.training import Training, resume_run
-from policykd.runs.finish import finish_run
+from policykd.runs.finish import TrainingCost, finish_run
 from policykd.runs.folder import (
-    FINAL_EVALUATION,
     Machine,
     RunRecord,
-    ensure_run_dir_exists,
     load_run_config,
-    pin_teacher_revision,
+    load_run_teacher,
     should_resume,
     write_run_config,
 )
@@ -120,13 +113,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
         )
 
     # The teacher, the environments, and frames for the student's input scaling.
-    teacher = load_teachers(
-        pin_teacher_revision(config.teacher, started),
-        config.teacher_weights,
-        game=config.game,
-        trust_pickle=config.trust_pickle,
-        measure=lambda member: measured_return(member, config.game, seed=config.seed),
-    )
+    teacher = load_run_teacher(config, started, config.game, config.seed)
     envs = make_atari(config.game, config.num_envs, config.seed, num_workers=torch.get_num_threads())
     resources.callback(envs.close)
     check_fits(teacher, envs, config.teacher, config.game)
@@ -172,30 +159,15 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
             model.learn_offline(_offline_steps(config), num_updates, print_line=lambda line: print(line, flush=True))
             training.save()
         training.train()
-        return _finish(run, config, from_sb3(model, student).to(device), teacher, training)
-
-
-def _finish(run: Path, config: DistillRLConfig, student: Student, teacher: Teacher, training: Training) -> RunResult:
-    """Saves the student, plays the final evaluation, and writes results, film and report."""
-    # The student first: an interrupted evaluation does not lose it.
-    ensure_run_dir_exists(run)
-    command = shlex.join(sys.argv)
-    save_student(student, run, Provenance(game=config.game, teacher=teacher.record, command=command))
-    options = FinalEvaluationOptions(
-        num_episodes=config.eval_episodes, seed=config.seed, threads=torch.get_num_threads()
-    )
-    evaluation = final_evaluation(student, teacher, config.game, run / FINAL_EVALUATION, options)
-    model: Any = training.model
-    result = RunResult(
-        **vars(evaluation),
-        num_states_labelled=model.num_timesteps + _offline_steps(config),
-        num_updates=model.num_gradient_steps,
-        wall_seconds={"learn": training.wall_seconds, "evaluate": evaluation.evaluation_seconds},
-        versions=versions(),
-        command=command,
-    )
-    finish_run(run, result, student, teacher, game=config.game, seed=config.seed)
-    return result
+        cost = TrainingCost(
+            num_states_labelled=model.num_timesteps + _offline_steps(config),
+            num_updates=model.num_gradient_steps,
+            wall_seconds={"learn": training.wall_seconds},
+        )
+        options = FinalEvaluationOptions(
+            num_episodes=config.eval_episodes, seed=config.seed, threads=torch.get_num_threads()
+        )
+        return finish_run(run, from_sb3(model, student).to(device), teacher, config.game, cost, options)
 
 
 @torch.no_grad()

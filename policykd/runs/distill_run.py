@@ -3,7 +3,6 @@
 `distill_run` is what `policykd distill` does. It reads top to bottom; the training itself is `policykd.loop.distill`.
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,18 +14,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from policykd.agents.card import Provenance
-from policykd.agents.ensemble import load_teachers
-from policykd.agents.student import Student, make_student, save_student
+from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import periodic_evaluation
-from policykd.evaluation.results import FinalEvaluationOptions, final_evaluation
-from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher, measured_return
+from policykd.evaluation.results import FinalEvaluationOptions
+from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher
 from policykd.io.locks import lock_folder
-from policykd.io.machine import prepare_device, versions
+from policykd.io.machine import prepare_device
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
@@ -34,14 +31,12 @@ from policykd.replay import Replay
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return
 from policykd.runs.folder import (
     CHECKPOINTS,
-    FINAL_EVALUATION,
     Machine,
     RunRecord,
     check_resumable,
-    ensure_run_dir_exists,
     lengthen_run,
     load_run_config,
-    pin_teacher_revision,
+    load_run_teacher,
     resume_command,
     should_resume,
     write_run_config,
@@ -173,13 +168,7 @@ def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: t
     """Returns the teacher on the device, with the fastest backend that is installed; from the Hub, at one commit."""
     from policykd.export.compiled import compile_policy
 
-    teacher = load_teachers(
-        pin_teacher_revision(config.teacher, started),
-        config.teacher_weights,
-        game=config.game,
-        trust_pickle=config.trust_pickle,
-        measure=lambda member: measured_return(member, config.game, seed=config.seed),
-    )
+    teacher = load_run_teacher(config, started, config.game, config.seed)
     # One real frame, on which the compiled network is compared with torch's.
     with closing(make_atari(config.game, 1, config.seed)) as envs:
         return compile_policy(teacher.to(device), envs.reset().to(device))
@@ -328,26 +317,11 @@ def _progress_line(r: Round) -> str:
 
 def _finish(job: _Job, state: TrainState, seconds: dict[str, float]) -> RunResult:
     """Saves the student, plays the final games, and writes everything that a finished run has."""
-    from policykd.runs.finish import finish_run
+    from policykd.runs.finish import TrainingCost, finish_run
 
-    config = job.config
-    student = _as_student(state.student)
-    command = shlex.join(sys.argv)
-    # Weights before games: they are what the run was for, and the games take minutes.
-    ensure_run_dir_exists(job.run)
-    save_student(student, job.run, Provenance(game=config.game, teacher=job.teacher.record, command=command))
-    options = FinalEvaluationOptions(num_episodes=config.eval_episodes, seed=config.seed, threads=job.threads)
-    final = final_evaluation(student, job.teacher, config.game, job.run / FINAL_EVALUATION, options)
-    result = RunResult(
-        **vars(final),
-        num_states_labelled=state.replay.num_states,
-        num_updates=state.num_updates,
-        wall_seconds=seconds | {"evaluate": final.evaluation_seconds},
-        versions=versions(),
-        command=command,
-    )
-    finish_run(job.run, result, student, job.teacher, game=config.game, seed=config.seed)
-    return result
+    cost = TrainingCost(state.replay.num_states, state.num_updates, seconds)
+    options = FinalEvaluationOptions(num_episodes=job.config.eval_episodes, seed=job.config.seed, threads=job.threads)
+    return finish_run(job.run, _as_student(state.student), job.teacher, job.config.game, cost, options)
 
 
 def _as_student(module: nn.Module) -> Student:

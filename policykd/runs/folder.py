@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from policykd.agents.card import TeacherRecord
-from policykd.evaluation.teacher_check import TeacherCheck
+from policykd.agents.ensemble import load_teachers
+from policykd.agents.teacher import Teacher
+from policykd.evaluation.teacher_check import TeacherCheck, measured_return
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
-from policykd.runs.groups import Settings, changed_settings
+from policykd.runs.groups import Settings, TeacherArgs, changed_settings
 
 CONFIG = "config.json"
 NOTES = "notes.log"
@@ -157,6 +159,28 @@ def resume_command(run: Path) -> str:
     if (run / CONFIG).is_file():
         return f"policykd resume {shlex.quote(str(run))}"
     return shlex.join(sys.argv)
+
+
+def load_run_teacher(args: TeacherArgs, started: RunRecord | None, game: str, seed: int) -> Teacher:
+    """Returns the teacher of a run, or the ensemble; from the Hub, at the commit that a resumed run started with.
+
+    Args:
+        args: the flags that name it.
+        started: the run's config; None for a new run.
+        game: the Atari game.
+        seed: of the episodes that weigh the members of an ensemble.
+
+    Raises:
+        BadFile: not found, damaged, or of another game.
+        OSError: network or permissions.
+    """
+    return load_teachers(
+        pin_teacher_revision(args.teacher, started),
+        args.teacher_weights,
+        game=game,
+        trust_pickle=args.trust_pickle,
+        measure=lambda member: measured_return(member, game, seed=seed),
+    )
 
 
 def pin_teacher_revision(reference: str, started: RunRecord | None) -> str:

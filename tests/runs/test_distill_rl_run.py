@@ -67,7 +67,7 @@ def test_a_run_is_interrupted_resumed_and_reported(tmp_path: Path, interrupt_at_
     with pytest.raises(KeyboardInterrupt, match="128 steps are saved; resume with: policykd resume"):
         distill_rl_run(config)
     interrupt_at_128.undo()
-    interrupt_at_128.setattr(module, "final_evaluation", canned_evaluation)
+    interrupt_at_128.setattr(finish, "final_evaluation", canned_evaluation)
     interrupt_at_128.setattr(finish, "play_to_gif", lambda *_, **__: None)
     interrupt_at_128.setattr(finish, "ReportOptions", partial(ReportOptions, seconds=1.0, num_states=64))
     result = distill_rl_run(config)
@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_with_the_student_of_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         distill_rl_run(config)
     interrupt_at_128.undo()
-    interrupt_at_128.setattr(module, "final_evaluation", interrupted)  # by then the student is saved
+    interrupt_at_128.setattr(finish, "final_evaluation", interrupted)  # by then the student is saved
     weights: list[bytes] = []
     for name in ("resumed", "whole"):
         with pytest.raises(KeyboardInterrupt, match="256 steps are saved"):

@@ -13,6 +13,7 @@ from policykd.cli.main import execute
 from policykd.io.files import BadFile
 from policykd.losses import LogitMSE
 from policykd.runs import distill_run as module
+from policykd.runs import finish
 from policykd.runs.config import DistillRunConfig
 from policykd.runs.distill_run import distill_run
 from policykd.runs.folder import NOTES, load_run_config
@@ -34,7 +35,8 @@ def folder(config: DistillRunConfig) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: str, call: int) -> None:
     """Raises KeyboardInterrupt after the n-th call of a step, as a signal would."""
-    function: Callable[..., Any] = getattr(module, step)
+    owner = module if hasattr(module, step) else finish
+    function: Callable[..., Any] = getattr(owner, step)
     num_calls = 0
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +47,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: str, call: int) -> None:
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(module, step, interrupted)
+    monkeypatch.setattr(owner, step, interrupted)
 
 
 def test_a_whole_run_returns_its_results(tiny: DistillRunConfig) -> None:
