@@ -3,10 +3,10 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AliasChoices, Field
@@ -142,7 +142,7 @@ def measure_costs(
                 net.eval()
             net.to("cpu")
         with torch.inference_mode():
-            calls = {name: _next_observation(net, obs) for name, net in nets.items()}
+            calls = {name: on_next(net, obs.cpu().split(1)) for name, net in nets.items()}
             # Without a bound in seconds the number of calls is the same on every machine.
             options = TimingOptions(rounds=rounds, calls_per_round=calls_per_round, seconds_per_round=float("inf"))
             latencies = measure_latencies(calls, options)
@@ -170,7 +170,7 @@ def parameters_and_macs(net: object, obs_shape: tuple[int, ...]) -> tuple[int | 
     return getattr(net, "num_parameters", None), getattr(net, "num_macs", None)
 
 
-def _next_observation(net: nn.Module | PolicyNet, obs: Tensor) -> Callable[[], object]:
-    """Returns a call of the network on one observation, another one each time."""
-    observations = cycle(obs.cpu().split(1))
-    return lambda: net(next(observations))
+def on_next(call: Callable[[Any], object], observations: Sequence[Any]) -> Callable[[], object]:
+    """Returns a call on one of the observations, the next one each time."""
+    repeated = cycle(observations)
+    return lambda: call(next(repeated))

@@ -2,32 +2,28 @@
 
 import importlib
 import subprocess
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from policykd.agents.archive import read_archive
 from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.actions import action_names
-from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.real_states import on_policy_states
 from policykd.evaluation.runtimes import RuntimeName
 from policykd.export import ExportSource, check_format, export
 from policykd.export.c99 import to_c
-from policykd.export.formats import compile_c
-from policykd.export.numpy_file import numpy_runtime, to_npz
-from policykd.export.onnx import to_onnx
+from policykd.export.formats import compile_c, make_artifact
 
 NUM_INT8_STATES = 2000
 """states that int8 is calibrated on, as in `policykd export`, and other ones that it is validated on"""
 C_FLAGS = ("-std=c99", "-O3", "-march=native", "-shared", "-fPIC")
-_C_LIBRARY = b"""#include "policy.h"
+_C_LIBRARY = """#include "policy.h"
 int act(const unsigned char *obs);
 int act(const unsigned char *obs) { return policykd_act((const void *)obs); }
 """
@@ -36,102 +32,83 @@ _FAILURES = (ValueError, ImportError, OSError, RuntimeError, ArithmeticError, su
 
 @dataclass(frozen=True)
 class RuntimeFile:
-    """One policy's file for one runtime, or the reason why there is none."""
+    """One policy's file for one runtime."""
 
-    path: Path | None = None
-    num_bytes: int | None = None
+    path: Path
+    num_bytes: int | None
     """bytes that a user would ship; None where that is not a file of its own"""
-    reason: str = ""
-    """why there is no file"""
     int8: str = ""
     """what is int8 in the file"""
 
 
 @dataclass(frozen=True)
-class ArtifactBuilder:
-    """Makes the files of one policy in a folder of its own."""
+class NotMeasured:
+    """The reason why a policy is not measured in a runtime."""
 
-    named: NamedPolicy
-    folder: Path
-    game: str
-    seed: int = 0
-
-    def build(self, runtime: RuntimeName) -> RuntimeFile:
-        """Returns the file of a runtime; a failure, such as a missing package, becomes its reason."""
-        try:
-            self.folder.mkdir(exist_ok=True)
-            return _BUILDERS[runtime](self)
-        except _FAILURES as error:
-            return RuntimeFile(reason=(str(error).splitlines() or [type(error).__name__])[0][:200])
-
-    @cached_property
-    def source(self) -> ExportSource:
-        """The policy as the exporters take it."""
-        return ExportSource(self.named.policy, self.game, action_names(self.game))
-
-    def _write(self, name: str, content: bytes) -> RuntimeFile:
-        path = self.folder / name
-        path.write_bytes(content)
-        return RuntimeFile(path, len(content))
-
-    def _sb3(self) -> RuntimeFile:
-        if find_spec("stable_baselines3") is None:
-            raise ValueError("stable_baselines3 is not installed; pip install 'policykd[sb3]'")
-        policy = self.named.policy
-        model = policy.to_sb3() if isinstance(policy, Student) else _as_sb3(policy)
-        # The name tells the runtime which class opens it.
-        path = self.folder / f"{type(model).__name__}.zip"
-        model.save(path)
-        return RuntimeFile(path, path.stat().st_size)
-
-    def _torch(self) -> RuntimeFile:
-        policy = self.named.policy
-        if isinstance(policy, Student):
-            folder = self.folder / "student"
-            save_student(policy, folder)
-            return RuntimeFile(folder, (folder / "student.safetensors").stat().st_size)
-        if policy.algorithm == "ONNX":
-            raise ValueError("an ONNX file needs ONNX Runtime")
-        return RuntimeFile(policy.path, policy.path.stat().st_size if policy.path.is_file() else None)
-
-    def _onnx(self) -> RuntimeFile:
-        check_format(self.source, "onnx")
-        policy = self.named.policy
-        if isinstance(policy, Teacher) and policy.algorithm == "ONNX":
-            return self._write("policy.onnx", policy.path.read_bytes())
-        return self._write("policy.onnx", to_onnx(self.source.net))
-
-    def _int8(self) -> RuntimeFile:
-        """Makes the file that `policykd export` writes, which is validated on states of the policy's own games."""
-        check_format(self.source, "int8")
-        # Other games for the validation than for the calibration.
-        calibration, states = (
-            on_policy_states(self.named.policy, self.game, NUM_INT8_STATES, seed=seed)
-            for seed in (2 * self.seed + 1, 2 * self.seed)
-        )
-        manifest = export(self.source, "int8", self.folder, states, calibration)
-        return RuntimeFile(self.folder / manifest.file, manifest.num_bytes, int8=str(manifest.details.get("int8", "")))
-
-    def _numpy(self) -> RuntimeFile:
-        (self.folder / "numpy_policy.py").write_bytes(numpy_runtime())
-        return self._write("policy.npz", to_npz(self.source.net))
-
-    def _c(self) -> RuntimeFile:
-        self._write("policy.h", to_c(self.source.net).encode())
-        self._write("policy.c", _C_LIBRARY)
-        path = self.folder / "policy.so"
-        compile_c(*C_FLAGS, "policy.c", "-o", path.name, "-lm", folder=self.folder)
-        return RuntimeFile(path, path.stat().st_size)
+    reason: str
 
 
-_BUILDERS: Mapping[RuntimeName, Callable[[ArtifactBuilder], RuntimeFile]] = {
-    "sb3": ArtifactBuilder._sb3,
-    "torch": ArtifactBuilder._torch,
-    "onnx": ArtifactBuilder._onnx,
-    "int8": ArtifactBuilder._int8,
-    "numpy": ArtifactBuilder._numpy,
-    "c": ArtifactBuilder._c,
-}
+def make_file(
+    policy: Student | Teacher, runtime: RuntimeName, folder: Path, game: str, seed: int = 0
+) -> RuntimeFile | NotMeasured:
+    """Returns a policy's file for a runtime; a failure, such as a missing package, becomes the reason for none."""
+    folder.mkdir(exist_ok=True)
+    source = ExportSource(policy, game, action_names(game))
+    try:
+        if runtime == "sb3":
+            return _sb3_file(policy, folder)
+        if runtime == "torch":
+            return _torch_file(policy, folder)
+        if runtime == "int8":
+            return _int8_file(source, folder, seed)
+        if runtime == "c":
+            return _c_library(source, folder)
+        if runtime == "onnx" and isinstance(policy, Teacher) and policy.algorithm == "ONNX":
+            return _whole(policy.path)
+        return _whole(make_artifact(source, runtime, folder, calibration=torch.empty(0)).path)
+    except _FAILURES as error:
+        return NotMeasured((str(error).splitlines() or [type(error).__name__])[0][:200])
+
+
+def _whole(path: Path) -> RuntimeFile:
+    return RuntimeFile(path, path.stat().st_size if path.is_file() else None)
+
+
+def _sb3_file(policy: Student | Teacher, folder: Path) -> RuntimeFile:
+    if find_spec("stable_baselines3") is None:
+        raise ValueError("stable_baselines3 is not installed; pip install 'policykd[sb3]'")
+    model = policy.to_sb3() if isinstance(policy, Student) else _as_sb3(policy)
+    # The name is how the runtime knows which class opens it.
+    path = folder / f"{type(model).__name__}.zip"
+    model.save(path)
+    return _whole(path)
+
+
+def _torch_file(policy: Student | Teacher, folder: Path) -> RuntimeFile:
+    if isinstance(policy, Student):
+        save_student(policy, folder / "student")
+        return RuntimeFile(folder / "student", (folder / "student" / "student.safetensors").stat().st_size)
+    if policy.algorithm == "ONNX":
+        raise ValueError("an ONNX file needs ONNX Runtime")
+    return _whole(policy.path)
+
+
+def _int8_file(source: ExportSource, folder: Path, seed: int) -> RuntimeFile:
+    """Makes the file that `policykd export` writes, which is validated on states of the policy's own games."""
+    check_format(source, "int8")
+    # Other games for the validation than for the calibration.
+    calibration = on_policy_states(source.policy, source.game, NUM_INT8_STATES, seed=2 * seed + 1)
+    states = on_policy_states(source.policy, source.game, NUM_INT8_STATES, seed=2 * seed)
+    manifest = export(source, "int8", folder, states, calibration)
+    return RuntimeFile(folder / manifest.file, manifest.num_bytes, int8=str(manifest.details["int8"]))
+
+
+def _c_library(source: ExportSource, folder: Path) -> RuntimeFile:
+    check_format(source, "c")
+    (folder / "policy.h").write_text(to_c(source.net))
+    (folder / "policy.c").write_text(_C_LIBRARY)
+    compile_c(*C_FLAGS, "policy.c", "-o", "policy.so", "-lm", folder=folder)
+    return _whole(folder / "policy.so")
 
 
 def _as_sb3(teacher: Teacher) -> Any:

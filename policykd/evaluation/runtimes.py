@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -99,7 +98,7 @@ RUNTIMES: dict[RuntimeName, tuple[str, Callable[[Path], "ActFn"]]] = {
 """name -> label in tables, function that opens a policy's file"""
 
 
-def measure_start(runtime: RuntimeName, path: Path, observations: Path) -> dict[str, float]:
+def measure_start(runtime: RuntimeName, path: Path, observations: Path) -> tuple[float, float]:
     """Returns the time of the first action, on the clock that all processes share, and this process's peak memory."""
     frames = observations.read_bytes()[:OBS_BYTES]
     if runtime == "c":  # the library needs no NumPy
@@ -110,58 +109,47 @@ def measure_start(runtime: RuntimeName, path: Path, observations: Path) -> dict[
         import numpy
 
         RUNTIMES[runtime][1](path)(numpy.frombuffer(frames, numpy.uint8).reshape(1, *OBS_SHAPE).copy())
-    return {"monotonic": time.monotonic(), "peak_megabytes": peak_megabytes()}
+    return time.monotonic(), peak_megabytes()
 
 
 def benchmark(
-    observations: str, files: list[tuple[RuntimeName, str]], rounds: int, calls_per_round: int
+    observations: str, files: list[tuple[RuntimeName, str, list[int]]], rounds: int, calls_per_round: int
 ) -> list[dict[str, object]]:
-    """Returns actions, batch-1 latency and throughput of each file, or the reason why there are none.
+    """Returns batch-1 latency, throughput and agreement of each file, or the reason why there are none.
 
     All files are timed in turns (A B C, A B C, ...).
 
     Args:
         observations: path of a file with frames.
-        files: a runtime and a path for each.
+        files: runtime, path, and the actions that the policy itself takes, of each.
         rounds: turns that each file gets.
         calls_per_round: timed calls per turn.
     """
     import numpy
 
-    from policykd.evaluation.costs import TimingOptions, measure_latencies
+    from policykd.evaluation.costs import TimingOptions, measure_latencies, on_next
 
-    frames = Path(observations).read_bytes()
-    obs = numpy.frombuffer(frames, numpy.uint8).reshape(-1, *OBS_SHAPE).copy()
+    obs = numpy.frombuffer(Path(observations).read_bytes(), numpy.uint8).reshape(-1, *OBS_SHAPE).copy()
     act_fns: dict[str, ActFn] = {}
     measured: list[dict[str, object]] = []
-    for i, (runtime, path) in enumerate(files):
+    for i, (runtime, path, own_actions) in enumerate(files):
         try:
             act = RUNTIMES[runtime][1](Path(path))
-            measured.append({"actions": [int(a) for a in act(obs)]})
+            measured.append({"same_actions": float(numpy.mean(act(obs) == own_actions))})
             act_fns[str(i)] = act
         except Exception as error:  # one runtime's failure, whatever it raises, must not stop the others
             measured.append({"reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
 
     # Latency: one observation per call, another one each time.
+    singles = [obs[i : i + 1] for i in range(len(obs))]
     single_options = TimingOptions(rounds=rounds, calls_per_round=calls_per_round)
-    single = measure_latencies({i: _act_on_next(act, obs) for i, act in act_fns.items()}, single_options)
+    single = measure_latencies({name: on_next(act, singles) for name, act in act_fns.items()}, single_options)
     # Throughput: fewer calls, as each takes as long as hundreds of the others.
     batch_options = TimingOptions(rounds=min(rounds, 5), calls_per_round=5, warm_up=1)
-    batches = measure_latencies({i: _act_on_all(act, obs[:BATCH_SIZE]) for i, act in act_fns.items()}, batch_options)
+    batches = measure_latencies({name: on_next(act, [obs]) for name, act in act_fns.items()}, batch_options)
     for name in act_fns:
-        per_second = 1e6 * len(obs[:BATCH_SIZE]) / batches[name].median_us
-        measured[int(name)] |= {**vars(single[name]), "states_per_second": per_second}
+        measured[int(name)] |= {**vars(single[name]), "states_per_second": 1e6 * len(obs) / batches[name].median_us}
     return measured
-
-
-def _act_on_next(act: "ActFn", obs: "np.ndarray") -> Callable[[], object]:
-    """Returns a call on one observation, another one each time."""
-    observations = cycle([obs[i : i + 1] for i in range(len(obs))])
-    return lambda: act(next(observations))
-
-
-def _act_on_all(act: "ActFn", obs: "np.ndarray") -> Callable[[], object]:
-    return lambda: act(obs)
 
 
 def peak_megabytes() -> float:
