@@ -15,6 +15,7 @@ from policykd.agents.student import Student
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.errors import needs_extra
 from policykd.evaluation import policies
+from policykd.evaluation.evaluate import sampling_temperature
 from policykd.io.files import write_atomically
 from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs
 from policykd.viewer import animation, colours, window
@@ -117,7 +118,7 @@ def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:
 
 def _as_player(named: policies.NamedPolicy) -> animation.Player:
     colour = colours.STUDENT if isinstance(named.policy, Student) else colours.TEACHER
-    return animation.Player(named.name, named.policy, named.temperature, colour)
+    return animation.Player(named.name, named.policy, sampling_temperature(named.policy), colour)
 
 
 def _check_animation(players: list[animation.Player], settings: animation.VideoSettings) -> None:

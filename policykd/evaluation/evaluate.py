@@ -58,6 +58,11 @@ class Evaluation:
     """rewards collected in games that were cut off at `max_steps`: not episodic returns, so in no statistic"""
 
     @property
+    def num_unfinished(self) -> int:
+        """Number of games that were cut off."""
+        return len(self.unfinished)
+
+    @property
     def mean_return(self) -> float:
         """Mean episodic return; NaN without a finished episode."""
         return float(np.mean(self.returns)) if self.returns else float("nan")
@@ -242,14 +247,14 @@ def _device_of(policy: object) -> torch.device:
 @contextmanager
 def _evaluation_mode(policy: object) -> Iterator[None]:
     """Switches a module to evaluation mode, and back at the end: dropout would sample, batch norm would learn."""
-    was_training = isinstance(policy, nn.Module) and policy.training
-    if was_training:
-        policy.eval()  # type: ignore[attr-defined]
+    module = policy if isinstance(policy, nn.Module) and policy.training else None
+    if module:
+        module.eval()
     try:
         yield
     finally:
-        if was_training:
-            policy.train()  # type: ignore[attr-defined]
+        if module:
+            module.train()
 
 
 def _check_finite(what: str, values_BN: Tensor, steps_B: Tensor) -> None:

@@ -13,7 +13,7 @@ from policykd.agents.student import Student, load_student, read_student_card
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation.evaluate import RandomPolicy, sampling_temperature
+from policykd.evaluation.evaluate import RandomPolicy
 from policykd.evaluation.teacher_check import check_fits, measured_return
 from policykd.io.files import BadFile
 from policykd.io.typed import read_json
@@ -31,16 +31,6 @@ class NamedPolicy:
     name: str
     """name in tables and films"""
     policy: Student | Teacher
-
-    @property
-    def temperature(self) -> float:
-        """Temperature at which actions are sampled from the policy's outputs."""
-        return sampling_temperature(self.policy)
-
-    @property
-    def run(self) -> Path | None:
-        """Folder of the run that made a student; None for a teacher."""
-        return run_folder(self.ref)
 
 
 def run_folder(ref: str) -> Path | None:

@@ -6,14 +6,14 @@ it.
 
 import hashlib
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Literal
 
+from policykd.agents.card import CardProtocol
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student, packed_weights
 from policykd.agents.teacher import Teacher
@@ -129,25 +129,23 @@ def final_evaluation(
     on_card = protocols_of_card(teacher)
     random = RandomPolicy(student.shape.num_actions)
     finished = FinishedGames(games_file)
-    found: dict[PolicyRole, dict[ProtocolName, ProtocolResult]] = {"teacher": {}, "student": {}, "random": {}}
+    n = options.num_episodes
+    # Policy, hash, episodes and seed. The longest games come first, so that no thread ends up alone with them. The
+    # teacher has another seed than the student, or both would play the same starts and not be independent.
+    players: dict[PolicyRole, tuple[Policy, str, int, int]] = {
+        "student": (student, sha256, n, options.seed),
+        "teacher": (teacher, teacher.sha256, n, options.seed + 1),
+        "random": (random, "random", min(n, NUM_RANDOM_EPISODES), options.seed),
+    }
+    found: dict[PolicyRole, dict[ProtocolName, ProtocolResult]] = {"teacher": on_card, "student": {}, "random": {}}
     playing: dict[tuple[PolicyRole, ProtocolName], Future[Evaluation]] = {}
     with ThreadPoolExecutor(options.threads) as pool:
-        # The longest games are submitted first, so that no thread ends up alone with them.
-        for protocol in PROTOCOLS:
-            what = (game, protocol, options.num_episodes)
-            playing["student", protocol] = pool.submit(finished.play, student, sha256, *what, seed=options.seed)
-            if protocol in on_card:
-                found["teacher"][protocol] = on_card[protocol]
-            else:
-                # Another seed than the student's, or both would play the same starts and not be independent.
-                playing["teacher", protocol] = pool.submit(
-                    finished.play, teacher, teacher.sha256, *what, seed=options.seed + 1
-                )
-        for protocol in PROTOCOLS:
-            num_random = min(options.num_episodes, NUM_RANDOM_EPISODES)
-            playing["random", protocol] = pool.submit(
-                finished.play, random, "random", game, protocol, num_random, seed=options.seed
-            )
+        for role, (policy, key, num_episodes, seed) in players.items():
+            for protocol in PROTOCOLS:
+                if protocol not in found[role]:
+                    playing[role, protocol] = pool.submit(
+                        finished.play, policy, key, game, protocol, num_episodes, seed=seed
+                    )
         try:
             for (role, protocol), games in playing.items():
                 found[role][protocol] = summarise_episodes(games.result())
@@ -157,7 +155,9 @@ def final_evaluation(
     # After the games, when no emulator competes for the CPU.
     with closing(make_atari(game, NUM_TIMED_OBSERVATIONS, options.seed)) as envs:
         costs = measure_costs({"teacher": teacher.net, "student": student}, envs.reset())
-    rows = {role: policy_result(protocols, costs.get(role)) for role, protocols in found.items()}
+    rows = {
+        role: PolicyResult(protocols=protocols, **vars(costs.get(role, Costs()))) for role, protocols in found.items()
+    }
     return FinalEvaluation(
         teacher=rows["teacher"],
         student=rows["student"],
@@ -211,44 +211,28 @@ class FinishedGames:
         stored = self._rows[key]
         with self._writing:
             self.seconds += stored.seconds
-        return Evaluation(stored.returns, stored.lengths, stored.num_truncated, stored.unfinished)
+        return stored
 
 
-def summarise_episodes(evaluation: Evaluation) -> ProtocolResult:
-    """Returns every episode of an evaluation with the statistics of the returns.
+def summarise_episodes(games: Evaluation | CardProtocol) -> ProtocolResult:
+    """Returns every episode, played now or recorded on a teacher's card, with the statistics of the returns.
 
     Raises:
         ValueError: no finished episode.
     """
     return ProtocolResult(
-        returns=evaluation.returns,
-        lengths=evaluation.lengths,
-        num_truncated=evaluation.num_truncated,
-        num_unfinished=len(evaluation.unfinished),
-        **asdict(summarise(evaluation.returns)),
+        returns=games.returns,
+        lengths=games.lengths,
+        num_truncated=games.num_truncated,
+        num_unfinished=games.num_unfinished,
+        **vars(summarise(games.returns)),
     )
 
 
 def protocols_of_card(teacher: Teacher) -> dict[ProtocolName, ProtocolResult]:
     """Returns the games on a teacher's card by protocol, with statistics computed from the returns themselves."""
-    found: dict[ProtocolName, ProtocolResult] = {}
-    for protocol in PROTOCOLS:
-        if games := teacher.card.protocols.get(protocol):
-            found[protocol] = ProtocolResult(
-                returns=games.returns,
-                lengths=games.lengths,
-                num_truncated=games.num_truncated,
-                num_unfinished=games.num_unfinished,
-                **asdict(summarise(games.returns)),
-            )
-    return found
-
-
-def policy_result(protocols: Mapping[ProtocolName, ProtocolResult], costs: Costs | None = None) -> PolicyResult:
-    """Returns costs (None for random play) and episodes as one row of the results."""
-    if costs is None:
-        return PolicyResult(protocols=dict(protocols))
-    return PolicyResult(protocols=dict(protocols), **asdict(costs))
+    games = teacher.card.protocols
+    return {protocol: summarise_episodes(games[protocol]) for protocol in PROTOCOLS if protocol in games}
 
 
 def compare_with_teacher(

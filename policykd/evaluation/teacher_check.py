@@ -18,7 +18,6 @@ from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import (
     PROTOCOLS,
-    AtariOptions,
     RandomPolicy,
     derived_seed,
     evaluate,
@@ -170,7 +169,7 @@ def compare_with_random(
         random_mean=float(np.mean(random_rewards)),
         advantage=difference_interval(rewards, random_rewards, level=ADVANTAGE_LEVEL)[1:],
         num_games=len(rewards),
-        num_unfinished=len(of_policy.unfinished),
+        num_unfinished=of_policy.num_unfinished,
         max_steps=max_steps,
         reported_return=reported_return,
     )
@@ -204,8 +203,6 @@ def check_teacher(
     *,
     seed: int,
     allow_weak: bool = False,
-    num_games: int = 0,
-    max_steps: int = MAX_STEPS,
 ) -> TeacherCheck:
     """Returns how a teacher compares with random play: from its card if that has enough games, else from new games.
 
@@ -214,18 +211,16 @@ def check_teacher(
         game: an Atari game.
         seed: seed of starts and actions.
         allow_weak: accept a teacher that may be no better than random play.
-        num_games: games to play whatever the card has, at least 4; 0 plays 8, and only if the card has too few.
-        max_steps: agent steps after which a game is cut off.
 
     Raises:
         BadFile: the teacher may be no better than random play.
     """
-    check = None if num_games else check_from_card(teacher, game)
+    check = check_from_card(teacher, game)
     if check is None:
         noop_max = PROTOCOLS["noop_sampled"].noop_max
-        with closing(make_atari(game, num_games or NUM_GAMES, derived_seed(seed, 2), noop_max=noop_max)) as envs:
+        with closing(make_atari(game, NUM_GAMES, derived_seed(seed, 2), noop_max=noop_max)) as envs:
             check = compare_with_random(
-                teacher, envs, seed=seed, reported_return=teacher.reported_return, max_steps=max_steps
+                teacher, envs, seed=seed, reported_return=teacher.reported_return, max_steps=MAX_STEPS
             )
     if check.is_weak and not allow_weak:
         raise BadFile(
@@ -235,7 +230,6 @@ def check_teacher(
     return check
 
 
-def measured_return(teacher: Teacher, game: str, *, seed: int, num_games: int = NUM_GAMES) -> float:
+def measured_return(teacher: Teacher, game: str, *, seed: int) -> float:
     """Returns a teacher's mean episodic return in full games, no-op starts, sampled actions."""
-    options = AtariOptions(num_envs=num_games)
-    return evaluate_on_atari(teacher, game, "noop_sampled", num_games, seed=seed, options=options).mean_return
+    return evaluate_on_atari(teacher, game, "noop_sampled", NUM_GAMES, seed=seed).mean_return

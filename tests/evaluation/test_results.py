@@ -21,7 +21,6 @@ from policykd.evaluation.results import (
     PolicyResult,
     compare_with_teacher,
     final_evaluation,
-    policy_result,
     protocols_of_card,
     results_table,
     summarise_episodes,
@@ -42,7 +41,7 @@ def test_the_table_and_the_comparison() -> None:
 
     def row(returns: tuple[float, ...], is_random: bool = False) -> PolicyResult:
         games = summarise_episodes(Evaluation(returns, (9,) * 3))
-        return policy_result(dict.fromkeys(PROTOCOLS, games), None if is_random else costs)
+        return PolicyResult(protocols=dict.fromkeys(PROTOCOLS, games), **({} if is_random else vars(costs)))
 
     rows = row((10.0, 8.0, 9.0)), row((20.0, 18.0, 19.0)), row((-21.0, -20.0, -21.0), is_random=True)
     results = FinalEvaluation(
@@ -140,6 +139,6 @@ def test_games_of_other_weights_are_not_used(tmp_path: Path) -> None:
     kept = {f"{sha256} Pong noop_sampled 1 0 1.0": {"seconds": 1.0, **vars(games)} for sha256 in ("aa", "bb")}
     (tmp_path / "final_eval.json").write_text(json.dumps(kept))
     finished = FinishedGames(tmp_path / "final_eval.json")
-    assert finished.play(RandomPolicy(6), "aa", "Pong", "noop_sampled", 1, seed=0) == games
+    assert finished.play(RandomPolicy(6), "aa", "Pong", "noop_sampled", 1, seed=0).returns == games.returns
     other = finished.play(RandomPolicy(6), "cc", "Pong", "noop_sampled", 1, seed=0)
     assert other.lengths[0] > 500

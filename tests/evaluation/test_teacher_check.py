@@ -90,14 +90,23 @@ def test_the_card_of_the_bundled_teacher_is_its_check(pong: Teacher) -> None:
     assert check.warning is None
 
 
-def test_the_bundled_teacher_passes_when_it_is_asked_to_play(pong: Teacher) -> None:
-    check = check_teacher(pong, "ALE/Pong-v5", seed=0, num_games=4, max_steps=250)
+@pytest.fixture
+def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 games of at most 250 steps."""
+    monkeypatch.setattr("policykd.evaluation.teacher_check.NUM_GAMES", 4)
+    monkeypatch.setattr("policykd.evaluation.teacher_check.MAX_STEPS", 250)
+
+
+@pytest.mark.usefixtures("short_games")
+def test_the_bundled_teacher_passes_without_a_card(pong: Teacher) -> None:
+    check = check_teacher(replace(pong, card=Card(reported_return=19.0)), "ALE/Pong-v5", seed=0)
     assert (check.source, check.num_games, check.num_unfinished, check.max_steps) == ("played", 4, 4, 250)
     assert check.advantage[0] > 0
     assert check.warning is None  # points after 250 steps say nothing about a return of 19 for whole games
     assert "4 of them cut off after 250 steps" in str(check)
 
 
+@pytest.mark.usefixtures("short_games")
 def test_an_untrained_agent_is_refused(tmp_path: Path) -> None:
     PPO("CnnPolicy", DummyVecEnv([Frames]), seed=1, device="cpu", n_steps=8, batch_size=8).save(tmp_path / "fresh.zip")
     fresh = load_teacher(tmp_path / "fresh.zip", game="Pong")
@@ -105,14 +114,15 @@ def test_an_untrained_agent_is_refused(tmp_path: Path) -> None:
         r"fresh\.zip: plays Pong no better than chance: -\d.* in 4 games.*; random play -\d.*--allow-weak-teacher$"
     )
     with pytest.raises(ValueError, match=expected) as raised:
-        check_teacher(fresh, "Pong", seed=0, num_games=4, max_steps=150)
+        check_teacher(fresh, "Pong", seed=0)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("short_games")
 def test_a_teacher_that_never_moves_is_refused() -> None:
     still = Teacher(always(0, 4), "PPO", Path("still.zip"), "")  # type: ignore[arg-type]  # it only plays
     with pytest.raises(ValueError, match=r"still\.zip: plays Breakout no better than chance"):
-        check_teacher(still, "Breakout", seed=0, num_games=4, max_steps=120)
+        check_teacher(still, "Breakout", seed=0)
 
 
 def test_a_card_without_a_point_is_refused_though_no_game_is_played(pong: Teacher) -> None:

@@ -30,9 +30,9 @@ from policykd.envs.actions import action_names
 from policykd.evaluation.costs import measure_costs
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation, ProtocolName
 from policykd.evaluation.results import (
+    PolicyResult,
     ProtocolResult,
     compare_with_teacher,
-    policy_result,
     protocols_of_card,
     summarise_episodes,
 )
@@ -73,9 +73,13 @@ def results(teacher: Teacher, student: Student) -> RunResult:
     obs = torch.zeros((1, *teacher.obs_shape), dtype=torch.uint8)
     costs = measure_costs(nets, obs)
     rows = {
-        "teacher": policy_result(protocols_of_card(teacher), costs["teacher"]),
-        "student": policy_result(played(generator.integers(-8, 8, 40).astype(float).tolist()), costs["student"]),
-        "random": policy_result(played(generator.integers(-21, -18, 32).astype(float).tolist(), num_truncated=1)),
+        "teacher": PolicyResult(protocols=protocols_of_card(teacher), **vars(costs["teacher"])),
+        "student": PolicyResult(
+            protocols=played(generator.integers(-8, 8, 40).astype(float).tolist()), **vars(costs["student"])
+        ),
+        "random": PolicyResult(
+            protocols=played(generator.integers(-21, -18, 32).astype(float).tolist(), num_truncated=1)
+        ),
     }
     return RunResult(
         teacher=rows["teacher"],
@@ -389,7 +393,7 @@ GAMES = {
 def test_the_verdict_claims_what_the_interval_supports(word: str) -> None:
     def result(student: list[float]) -> RunResult:
         of = {"teacher": [10.0, 10.5, 9.5] * 20, "student": student, "random": [-20.0] * 32}
-        rows = {role: policy_result(played(returns)) for role, returns in of.items()}
+        rows = {role: PolicyResult(protocols=played(returns)) for role, returns in of.items()}
         compared = compare_with_teacher(rows["student"], rows["teacher"], rows["random"], "Pong")
         return RunResult(teacher=rows["teacher"], student=rows["student"], random=rows["random"], comparison=compared)
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from policykd.agents.student import Student, load_student
 from policykd.cli.main import execute
 from policykd.evaluation.evaluate import Evaluation
-from policykd.evaluation.results import FinalEvaluation, compare_with_teacher, policy_result, summarise_episodes
+from policykd.evaluation.results import FinalEvaluation, PolicyResult, compare_with_teacher, summarise_episodes
 from policykd.evaluation.teacher_check import TeacherCheck
 from policykd.report import ReportOptions
 from policykd.rl import training as training_module
@@ -39,7 +39,7 @@ CHANCE = TeacherCheck("played", -20.7, (-21.0, -20.0), -20.7, (-0.5, 0.5), 8, 0,
 def canned_evaluation(student: Student, *_: object, **__: object) -> FinalEvaluation:
     """Returns the results of one short episode each; full games take minutes, and have tests of their own."""
     episode = summarise_episodes(Evaluation((-21.0,), (800,)))
-    row = policy_result({"noop_sampled": episode, "sticky_greedy": episode})
+    row = PolicyResult(protocols={"noop_sampled": episode, "sticky_greedy": episode})
     return FinalEvaluation(teacher=row, student=row, random=row, comparison=compare_with_teacher(row, row, row, "Pong"))
 
 
