@@ -3,17 +3,19 @@
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from policykd.agents.ensemble import WEIGHTS_HELP
+from policykd.agents.policy import Policy
 from policykd.agents.teacher import TEACHER_HELP
+from policykd.envs.actions import action_names
 from policykd.envs.games import human_normalised_score
-from policykd.evaluation.evaluate import PROTOCOLS, AtariOptions, ProtocolName, evaluate_on_atari
-from policykd.evaluation.policies import infer_game, load_any_policy
+from policykd.evaluation.evaluate import PROTOCOLS, AtariOptions, ProtocolName, RandomPolicy, evaluate_on_atari
+from policykd.evaluation.policies import RANDOM, infer_game, load_named_policy
 from policykd.evaluation.results import ProtocolResult, summarise_episodes
 from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
@@ -53,8 +55,8 @@ class EvaluationFile:
     seed: int
     num_envs: int
     protocols: dict[ProtocolName, ProtocolResult]
-    command: str
-    versions: dict[str, str]
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    versions: dict[str, str] = field(default_factory=versions)
 
 
 def run(args: EvaluateArgs) -> None:
@@ -64,7 +66,13 @@ def run(args: EvaluateArgs) -> None:
         check_output_file(args.json)
     device = prepare_device(args.device, args.threads)
     game = infer_game([args.policy], args.game)
-    policy = load_any_policy(args.policy, game, device, weights=args.teacher_weights, trust_pickle=args.trust_pickle)
+    policy: Policy
+    if args.policy == RANDOM:
+        policy = RandomPolicy(len(action_names(game)))
+    else:
+        policy = load_named_policy(
+            args.policy, game, weights=args.teacher_weights, trust_pickle=args.trust_pickle
+        ).policy.to(device)
     # Two sources of randomness, because results under one of them may not hold under the other.
     protocols: tuple[ProtocolName, ...] = tuple(PROTOCOLS) if args.protocol == "both" else (args.protocol,)
     results: dict[ProtocolName, ProtocolResult] = {}
@@ -76,13 +84,7 @@ def run(args: EvaluateArgs) -> None:
         print(f"{game}, {protocol}: {_describe(results[protocol], game)}", flush=True)
     if args.json:
         content = EvaluationFile(
-            policy=args.policy,
-            game=game,
-            seed=args.seed,
-            num_envs=args.num_envs,
-            protocols=results,
-            command=shlex.join(sys.argv),
-            versions=versions(),
+            policy=args.policy, game=game, seed=args.seed, num_envs=args.num_envs, protocols=results
         )
         write_json(args.json, content)
 

@@ -1,9 +1,7 @@
 """`policykd profile`: measures what policies cost in each runtime."""
 
 import re
-import shlex
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -34,8 +32,8 @@ class ProfileArgs(DebugArgs, TrustArgs, SeedArgs):
     """game to play; by default the game of the first policy that records one"""
     json: Path | None = None
     """file for all measurements; by default profile.json in the first run's folder, else in the current folder"""
-    runtimes: tuple[RuntimeName, ...] = tuple(RUNTIMES)
-    """runtimes to measure; those that are not installed are listed with the reason"""
+    runtimes: tuple[RuntimeName, ...] = ()
+    """runtimes to measure, by default all; those that are not installed are listed with the reason"""
     rounds: Positive = 9
     """turns of each policy in each runtime"""
     calls: Positive = 100
@@ -48,10 +46,6 @@ def run(args: ProfileArgs) -> None:
     """Loads the policies, measures, prints and writes."""
     if not args.policies:
         raise ValueError("no policy: give the folder of a run, or a teacher such as bundled:ppo")
-    if not args.runtimes:
-        raise ValueError(f"--runtimes: give at least one of {', '.join(RUNTIMES)}; leave it out for all of them")
-    if repeated := [name for name in RUNTIMES if args.runtimes.count(name) > 1]:
-        raise ValueError(f"--runtimes {' '.join(args.runtimes)}: {repeated[0]} is repeated; give each once")
     # Measuring takes minutes: a place that cannot be written to is reported first.
     path = args.json or _default_file(args.policies)
     check_output_file(path)
@@ -59,13 +53,13 @@ def run(args: ProfileArgs) -> None:
     game = infer_game(args.policies, args.game)
     policies = [load_named_policy(ref, game, trust_pickle=args.trust_pickle) for ref in args.policies]
     options = ProfileOptions(
-        runtimes=args.runtimes,
+        runtimes=tuple(dict.fromkeys(args.runtimes)) or tuple(RUNTIMES),
         seed=args.seed,
         rounds=args.rounds,
         calls_per_round=args.calls,
         starts=args.starts,
     )
-    found = replace(profile(policies, game, options), command=shlex.join(sys.argv))
+    found = profile(policies, game, options)
     print(profile_table(found))
     write_json(path, found)
     print(f"\n{path} has all measurements")

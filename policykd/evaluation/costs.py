@@ -63,17 +63,17 @@ class TimingOptions:
     """upper bound of one call's turn, seconds"""
 
 
+COSTS_TIMING = TimingOptions(rounds=5, calls_per_round=40, seconds_per_round=float("inf"))
+"""timing of `measure_costs`; without a bound in seconds the number of calls is the same on every machine"""
+
+
 def measure_latencies(
     calls: Mapping[str, Callable[[], object]], options: TimingOptions = TimingOptions()
 ) -> dict[str, Latency]:
     """Returns the latency of each call, timed in turns (A B C, A B C, ...).
 
-    A ratio of two then compares the same minutes of the machine. Set the number of threads that a call may use before:
-    torch's, a session's, the environment variables of NumPy.
-
-    Args:
-        calls: functions without arguments, by name; each call should take another real observation.
-        options: number of calls.
+    A ratio of two then compares the same minutes of the machine. Each call should take another real observation. Set
+    the number of threads that it may use before: torch's, a session's, the environment variables of NumPy.
     """
     durations: dict[str, list[list[int]]] = {name: [] for name in calls}
     was_enabled = gc.isenabled()
@@ -121,16 +121,12 @@ def summarise_latencies(turns: list[list[int]]) -> Latency:
     )
 
 
-def measure_costs(
-    nets: Mapping[str, nn.Module | PolicyNet], obs: Tensor, *, rounds: int = 5, calls_per_round: int = 40
-) -> dict[str, Costs]:
+def measure_costs(nets: Mapping[str, nn.Module | PolicyNet], obs: Tensor) -> dict[str, Costs]:
     """Returns the costs of networks, timed in turns (A B, A B, ...) on one CPU thread.
 
     Args:
         nets: networks by name, on any device; they return to it. Modules are left in evaluation mode.
         obs: real observations, `(batch, *obs_shape)`, uint8 if they are frames; each call takes another.
-        rounds: turns that each network gets.
-        calls_per_round: timed calls per turn.
     """
     # On one CPU thread, in evaluation mode; a GPU's latency for one observation is that of its driver.
     devices = {name: next(net.parameters()).device for name, net in nets.items() if isinstance(net, nn.Module)}
@@ -143,9 +139,7 @@ def measure_costs(
             net.to("cpu")
         with torch.inference_mode():
             calls = {name: on_next(net, obs.cpu().split(1)) for name, net in nets.items()}
-            # Without a bound in seconds the number of calls is the same on every machine.
-            options = TimingOptions(rounds=rounds, calls_per_round=calls_per_round, seconds_per_round=float("inf"))
-            latencies = measure_latencies(calls, options)
+            latencies = measure_latencies(calls, COSTS_TIMING)
     finally:
         torch.set_num_threads(threads)
         for name, net in nets.items():

@@ -5,15 +5,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED, find_teacher
 from policykd.agents.student import Student, load_student, read_student_card
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
-from policykd.evaluation.evaluate import RandomPolicy
 from policykd.evaluation.teacher_check import check_fits, measured_return
 from policykd.io.files import BadFile
 from policykd.io.typed import read_json
@@ -50,7 +47,7 @@ def load_named_policy(
         game: the Atari game to play.
         weights: weights of several teachers.
         seed: seed of the games that are played if those weights are by return and none is reported.
-        trust_pickle: let SB3 itself load an archive, which executes code in it.
+        trust_pickle: as in `load_teacher`.
 
     Raises:
         ValueError: not found.
@@ -79,26 +76,13 @@ def load_named_policy(
     return NamedPolicy(ref, name, policy)
 
 
-def load_any_policy(
-    ref: str, game: str, device: torch.device, *, weights: str = "equal", trust_pickle: bool = False
-) -> Student | Teacher | RandomPolicy:
-    """Returns the policy of a reference on a device; `random` is one too."""
-    if ref == RANDOM:
-        with closing(make_atari(game, 1, 0)) as envs:
-            return RandomPolicy(envs.num_actions)
-    return load_named_policy(ref, game, weights=weights, trust_pickle=trust_pickle).policy.to(device)
-
-
 def load_run_teacher(
     run: Path, *, ref: str = "", alternative: str = "give --against REF or none", trust_pickle: bool = False
 ) -> NamedPolicy:
     """Returns the teacher of a run: the same archive, or the same archives with the same weights.
 
-    Args:
-        run: folder of the run.
-        ref: where the teacher is now; by default where the run found it, at the same revision.
-        alternative: what else the user may do, for error messages.
-        trust_pickle: as in `load_teacher`.
+    `ref` is where the teacher is now; by default where the run found it, at the same revision. `alternative` is what
+    else the user may do, for error messages.
 
     Raises:
         BadFile: the run does not record its teacher, or another archive is there now.

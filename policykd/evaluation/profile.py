@@ -4,12 +4,13 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,7 +114,7 @@ class Profile:
     """name of the first policy"""
     options: ProfileOptions
     machine: ProfileMachine
-    command: str = ""
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
 
 
 Key = tuple[str, RuntimeName]
@@ -126,11 +127,6 @@ def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions 
 
     All are timed in one process with one thread, in turns (A B C, A B C, ...), on frames of the game as the first one
     plays it. Start-up time and memory come from fresh processes, which end with their first action.
-
-    Args:
-        policies: policies with different names, students and teachers.
-        game: the Atari game that they play.
-        options: runtimes, seed and number of calls.
 
     Raises:
         ValueError: two policies with one name, or an ensemble.

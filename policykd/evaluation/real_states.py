@@ -22,11 +22,7 @@ def on_policy_states(policy: Policy, game: str, num_states: int, *, seed: int) -
     `policykd.evaluation.evaluate`. Four games are played at once in each half, so the states reach `num_states / 8`
     steps into a game, and neighbours are alike: 10,000 states are 1,250 steps, about 80 seconds, of eight games.
 
-    Args:
-        policy: a policy on the CPU; its actions are sampled at its own temperature.
-        game: an Atari game.
-        num_states: at least 1.
-        seed: seed of starts, sticky and sampled actions.
+    The policy is on the CPU; its actions are sampled at its own temperature.
 
     Raises:
         ValueError: fewer than 1 state, or an unknown game.

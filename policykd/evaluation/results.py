@@ -109,15 +109,9 @@ def final_evaluation(
 ) -> FinalEvaluation:
     """Plays the final games of student, teacher and random play under every protocol, and measures the networks' costs.
 
-    The teacher's games come from its card where that has them: they were played with this very archive.
-
-    Args:
-        student: the student of a finished run; it is left in evaluation mode.
-        teacher: its teacher.
-        game: the Atari game that both play.
-        games_file: finished games are kept in this file (`final_eval.json` of a run), so that an interrupted evaluation
-            does not play them again.
-        options: number of episodes, seed and threads.
+    The teacher's games come from its card where that has them: they were played with this very archive. Finished games
+    are kept in `games_file` (`final_eval.json` of a run), so that an interrupted evaluation does not play them again.
+    The student is left in evaluation mode.
 
     Raises:
         BadFile: `games_file` is damaged.

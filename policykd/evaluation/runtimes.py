@@ -117,13 +117,7 @@ def benchmark(
 ) -> list[dict[str, object]]:
     """Returns batch-1 latency, throughput and agreement of each file, or the reason why there are none.
 
-    All files are timed in turns (A B C, A B C, ...).
-
-    Args:
-        observations: path of a file with frames.
-        files: runtime, path, and the actions that the policy itself takes, of each.
-        rounds: turns that each file gets.
-        calls_per_round: timed calls per turn.
+    Each file is a runtime, a path, and the actions that the policy itself takes on the observations.
     """
     import numpy
 

@@ -100,11 +100,8 @@ class TeacherCheck:
 def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
     """Compares the actions and observations of a policy with those of the game.
 
-    Args:
-        policy: a teacher, a student, or any callable; one without a known shape is called with a blank observation.
-        envs: the game.
-        ref: the user's name of the policy, for the error message.
-        game: the user's name of the game.
+    A policy without a known shape, such as a function, is called with a blank observation. `ref` and `game` are the
+    user's names, for the error message.
 
     Raises:
         BadFile: they differ; the message has both.
@@ -138,15 +135,9 @@ def compare_with_random(
 ) -> TeacherCheck:
     """Plays one game in every environment with a policy, then with random actions, and compares the returns.
 
-    A game is cut off after `max_steps`, so that a slow game does not take minutes and a policy that gets stuck ends.
-    Then the rewards up to there are compared; they are not episodic returns, so no warning refers to the reported one.
-
-    Args:
-        policy: maps observations to logits or Q-values; its actions are sampled at its own temperature.
-        envs: at least 4 environments.
-        seed: seed of the actions.
-        reported_return: mean return of full games, reported by the policy's author.
-        max_steps: agent steps per game.
+    The policy's actions are sampled at its own temperature. A game is cut off after `max_steps` agent steps, so that a
+    slow game does not take minutes and a policy that gets stuck ends. Then the rewards up to there are compared; they
+    are not episodic returns, so no warning refers to the `reported_return`, the mean of full games.
 
     Raises:
         ValueError: fewer than 4 environments.
@@ -197,31 +188,18 @@ def check_from_card(teacher: Teacher, game: str) -> TeacherCheck | None:
     )
 
 
-def check_teacher(
-    teacher: Teacher,
-    game: str,
-    *,
-    seed: int,
-    allow_weak: bool = False,
-) -> TeacherCheck:
+def check_teacher(teacher: Teacher, game: str, *, seed: int, allow_weak: bool = False) -> TeacherCheck:
     """Returns how a teacher compares with random play: from its card if that has enough games, else from new games.
 
-    Args:
-        teacher: a teacher that fits the game.
-        game: an Atari game.
-        seed: seed of starts and actions.
-        allow_weak: accept a teacher that may be no better than random play.
-
     Raises:
-        BadFile: the teacher may be no better than random play.
+        BadFile: the teacher may be no better than random play, and `allow_weak` is not given.
     """
     check = check_from_card(teacher, game)
     if check is None:
         noop_max = PROTOCOLS["noop_sampled"].noop_max
         with closing(make_atari(game, NUM_GAMES, derived_seed(seed, 2), noop_max=noop_max)) as envs:
-            check = compare_with_random(
-                teacher, envs, seed=seed, reported_return=teacher.reported_return, max_steps=MAX_STEPS
-            )
+            reported = teacher.reported_return
+            check = compare_with_random(teacher, envs, seed=seed, reported_return=reported, max_steps=MAX_STEPS)
     if check.is_weak and not allow_weak:
         raise BadFile(
             f"{teacher.ref or teacher.path}: plays {canonical_name(game)} no better than chance: {check}; give"

@@ -17,7 +17,7 @@ import numpy as np
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.importers.minari import read_minari
-from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, obs_format, rows
+from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, rows, states_info
 from policykd.io.files import BadFile
 from policykd.storage.dataset import Dataset, check_free, write_dataset
 from policykd.storage.generations import has_generations
@@ -96,19 +96,18 @@ def _read_sb3_buffer(path: Path, game: str | None, trust_pickle: bool) -> tuple[
             # With one array for both, the place to write next holds the newest next observation, not a state.
             oldest = int(buffer.pos) + bool(getattr(buffer, "optimize_memory_usage", False))
             order = np.arange(oldest, int(buffer.pos) + int(buffer.buffer_size)) % int(buffer.buffer_size)
-        stacked = obs_format(obs.shape[2:], obs.dtype)
+        origin = Origin(f"SB3 replay buffer {path.name}, {obs.shape[1]} streams", "as the SB3 agent saw it", game)
+        info = states_info(obs.shape[2:], obs.dtype, origin, num_actions)
     except Exception as error:  # a pickle may raise anything
         raise BadFile(
             f"{path}: not a ReplayBuffer of one observation array and discrete actions"
             f" ({type(error).__name__}: {error}); install what it needs, or save it with SB3's save_replay_buffer"
         ) from error
-    origin = Origin(f"SB3 replay buffer {path.name}, {obs.shape[1]} streams", "as the SB3 agent saw it", game)
-    info = StatesInfo(stacked.shape, stacked.dtype, origin, stacked.stack, num_actions)
 
     def recordings() -> Iterator[Recording]:
         for env in range(obs.shape[1]):
             steps = order
-            if is_full and stacked.shape != frames_first(obs[:1, 0]).shape[1:]:
+            if is_full and info.obs_shape != frames_first(obs[:1, 0]).shape[1:]:
                 # Single images whose first stacks the ring has overwritten in part: start at the next episode.
                 steps = order[int(np.argmax(dones[order, env] > 0)) + 1 :]
             # In chunks: the stacks of a whole stream would take as much memory again as the buffer.

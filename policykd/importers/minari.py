@@ -18,7 +18,7 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Json
 
 from policykd.envs.games import canonical_name
-from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_first, obs_format, rows
+from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_first, rows, states_info
 from policykd.io.files import BadFile, sync_folder
 from policykd.io.typed import read_json
 from policykd.replay import Replay
@@ -80,14 +80,13 @@ def read_minari(data: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arra
         raise BadFile(
             f"{data}: its images are JPEG-coded: lossy, not what the agent saw; record with jpeg_encoding=False"
         )
-    try:
-        stacked = obs_format(shape, dtype)
-    except BadFile as error:
-        raise BadFile(f"{data}: its {error}; {_NEXT_STEP}") from error
     env_id = metadata.env_spec.id if isinstance(metadata.env_spec, _EnvSpec) else None
     preprocessing = f"that of the environment {env_id or 'unknown'}"
     origin = Origin(f"Minari dataset {metadata.dataset_id}", preprocessing, _agreed_game(data, env_id, game))
-    info = StatesInfo(stacked.shape, stacked.dtype, origin, stacked.stack, metadata.action_space.n)
+    try:
+        info = states_info(shape, dtype, origin, metadata.action_space.n)
+    except BadFile as error:
+        raise BadFile(f"{data}: its {error}; {_NEXT_STEP}") from error
     return info, rows(_recordings(data / MAIN_FILE, metadata), data)
 
 

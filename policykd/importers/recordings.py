@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from policykd.io.files import BadFile
-from policykd.storage.manifest import DType
+from policykd.storage.manifest import DType, Origin, StatesInfo
 from policykd.storage.shards import Arrays
 
 STACK = 4
@@ -38,15 +38,6 @@ class Recording:
     """bool: first step of an episode, or of what is left of one"""
 
 
-@dataclass(frozen=True)
-class ObsFormat:
-    """Shape of recorded observations once they are stacked."""
-
-    shape: tuple[int, ...]
-    stack: int
-    dtype: DType
-
-
 def frames_first(obs: np.ndarray) -> np.ndarray:
     """Returns a batch of image stacks with the frames along axis 1; single images without that axis; others as is."""
     if obs.ndim != 4:
@@ -57,8 +48,8 @@ def frames_first(obs: np.ndarray) -> np.ndarray:
     return obs[:, 0] if obs.shape[1] == 1 else obs
 
 
-def obs_format(shape: tuple[int, ...], dtype: np.dtype) -> ObsFormat:
-    """Returns the format of recorded observations of `shape`; images of one frame will be stacked.
+def states_info(shape: tuple[int, ...], dtype: np.dtype, origin: Origin, num_actions: int) -> StatesInfo:
+    """Returns the description of recorded observations of `shape`; images of one frame will be stacked.
 
     Raises:
         BadFile: neither vectors nor 8-bit images.
@@ -66,11 +57,11 @@ def obs_format(shape: tuple[int, ...], dtype: np.dtype) -> ObsFormat:
     shape = frames_first(np.empty((0, *shape), dtype)).shape[1:]
     dtypes: dict[str, DType] = {"uint8": "uint8", "float32": "float32", "float64": "float64"}
     if len(shape) == 1 and dtype.name in dtypes:
-        return ObsFormat(shape, 1, dtypes[dtype.name])
+        return StatesInfo(shape, dtypes[dtype.name], origin, num_actions=num_actions)
     if len(shape) == 2 and dtype == np.uint8:
-        return ObsFormat((STACK, *shape), STACK, "uint8")
+        return StatesInfo((STACK, *shape), "uint8", origin, STACK, num_actions)
     if len(shape) == 3 and dtype == np.uint8:
-        return ObsFormat(shape, shape[0], "uint8")
+        return StatesInfo(shape, "uint8", origin, shape[0], num_actions)
     raise BadFile(f"observations are {dtype} {shape}, not vectors of floats or stacked 8-bit grey images")
 
 

@@ -54,19 +54,15 @@ def unpack_arrays(content: bytes, path: Path, layout: Layout | None = None, num_
     """
     try:
         if layout is not None:
-            _check_layout(declared_arrays(content), layout, num_rows)
+            _check_layout(_declared_arrays(content), layout, num_rows)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except UNREADABLE as error:
         raise BadFile(f"{path}: not a shard of this dataset ({error}); import or copy the dataset again") from error
 
 
-def declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns name, dtype and shape of every array in an `.npz`, from the headers alone.
-
-    Raises:
-        ValueError, zipfile.BadZipFile, zlib.error, EOFError: not an `.npz` of plain numbers.
-    """
+def _declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns name, dtype and shape of every array in an `.npz`, from the headers alone."""
     declared = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.namelist()

@@ -13,9 +13,7 @@ from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.evaluation.policies import (
-    RANDOM,
     infer_game,
-    load_any_policy,
     load_named_policy,
     load_run_teacher,
     run_folder,
@@ -51,11 +49,6 @@ def test_a_teacher_is_its_reference() -> None:
     teacher = load_named_policy("bundled:dqn", "Pong")
     assert isinstance(teacher.policy, Teacher)
     assert teacher.name == "bundled:dqn"
-
-
-def test_random_is_a_policy_too() -> None:
-    policy = load_any_policy(RANDOM, "Breakout", torch.device("cpu"))
-    assert policy(torch.zeros(3, 4, 84, 84)).shape == (3, 4)
 
 
 def test_the_teacher_of_a_run_is_the_very_archive(run: Path) -> None:

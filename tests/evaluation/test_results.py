@@ -33,7 +33,7 @@ from policykd.io.typed import parse_json, to_json
 def test_the_table_and_the_comparison() -> None:
     student = make_student("4%", 6)
     obs = torch.zeros((2, 4, 84, 84), dtype=torch.uint8)
-    costs = measure_costs({"student": student}, obs, rounds=1, calls_per_round=20)["student"]
+    costs = measure_costs({"student": student}, obs)["student"]
     assert costs.num_parameters == num_parameters(student)
     assert costs.num_bytes == 4 * costs.num_parameters
     assert costs.latency_min_microseconds is not None
@@ -79,9 +79,9 @@ def test_teacher_and_student_are_timed_in_turns_on_the_given_observations() -> N
 
     for name, net in nets.items():
         net.register_forward_pre_hook(note(name))
-    found = measure_costs(nets, obs, rounds=2, calls_per_round=5)
+    found = measure_costs(nets, obs)
     assert [(name, len(list(turn))) for name, turn in groupby(seen, lambda call: call[0])][:4] == [
-        ("teacher", 15), ("student", 15), ("teacher", 15), ("student", 15),
+        ("teacher", 50), ("student", 50), ("teacher", 50), ("student", 50),
     ]  # fmt: skip
     assert [number for name, number in seen if name == "student"][:30] == [0, 1, 2] * 10
     assert list(found) == ["teacher", "student"]
