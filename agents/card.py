@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue
 MAX_CARD_BYTES = 4 << 20
 """10,000 episodes under two protocols take 0.5 MB"""
 
+# A card may come from anybody, so every field has a bound.
 Text = Annotated[str, Field(max_length=500)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Return = Annotated[float, Field(gt=-1e12, lt=1e12, allow_inf_nan=False)]
@@ -77,11 +78,13 @@ class Card:
     """of an ensemble's members"""
 
     def __post_init__(self) -> None:
+        # Returns are evidence about one file: without its hash they could be those of another agent.
         if self.protocols and not self.sha256:
             raise ValueError("protocols without the sha256 of the archive that played them")
 
     def with_defaults(self, other: "Card") -> "Card":
         """Returns the card with the fields that it leaves at their defaults taken from another card."""
+        # A field is unset if it equals an empty card's.
         empty = Card()
         unset = [f.name for f in fields(self) if getattr(self, f.name) == getattr(empty, f.name)]
         return replace(self, **{name: getattr(other, name) for name in unset})

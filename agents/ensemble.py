@@ -106,6 +106,7 @@ class Ensemble:
 
     def __call__(self, obs_BCHW: Tensor, /) -> Tensor:
         """Returns log-probabilities, float32 `(batch, num_actions)`, finite if the members' outputs are."""
+        # Q-values and logits differ in scale and offset, so the members are mixed as probabilities.
         log_p_MBA = torch.stack([log_policy(t(obs_BCHW), t.temperature) for t in self.teachers])
         weights_MB = self.weights(log_p_MBA)
         # States with NaN are left out. The sums stay on the device, so that the GPU is not synchronised in every batch.

@@ -199,6 +199,7 @@ class ImpalaNet(FrameNet):
         super().__init__()
         self.widths = tuple(widths)
         self.design: Design = "impala"
+        # Without padding the first convolution loses a pixel on each side; each pool halves, rounding up.
         channels = ATARI_OBS_SHAPE[0]
         side = ATARI_OBS_SHAPE[1] - 2
         self.stages = nn.ModuleList()
@@ -292,6 +293,7 @@ class UserNet(nn.Module):
         self.num_actions = num_actions
         self.divisor = 1.0
         """divisor of the module's outputs; set where a student's temperature is folded in"""
+        # Only a call shows what a foreign module returns; its mode is restored afterwards.
         name = type(module).__name__
         is_training = module.training
         try:
@@ -362,7 +364,7 @@ def num_macs(net: nn.Module, obs_shape: Sequence[int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         device = next(net.parameters()).device
         net(torch.zeros((1, *obs_shape), dtype=_obs_dtype(obs_shape), device=device))
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // 2  # a multiplication and an addition count as two
 
 
 def _obs_dtype(obs_shape: Sequence[int]) -> torch.dtype:

@@ -39,6 +39,7 @@ class OnnxPolicy:
         except ImportError as error:
             raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
         self._graph = read_onnx_graph(self.path)
+        # The runtime's exceptions have no base class of their own.
         self._errors = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
         try:
             self._session = open_session(self._graph.content, torch.get_num_threads())

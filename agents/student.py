@@ -216,6 +216,7 @@ class Student(nn.Module):
         centre = getattr(holder, "centre", None)
         scale = getattr(holder, "scale", None)
         if isinstance(centre, Tensor) and isinstance(scale, Tensor):
+            # The median is the background; the floor keeps the noise of a flat image from being blown up.
             pixels = frames.float()
             centre.copy_(pixels.median())
             scale.copy_(pixels.std().clamp(min=1.0))

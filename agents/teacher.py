@@ -180,6 +180,7 @@ def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, 
 
         policy = OnnxPolicy(source.path)
         _check_hash(source, policy.sha256)
+        # Outputs alone do not tell Q-values from logits: the card names the algorithm, and so the temperature.
         named = source.card.algorithm.upper() or "ONNX"
         if named not in _FILE_ALGORITHMS:
             raise BadFile(

@@ -33,6 +33,7 @@ class Sb3PolicyNet(nn.Module):
         self, policy: nn.Module, algorithm: Sb3Algorithm, obs_shape: tuple[int, ...], num_actions: int
     ) -> None:
         super().__init__()
+        # A Q-network acts without its target network; an actor-critic policy acts as a whole.
         acting_part = {"DQN": "q_net", "QRDQN": "quantile_net"}.get(algorithm)
         self.net = getattr(policy, acting_part) if acting_part else policy
         self.algorithm = algorithm

@@ -115,6 +115,7 @@ def _check_preprocessing(path: Path, env_id: str) -> None:
 
 def _warn_of_env_kwargs(path: Path) -> None:
     kwargs = _read_yaml(path)
+    # render_mode changes nothing that an agent sees.
     known = {**_KNOWN_KWARGS, "render_mode": kwargs.get("render_mode")}
     if unknown := {key: value for key, value in kwargs.items() if key not in known or known[key] != value}:
         warnings.warn(f"{path}: trained with {_SHORT.repr(unknown)}, policykd plays without", stacklevel=6)

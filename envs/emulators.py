@@ -193,6 +193,7 @@ class Emulator:
 
     def _press_fire(self, screens: np.ndarray) -> None:
         for action in FIRE_ACTIONS if self._presses_fire else ():
+            # A game that ends on these frames starts over, as in FireResetEnv.
             if self._step_life(action, screens)[2]:
                 self._start_emulator(screens)
 

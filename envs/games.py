@@ -107,6 +107,7 @@ def human_normalised_score(game: str, score: float) -> float | None:
     """Returns (score - random) / (human - random), or None for a game outside the table (Mnih et al., 2015)."""
     if (row := RANDOM_AND_HUMAN_SCORES.get(canonical_name(game))) is None:
         return None
+    # 0 is random play, 1 the human; the best agents are far above.
     random, human = row
     return (score - random) / (human - random)
 

@@ -97,6 +97,7 @@ class GymnasiumEnvs:
         self._episode_numbers[i] += 1
         self._actions[i] = []
         self._returns[i] = 0.0
+        # Hashed, so that neighbouring environments and episodes have unrelated seeds.
         words = np.random.SeedSequence([self.seed, i, self._episode_numbers[i]]).generate_state(1)
         obs, _ = self._envs[i].reset(seed=int(words[0]))
         return np.asarray(obs)

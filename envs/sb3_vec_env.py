@@ -23,6 +23,7 @@ class SB3VecEnv(VecEnv):
         """Wraps `envs`; with `clip_rewards` the algorithm sees their sign alone (Mnih et al., 2015)."""
         self.envs = envs
         self.clip_rewards = clip_rewards
+        # Frames are bytes; the bounds of vectors are unknown, and no algorithm of SB3 needs them.
         observations: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, envs.obs_shape, np.float32)
         if len(envs.obs_shape) == 3:
             observations = gym.spaces.Box(0, 255, envs.obs_shape, np.uint8)

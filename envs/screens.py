@@ -44,6 +44,7 @@ PAL = bytes.fromhex(
 def palette(height: int) -> np.ndarray:
     """Returns the RGB of every byte on a screen of `height` rows, uint8 `(256, 3)`; odd bytes are grey."""
     colours = np.frombuffer(PAL if height == 250 else NTSC, np.uint8).reshape(128, 3)
+    # An odd byte is a grey of the luma of the colour before it, as in ALE.
     greys = np.rint(colours @ [0.2989, 0.587, 0.114]).astype(np.uint8)
     return np.stack([colours, np.repeat(greys[:, None], 3, axis=1)], axis=1).reshape(256, 3)
 
