@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import JsonValue
 from torch import Tensor
 
-from policykd.agents.state_dict import BoundedReader, read_state_dict, read_stream
+from policykd.agents.state_dict import BoundedReader, read_member, read_state_dict
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line, parse_json, read_bounded
 
@@ -133,7 +133,7 @@ def read_members(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
     try:
         with zipfile.ZipFile(BoundedReader(io.BytesIO(whole))) as archive:
             _check_members(path, archive.infolist())
-            read = {name: read_stream(archive.open(name), MAX_MEMBER[name]) for name in MAX_MEMBER}
+            read = {name: read_member(archive, name) for name in MAX_MEMBER}
     except BadFile:
         raise
     except _BROKEN as error:

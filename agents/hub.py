@@ -47,7 +47,6 @@ class _RepoFile:
 class _RepoInfo:
     """The Hub's answer to a question about a revision."""
 
-    sha: str
     siblings: tuple[_RepoFile, ...] = ()
 
 
