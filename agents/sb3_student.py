@@ -147,9 +147,7 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
     Its logits correspond to those that `to_sb3` was given: a DQN's Q-values divided by the temperature given there. A
     value head gets the critic's weights; if no critic uses the student's features, it stays, with a warning.
 
-    Args:
-        model: trained further, or loaded from its `.zip`.
-        like: the student that it was made of, or one of the same shape; not changed.
+    `like` is the student that the agent was made of, or one of the same shape; it is not changed.
 
     Raises:
         ValueError: not an agent of `to_sb3`, or one of another shape.

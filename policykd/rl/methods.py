@@ -150,15 +150,10 @@ def make_model(
     reference_returns: tuple[float, float | None],
     device: torch.device | str = "auto",
 ) -> TeacherMixin:
-    """Returns an agent whose policy is the student, with its teacher.
+    """Returns an agent whose policy is a copy of the student, with its teacher.
 
-    Args:
-        args: the method, `with_method_defaults`.
-        student: copied; made with the method's `student_temperature`.
-        teacher: the teacher.
-        envs: where the student plays.
-        reference_returns: mean episodic returns of a random policy and of the teacher (None: unknown).
-        device: device to train on.
+    The arguments have been through `with_method_defaults`, and the student has the method's `student_temperature`.
+    `reference_returns` are the mean episodic returns of a random policy and of the teacher (None: unknown).
     """
     method = METHODS[args.method]
     settings: dict[str, Any] = {  # SB3's keyword arguments

@@ -163,11 +163,9 @@ def collect_with_teacher(
 ) -> None:
     """Fills a model's replay buffer with a teacher's steps, after the model's `_setup_learn`.
 
-    Args:
-        model: its environments are stepped; its seed also seeds the actions.
-        teacher_log_policy: maps observations to log-policies `(batch, num_actions)`, from which actions are sampled.
-        num_steps: over all environments, rounded down to a multiple of their number.
-        epsilon: fraction of actions that are uniformly random.
+    Actions are sampled, with the model's seed, from the log-policies `(batch, num_actions)` that `teacher_log_policy`
+    returns for observations; a fraction `epsilon` of them is uniformly random. `num_steps` counts over all
+    environments, and is rounded down to a multiple of their number.
     """
     generator = torch.Generator().manual_seed(model.seed or 0)
     env: Any = model.env

@@ -55,10 +55,7 @@ def centre_input(policy: nn.Module, scaling: InputScaling) -> None:
 def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> None:
     """Copies a teacher's convolutions and features into an SB3 policy, and its head if both are PPO's or A2C's.
 
-    Args:
-        policy: the new agent's.
-        teacher: for the same game.
-        scaling: the one that `centre_input` will be given.
+    `scaling` is the one that `centre_input` will be given.
 
     Raises:
         ValueError: the teacher is not a NatureCNN on frames in [0, 1].
@@ -92,12 +89,9 @@ def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[s
 
 
 def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = InputScaling()) -> None:
-    """Writes a PPO, A2C, DQN or QR-DQN agent as an SB3 archive without its optimizer's state.
+    """Writes a PPO, A2C, DQN or QR-DQN agent as an SB3 archive (`.zip`) without its optimizer's state.
 
-    Args:
-        model: the agent.
-        path: name of the `.zip`.
-        scaling: the one that `centre_input` was given; folded into the weights.
+    `scaling` is the one that `centre_input` was given; it is folded into the weights.
 
     Raises:
         OSError: no space left or no permission; no partial file is left.

@@ -51,11 +51,7 @@ class TrainingProgress:
 def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_seconds: float = 0.0) -> None:
     """Writes a checkpoint of the training of `model` on `envs`; of the replay buffer only the new steps.
 
-    Args:
-        model: PPO, A2C, DQN or QR-DQN, between two rollouts.
-        envs: its environments.
-        folder: holds the checkpoints of this run.
-        wall_seconds: duration of the training so far, which is saved too.
+    The model is between two rollouts; `wall_seconds`, the duration of the training so far, is saved too.
 
     Raises:
         ValueError: the folder holds the checkpoints of another run.

@@ -34,14 +34,7 @@ from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import collect_with_teacher
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
 from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs, resume_run
-from policykd.runs.folder import (
-    FINAL_EVALUATION,
-    Machine,
-    RunRecord,
-    load_run_config,
-    should_resume,
-    write_run_config,
-)
+from policykd.runs.folder import FINAL_EVALUATION, Machine, RunRecord, load_run_config, should_resume, write_run_config
 from policykd.runs.groups import (
     MachineArgs,
     NotNegative,
@@ -235,11 +228,7 @@ def _explore_with(teacher: Teacher, model: OffPolicyAlgorithm) -> None:
     """Fills the replay buffer with the teacher's steps, where SB3 would take random actions."""
     # Resets the environments; the steps count as training steps, as SB3's random ones do.
     model._setup_learn(model.learning_starts)
-
-    def teacher_log_policy(obs: torch.Tensor) -> torch.Tensor:
-        return log_policy(teacher(obs), teacher.temperature)
-
-    collect_with_teacher(model, teacher_log_policy, model.learning_starts)
+    collect_with_teacher(model, lambda obs: log_policy(teacher(obs), teacher.temperature), model.learning_starts)
     model.num_timesteps = model.learning_starts
 
 

@@ -16,13 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.rl.sb3_checkpoints import restore_training, save_training
-from policykd.runs.folder import (
-    CHECKPOINTS,
-    RunRecord,
-    check_resumable,
-    resume_command,
-    write_run_config,
-)
+from policykd.runs.folder import CHECKPOINTS, RunRecord, check_resumable, resume_command, write_run_config
 from policykd.runs.groups import NotNegative, Positive
 from policykd.storage.generations import has_generations
 
@@ -74,15 +68,9 @@ class Training(BaseCallback):
         evaluate: Callable[[], Evaluation],
         first_curve_step: int = 1,
     ) -> None:
-        """Restores a new model and its environments from the run's newest checkpoint, if there is one.
+        """Restores a new model and its environments from the checkpoints in the folder `run`, if there are any.
 
-        Args:
-            model: PPO, A2C, DQN or QR-DQN.
-            envs: its environments.
-            run: folder of the run.
-            args: length and intervals.
-            evaluate: plays the episodes of a periodic evaluation.
-            first_curve_step: x of the first point of a new run's curves.
+        `evaluate` plays the episodes of a periodic evaluation; a new run's curves start at x = `first_curve_step`.
 
         Raises:
             BadFile: the checkpoints are damaged.

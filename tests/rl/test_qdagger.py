@@ -5,18 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.rl import qdagger
 from policykd.rl.qdagger import QDagger
 from policykd.schedules import ReturnGap
+from tests.cart_pole import cart_poles, controller, mean_return
 
 QUICK_DQN: dict[str, Any] = {
     "seed": 0,
@@ -30,25 +26,8 @@ QUICK_DQN: dict[str, Any] = {
 }
 
 
-def controller(obs_BO: Tensor) -> Tensor:
-    """Pushes the cart to where the pole leans or falls: 500 of 500 in CartPole."""
-    lean_B = 10 * obs_BO[:, 2] + 3 * obs_BO[:, 3]
-    return torch.stack([-lean_B, lean_B], dim=1)
-
-
-def cart_poles(num_envs: int = 1, seed: int = 0) -> VecEnv:
-    return make_vec_env("CartPole-v1", num_envs, seed=seed)
-
-
 def make(**settings: Any) -> QDagger:
-    return QDagger("MlpPolicy", **{"env": cart_poles(), "teacher": controller, **QUICK_DQN, **settings})
-
-
-def mean_return(model: BaseAlgorithm) -> float:
-    """Returns the mean of 10 episodes with sampled actions: about 20 untrained, the teacher's is 450."""
-    mean, _ = evaluate_policy(model, cart_poles(4, seed=99), 10, deterministic=False)
-    assert isinstance(mean, float)
-    return mean
+    return QDagger("MlpPolicy", **{"env": cart_poles(1), "teacher": controller, **QUICK_DQN, **settings})
 
 
 def test_it_plays_as_its_teacher_before_its_first_own_step() -> None:
@@ -109,12 +88,6 @@ def test_divergence_is_reported_before_the_weights_are_not_finite() -> None:
     with pytest.raises(FloatingPointError, match=r"not finite.*lower --learning-rate or --weight"):
         model.learn_offline(200, 20)
     assert all(weight.isfinite().all() for weight in model.policy.parameters())
-
-
-def test_a_teacher_with_another_number_of_actions_is_refused_offline() -> None:
-    model = make(teacher=lambda obs: controller(obs)[:, :1])
-    with pytest.raises(ValueError, match=r"outputs are \(1, 1\), not \(1, 2\)"):
-        model.learn_offline(200, 20)
 
 
 def test_a_negative_student_temperature_is_refused() -> None:

@@ -13,9 +13,7 @@ import torch
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from policykd.envs.sb3_vec_env import SB3VecEnv
@@ -23,28 +21,12 @@ from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
 from policykd.schedules import Linear, ReturnGap
+from tests.cart_pole import cart_poles, controller, mean_return
 from tests.identity_env import IdentityEnv
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL_PPO: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, **CPU}
 SMALL_DQN: dict[str, Any] = {"learning_starts": 50, "target_update_interval": 100, "buffer_size": 1000, **CPU}
-
-
-def controller(obs_BO: Tensor) -> Tensor:
-    """Pushes the cart to where the pole leans or falls: 500 of 500 in CartPole."""
-    lean_B = 10 * obs_BO[:, 2] + 3 * obs_BO[:, 3]
-    return torch.stack([-lean_B, lean_B], dim=1)
-
-
-def cart_poles(num_envs: int = 4, seed: int = 0) -> VecEnv:
-    return make_vec_env("CartPole-v1", num_envs, seed=seed)
-
-
-def mean_return(model: BaseAlgorithm) -> float:
-    """Returns the mean of 10 episodes with sampled actions: about 20 untrained, the teacher's is 450."""
-    mean, _ = evaluate_policy(model, cart_poles(seed=99), 10, deterministic=False)
-    assert isinstance(mean, float)
-    return mean
 
 
 @cache
