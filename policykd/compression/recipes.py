@@ -91,12 +91,9 @@ def family(recipe: str) -> str:
 
 
 def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
-    """Returns the student of a recipe.
+    """Returns the student of a recipe, by applying its last method to the student of `parent(recipe)`.
 
-    Args:
-        recipe: only its last method is applied.
-        previous: the student of `parent(recipe)`; the run's student for a recipe without methods.
-        tuning: teacher, states and budget.
+    For a recipe without methods, `previous` is the run's student.
     """
     start, *methods = recipe.split("+")
     if not methods and start == "student":

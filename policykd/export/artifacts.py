@@ -13,15 +13,13 @@ from policykd.agents.card import TeacherRecord
 from policykd.agents.policy import log_policy
 from policykd.agents.student import Shape, packed_weights
 from policykd.agents.teacher import Teacher
+from policykd.export.compiled import TOLERANCE
 from policykd.export.formats import Artifact, ExportSource, FormatName, make_artifact, outputs_of
 from policykd.io.files import write_atomically
 from policykd.io.machine import versions
 from policykd.io.signals import deferred_signals
 from policykd.io.typed import to_json
 
-TOLERANCE = 1e-4
-"""maximum difference of an output from torch's, relative to the largest output where that is above 1: float32 has seven
-digits"""
 INT8_AGREEMENT = 0.99
 """minimum share of states in which an int8 policy takes the float32 policy's action"""
 _BATCH = 256
@@ -172,6 +170,7 @@ def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, 
 
     # A tie is left out of the agreement: each of its two outputs may move by the tolerance, in opposite directions.
     largest = float(np.abs(expected).max())
+    # Relative to the largest output only where that is above 1.
     tolerance = TOLERANCE * max(1.0, largest)
     best_two = np.sort(expected, axis=1)[:, -2:]
     is_tied = best_two[:, 1] - best_two[:, 0] <= 2 * tolerance

@@ -52,11 +52,11 @@ class ExportSource:
         Raises:
             ValueError: a teacher that was not rebuilt from an SB3 archive.
         """
-        net = self.policy.folded_net() if isinstance(self.policy, Student) else self.policy.net
-        if not isinstance(net, Net):
-            path = self.policy.path if isinstance(self.policy, Teacher) else ""
-            raise ValueError(f"{path}: only teachers read from an SB3 archive are exported; give one")
-        return net
+        if isinstance(self.policy, Student):
+            return self.policy.folded_net()
+        if not isinstance(self.policy.net, Net):
+            raise ValueError(f"{self.policy.path}: only teachers read from an SB3 archive are exported; give one")
+        return self.policy.net
 
     @property
     def file_stem(self) -> str:
@@ -138,8 +138,8 @@ def _int8_artifact(source: ExportSource, path: Path, calibration: Tensor) -> Art
     from policykd.export.int8 import quantize_weights
 
     artifact = _onnx_artifact(path, quantize_weights(to_onnx(source.net), calibration.numpy()))
-    details: dict[str, str | int] = {"int8": "weights", "num_calibration_states": len(calibration)}
-    return replace(artifact, manifest={**artifact.manifest, **details})
+    details = {**artifact.manifest, "int8": "weights", "num_calibration_states": len(calibration)}
+    return replace(artifact, manifest=details)
 
 
 def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
@@ -162,7 +162,7 @@ def _c_artifact(source: ExportSource, path: Path) -> Artifact:
     # With this macro the header is a program that maps observations on standard input to outputs.
     program = path.with_name("program")
     flags = ("-std=c99", "-O2", f"-D{source.c_prefix.upper()}_MAIN", "-x", "c")
-    compiler = compile_c(*flags, str(path), "-o", str(program), "-lm")
+    compiler = Path(compile_c(*flags, str(path), "-o", str(program), "-lm")).name
 
     def run(obs: Tensor) -> np.ndarray:
         done = subprocess.run([str(program)], input=obs.numpy().tobytes(), capture_output=True, check=True)
@@ -171,7 +171,7 @@ def _c_artifact(source: ExportSource, path: Path) -> Artifact:
     details: dict[str, str | int] = {
         "stack_bytes": stack_bytes(header),
         "prefix": source.c_prefix,
-        "compiler": Path(compiler).name,
+        "compiler": compiler,
     }
     return Artifact(path, run, manifest=details)
 
