@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from policykd.agents.policy import Policy, greedy, sample
 from policykd.agents.student import Student
 from policykd.envs.adapters import as_vector_env
-from policykd.envs.atari import make_atari
 from policykd.io.signals import check_interrupted
 
 MAX_STEPS = 27_000
@@ -199,6 +198,8 @@ def evaluate_on_atari(
         ValueError: an unknown game, or fewer than 1 episode.
         FloatingPointError: an output that is not finite.
     """
+    from policykd.envs.atari import make_atari  # emulators and OpenCV, which other environments do without
+
     rules = PROTOCOLS[protocol]
     # Fewer games than environments would leave some of them without one.
     envs = make_atari(

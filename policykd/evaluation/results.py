@@ -17,7 +17,6 @@ from policykd.agents.card import CardProtocol
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student, packed_weights
 from policykd.agents.teacher import Teacher
-from policykd.envs.atari import make_atari
 from policykd.envs.games import human_normalised_score
 from policykd.evaluation.costs import Costs, measure_costs
 from policykd.evaluation.evaluate import (
@@ -146,6 +145,8 @@ def final_evaluation(
         except BaseException:  # an interrupt too: what has not started need not start
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    from policykd.envs.atari import make_atari
+
     # After the games, when no emulator competes for the CPU.
     with closing(make_atari(game, NUM_TIMED_OBSERVATIONS, options.seed)) as envs:
         costs = measure_costs({"teacher": teacher.net, "student": student}, envs.reset())

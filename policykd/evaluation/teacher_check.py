@@ -13,7 +13,6 @@ import torch
 
 from policykd.agents.policy import Policy
 from policykd.agents.teacher import Teacher
-from policykd.envs.atari import make_atari
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import (
@@ -196,6 +195,8 @@ def check_teacher(teacher: Teacher, game: str, *, seed: int, allow_weak: bool = 
     """
     check = check_from_card(teacher, game)
     if check is None:
+        from policykd.envs.atari import make_atari
+
         noop_max = PROTOCOLS["noop_sampled"].noop_max
         with closing(make_atari(game, NUM_GAMES, derived_seed(seed, 2), noop_max=noop_max)) as envs:
             reported = teacher.reported_return

@@ -21,8 +21,7 @@ from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, fr
 from policykd.io.files import BadFile
 from policykd.storage.dataset import Dataset, check_free, write_dataset
 from policykd.storage.generations import has_generations
-from policykd.storage.manifest import Origin, StatesInfo
-from policykd.storage.shards import UNREADABLE, Arrays, npy_header
+from policykd.storage.manifest import UNREADABLE, Arrays, Origin, StatesInfo, npy_header
 
 _DQN_REPLAY = re.compile(r"\$store\$_observation_ckpt\.(\d+)\.gz")
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher
-from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import periodic_evaluation
@@ -121,6 +120,8 @@ def _single_torch_thread() -> Iterator[int]:
 
 def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, threads: int) -> RunResult:
     """Does the steps of a run in order; each of them is skipped or repeated on resume as its result requires."""
+    from policykd.envs.atari import make_atari  # emulators and OpenCV: not before the settings are checked
+
     # 1. Load the teacher and start the environments.
     started = load_run_config(run) if should_resume(run, resume=config.resume) else None
     teacher = _load_teacher(config, started, device)
@@ -166,6 +167,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
 
 def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
     """Returns the teacher on the device, with the fastest backend that is installed; from the Hub, at one commit."""
+    from policykd.envs.atari import make_atari
     from policykd.export.compiled import compile_policy
 
     teacher = load_run_teacher(config, started, config.game, config.seed)

@@ -22,8 +22,7 @@ from policykd.io.files import BadFile
 from policykd.io.locks import lock_folder
 from policykd.replay import Replay
 from policykd.storage.generations import Generation, commit, has_generations, last, newest
-from policykd.storage.manifest import Manifest, Origin, ShardEntry, StatesInfo, describe
-from policykd.storage.shards import MAX_RATIO, Arrays
+from policykd.storage.manifest import MAX_RATIO, Arrays, Manifest, Origin, ShardEntry, StatesInfo, describe
 
 ROWS_PER_SHARD = 16_384
 

@@ -16,8 +16,7 @@ from types import MappingProxyType
 from policykd.io.files import BadFile, remove_stale_temp_files, replace_file, sync_folder
 from policykd.io.signals import deferred_signals
 from policykd.io.typed import MAX_JSON_BYTES, parse_json, read_bounded, to_json
-from policykd.storage.manifest import FORMAT, FileEntry, Manifest, ShardEntry, Unit
-from policykd.storage.shards import Arrays, pack_arrays, unpack_arrays
+from policykd.storage.manifest import FORMAT, Arrays, FileEntry, Manifest, ShardEntry, Unit, pack_arrays, unpack_arrays
 
 MANIFEST = "manifest"
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})

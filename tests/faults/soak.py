@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import warm
 
-from policykd.envs.atari import make_atari
+from policykd.envs import atari
 from policykd.io.signals import is_signalled
 from policykd.runs import distill_run
 
@@ -78,16 +78,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    make_pong = atari.make_atari
     warm.play_flickers()
     chance = random.Random(0)
     began = time.monotonic()
     num_finished = 0
-    flickers = {name: getattr(distill_run, name) for name in ("make_atari", "final_evaluation")}
-    pong_games = {"make_atari": make_atari, "final_evaluation": stop}
+    flickers = (atari.make_atari, distill_run.final_evaluation)
     signal.signal(signal.SIGALRM, stop_in_time)
     for pong in itertools.cycle([True, False]):
         runs = args.folder / str(pong)
-        vars(distill_run).update(pong_games if pong else flickers)
+        atari.make_atari, distill_run.final_evaluation = (make_pong, stop) if pong else flickers
         code = cycle(runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
         if code not in (0, 75):
             sys.exit(f"exit {code}; look at {runs}")

@@ -21,7 +21,7 @@ import torch
 import torch.utils.tensorboard
 
 import policykd.cli.distill
-import policykd.evaluation.evaluate
+import policykd.envs.atari
 import policykd.evaluation.results
 import policykd.runs.distill_run
 import policykd.runs.finish
@@ -31,13 +31,8 @@ from policykd.envs.vector import Episode, Step
 from policykd.evaluation.costs import Costs
 from policykd.io.files import write_atomically
 
-PLAYING = (
-    policykd.runs.distill_run,
-    policykd.evaluation.evaluate,
-    policykd.evaluation.results,
-    policykd.viewer.animation,
-)
-"""modules that make environments"""
+PLAYING = (policykd.envs.atari, policykd.viewer.animation)
+"""modules in which a run finds `make_atari`"""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 

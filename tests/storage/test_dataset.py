@@ -27,8 +27,7 @@ from policykd.loop import DistillConfig
 from policykd.replay import Replay
 from policykd.storage.checkpoints import save_checkpoint
 from policykd.storage.dataset import label, load_dataset, open_dataset, save_dataset, write_dataset
-from policykd.storage.manifest import Origin, StatesInfo, TeacherRef
-from policykd.storage.shards import Arrays
+from policykd.storage.manifest import Arrays, Origin, StatesInfo, TeacherRef
 from policykd.train_state import make_train_state
 from tests.identity_env import IdentityEnv
 

@@ -27,8 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from policykd.io.files import BadFile
 from policykd.storage.dataset import open_dataset, write_dataset
 from policykd.storage.generations import commit, has_generations, last, newest, recover
-from policykd.storage.manifest import Manifest, Origin, StatesInfo
-from policykd.storage.shards import Arrays, pack_arrays
+from policykd.storage.manifest import Arrays, Manifest, Origin, StatesInfo, pack_arrays
 
 CALLS = ((io, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"))
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25, stateful_step_count=20)
