@@ -46,12 +46,7 @@ def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
 
 
 def execute(name: str, words: Sequence[str]) -> None:
-    """Parses the arguments of one subcommand and runs it, in this process.
-
-    Raises:
-        SystemExit: with code 0 after --help; with code 2 where a package is not installed.
-        ValueError: an invalid flag; besides, whatever the command raises.
-    """
+    """Parses the arguments of one subcommand and runs it, in this process; errors are left to the caller."""
     kind, run = load_command(name)
     # Only now, so that `policykd --help` takes no longer than Python's start.
     from policykd.cli.arguments import parse_args
@@ -63,11 +58,7 @@ def execute(name: str, words: Sequence[str]) -> None:
 
 
 def load_command(name: str) -> tuple[Any, Callable[[Any], None]]:
-    """Imports the module of a subcommand and returns the type of its arguments, and its function `run`.
-
-    Raises:
-        ValueError: not a subcommand.
-    """
+    """Imports the module of a subcommand and returns the type of its arguments, and its function `run`."""
     if name not in COMMANDS:
         raise ValueError(f"{name}: not a command of policykd")
     # The annotation of run() is the only place that connects a command with its flags.

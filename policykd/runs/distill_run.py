@@ -5,8 +5,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +81,11 @@ def distill_run(config: DistillRunConfig) -> RunResult:
     device = prepare_device(config.device, config.threads)
     check_device(config, device)
     run = run_folder(config)
+    threads = torch.get_num_threads()
     # The lock also keeps `policykd resume` out of a run that is still in progress.
-    with lock_folder(run), _single_torch_thread() as threads:
+    with lock_folder(run):
+        # The trainer's own threads share each batch instead of torch's.
+        torch.set_num_threads(1)
         try:
             return _run_in_folder(run, config, device, threads)
         except FloatingPointError as error:
@@ -91,6 +93,8 @@ def distill_run(config: DistillRunConfig) -> RunResult:
         except KeyboardInterrupt:
             advice = f"what was finished is saved; resume with: {resume_command(run)}"
             raise KeyboardInterrupt(advice) from None
+        finally:
+            torch.set_num_threads(threads)
 
 
 def run_folder(config: DistillRunConfig) -> Path:
@@ -105,17 +109,6 @@ def check_device(config: DistillRunConfig, device: torch.device) -> None:
         raise ValueError(f"--cuda-graph needs --device cuda, this is {device}; leave it out")
     if config.bf16 and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         raise ValueError("--bf16: this CPU has no bfloat16 arithmetic and would take ten times as long; leave it out")
-
-
-@contextmanager
-def _single_torch_thread() -> Iterator[int]:
-    """Yields torch's number of threads, and sets it to 1: the trainer's own threads share each batch instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, threads: int) -> RunResult:
@@ -203,11 +196,7 @@ def _finished(job: _Job) -> RunResult | None:
 
 
 def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
-    """Returns the training state at the start of the run, and its loss function.
-
-    Raises:
-        ValueError: settings that do not fit the teacher, the environments or the stored states.
-    """
+    """Returns the training state at the start of the run, and its loss function."""
     config = job.config
     teacher = job.teacher
     # The student's seed makes its first weights; the value head is there only if something trains it.

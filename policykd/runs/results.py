@@ -32,11 +32,7 @@ class RunResult(FinalEvaluation):
 
 
 def load_results(run: Path) -> RunResult | None:
-    """Returns the results of a run's folder; None if the run is not finished.
-
-    Raises:
-        BadFile: damaged.
-    """
+    """Returns the results of a run's folder, None if the run is not finished; raises BadFile if they are damaged."""
     path = run / RESULTS
     if not path.exists():
         return None
