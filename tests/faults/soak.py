@@ -22,7 +22,7 @@ import warm
 
 from policykd.envs import atari
 from policykd.io.signals import is_signalled
-from policykd.runs import distill_run
+from policykd.runs import finish
 
 ARGS = (
     "--game Pong --threads 1 --student 1% --rounds 6 --states-per-round 64 --updates-per-round 4 --batch-size 32"
@@ -83,11 +83,11 @@ def main() -> None:
     chance = random.Random(0)
     began = time.monotonic()
     num_finished = 0
-    flickers = (atari.make_atari, vars(distill_run)["final_evaluation"])
+    flickers = (atari.make_atari, vars(finish)["final_evaluation"])
     signal.signal(signal.SIGALRM, stop_in_time)
     for pong in itertools.cycle([True, False]):
         runs = args.folder / str(pong)
-        atari.make_atari, vars(distill_run)["final_evaluation"] = (make_pong, stop) if pong else flickers
+        atari.make_atari, vars(finish)["final_evaluation"] = (make_pong, stop) if pong else flickers
         code = cycle(runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
         if code not in (0, 75):
             sys.exit(f"exit {code}; look at {runs}")

@@ -119,7 +119,7 @@ def whole(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def stopped(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after its last round."""
     folder = tmp_path_factory.mktemp("stopped")
-    code, said, _ = interrupted(warm, folder, ROUNDS, "policykd.runs.distill_run:final_evaluation", 1, [signal.SIGTERM])
+    code, said, _ = interrupted(warm, folder, ROUNDS, "policykd.runs.finish:final_evaluation", 1, [signal.SIGTERM])
     assert code == INTERRUPTED, said
     return folder
 
@@ -285,13 +285,13 @@ def test_a_failure_of_any_commit_loses_nothing(code: int, warm: Warm, whole: Who
 
 
 PHASES = {
-    "load": ("policykd.runs.distill_run:load_teachers", 1),
+    "load": ("policykd.runs.distill_run:load_run_teacher", 1),
     "begin": ("policykd.runs.distill_run:write_run_config", 1),
     "collect": ("policykd.collector:Collector._collect", 2),
     "measure": ("policykd.trainer:Trainer.measure", 2),
     "save": ("policykd.runs.distill_run:save_checkpoint", 2),
     "evaluate": ("policykd.runs.distill_run:periodic_evaluation", 1),
-    "student": ("policykd.runs.distill_run:save_student", 1),
+    "student": ("policykd.runs.finish:save_student", 1),
     "final evaluation": ("policykd.evaluation.results:evaluate_on_atari", 2),
     "film": ("policykd.viewer.animation:greedy", 3),
 }
