@@ -19,7 +19,7 @@ STRICT = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 def test_two_policies_in_one_program_act(frames: Tensor, tmp_path: Path) -> None:
     """Different prefixes do not clash; `act` returns the best action, and -1 for a vector that is not finite."""
     one, net = make_student("1%", 6, seed=1), MLP(3, (8,), 4, activation=nn.ReLU)
-    (tmp_path / "one.h").write_text(to_c(one.folded_net(), prefix="one", actions=("NOOP", "*/ evil")))  # type: ignore[arg-type]
+    (tmp_path / "one.h").write_text(to_c(one.folded_net(), prefix="one", actions=("NOOP", "*/ evil")))
     (tmp_path / "other.h").write_text(to_c(net, prefix="other"))
     (tmp_path / "main.c").write_text("""
         #include "one.h"

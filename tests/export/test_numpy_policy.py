@@ -77,7 +77,7 @@ def test_other_observations_are_refused(frames: Tensor, tmp_path: Path) -> None:
 
 def test_neither_torch_nor_policykd_is_needed(frames: Tensor, random_student: MakeStudent, tmp_path: Path) -> None:
     net = random_student("7%").folded_net()
-    (tmp_path / "student.npz").write_bytes(to_npz(net))  # type: ignore[arg-type]
+    (tmp_path / "student.npz").write_bytes(to_npz(net))
     (tmp_path / "numpy_policy.py").write_bytes(numpy_runtime())
     np.save(tmp_path / "obs.npy", frames.numpy())
     code = (
@@ -96,7 +96,7 @@ def test_neither_torch_nor_policykd_is_needed(frames: Tensor, random_student: Ma
 
 
 def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    content = to_npz(make_student("1%", 6).folded_net())  # type: ignore[arg-type]
+    content = to_npz(make_student("1%", 6).folded_net())
     path, generator = tmp_path / "student.npz", np.random.default_rng(0)
     cases = [b"", b"hello", content[:1000], content[:-30]]
     for position in generator.integers(len(content), size=60):
@@ -141,7 +141,7 @@ def test_a_file_with_code_or_a_bomb_in_it_is_refused(tmp_path: Path) -> None:
 )
 def test_an_invalid_description_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
     path = tmp_path / "student.npz"
-    path.write_bytes(to_npz(make_student("1%", 6).folded_net()))  # type: ignore[arg-type]
+    path.write_bytes(to_npz(make_student("1%", 6).folded_net()))
     with np.load(path) as arrays:
         held = dict(arrays)
     about = json.loads(held.pop("about").tobytes()) | change

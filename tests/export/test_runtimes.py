@@ -29,14 +29,14 @@ def open_onnx(net: Net, folder: Path) -> Run:
 
 
 def open_numpy(net: Net, folder: Path) -> Run:
-    (folder / "policy.npz").write_bytes(to_npz(net))  # type: ignore[arg-type]
+    (folder / "policy.npz").write_bytes(to_npz(net))
     policy = load(folder / "policy.npz")
     return lambda obs: policy(obs.numpy())
 
 
 def open_c(net: Net, folder: Path) -> Run:
     """Compiles without a warning, and needs no more stack than a thread has."""
-    header = to_c(net, prefix="pong")  # type: ignore[arg-type]
+    header = to_c(net, prefix="pong")
     assert stack_bytes(header) < 256 << 10
     (folder / "policy.h").write_text(header)
     program = str(folder / "program")
