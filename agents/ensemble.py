@@ -133,6 +133,7 @@ class Ensemble:
 
     def with_members(self, teachers: Sequence[Teacher]) -> "Ensemble":
         """Returns the ensemble with other versions of its members; both add to the same statistics."""
+        # A shallow copy: the statistics are the same deque.
         other = copy.copy(self)
         other.teachers = tuple(teachers)
         return other
