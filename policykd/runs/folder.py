@@ -164,11 +164,7 @@ def resume_command(run: Path) -> str:
 def load_run_teacher(args: TeacherArgs, started: RunRecord | None, game: str, seed: int) -> Teacher:
     """Returns the teacher of a run, or the ensemble; from the Hub, at the commit that a resumed run started with.
 
-    Args:
-        args: the flags that name it.
-        started: the run's config; None for a new run.
-        game: the Atari game.
-        seed: of the episodes that weigh the members of an ensemble.
+    `started` is the config of a resumed run; `seed` is that of the episodes that weigh an ensemble's members.
 
     Raises:
         BadFile: not found, damaged, or of another game.

@@ -92,6 +92,15 @@ def test_a_student_that_diverges_or_has_diverged_at_the_very_end_is_given_up(alg
         model.learn(0)
 
 
+def test_an_infinite_td_target_is_given_up() -> None:
+    model = QDagger("MlpPolicy", "CartPole-v1", teacher=even, **SMALL[QDagger])
+    with torch.no_grad():
+        for weight in model.q_net_target.parameters():
+            weight.fill_(1e30)
+    with pytest.raises(FloatingPointError, match=r"the student's (losses|gradients) are not finite"):
+        model.learn(60)
+
+
 def test_an_optimizer_step_that_is_not_finite_is_not_taken() -> None:
     policy: Any = nn.Linear(1, 1)
     policy.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
