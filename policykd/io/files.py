@@ -22,6 +22,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: no space left or no permission; no temporary file stays.
     """
+    # First the content, then its name: the other order could leave a name without content.
     replace_file(path, content)
     sync_folder(path.parent)
     remove_stale_temp_files(path.parent)
@@ -81,6 +82,7 @@ def read_verified(path: Path, sha256: str, next_step: str) -> bytes:
         BadFile: not found, not readable or another content; the line ends with `next_step`.
         PermissionError: not readable for this user.
     """
+    # A missing file is damage here, because somebody has recorded that it was complete; a lack of rights is not.
     try:
         content = path.read_bytes()
     except PermissionError:

@@ -23,6 +23,7 @@ def prepare_device(name: DeviceName, threads: int) -> torch.device:
         torch.set_num_threads(threads)
     _keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # teacher outputs keep float32's 24 bits
+    # In the order in which "auto" takes them.
     available: dict[DeviceName, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

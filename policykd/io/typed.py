@@ -51,6 +51,7 @@ def parse_json(kind: type[T], content: bytes | str, name: str | Path, *, next_st
         _check_finite(from_json(content, allow_inf_nan=False))
         return adapter.validate_json(content)
     except ValidationError as error:
+        # Only the first error: the others often follow from it.
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         reason = f"{field}: {first['msg']}" if field else first["msg"]
@@ -92,6 +93,7 @@ def read_bounded(path: Path, max_bytes: int, *, next_step: str = "") -> bytes:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadFile(_with_next_step(f"{path}: not a regular file", next_step))
+    # One byte more than allowed is enough to know, whatever size the file claims to have.
     with os.fdopen(descriptor, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
