@@ -212,8 +212,8 @@ def iter_schedules(config: object, prefix: str = "") -> Iterator[tuple[str, Sche
     # Depth first, in the order of the fields, so that names are stable from run to run.
     if isinstance(config, Schedule):
         yield prefix.removesuffix("."), config
-    elif hasattr(config, "iter_schedules"):  # a loss function that is not a dataclass
-        yield from config.iter_schedules(prefix)
+    elif own := getattr(config, "iter_schedules", None):  # a loss function that is not a dataclass
+        yield from own(prefix)
     elif isinstance(config, tuple):
         for i, part in enumerate(config):
             yield from iter_schedules(part, f"{prefix}{i}.")

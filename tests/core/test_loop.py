@@ -1,5 +1,6 @@
 """The loop on problems of seconds: it learns, it repeats, it resumes where it stopped."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -137,10 +138,13 @@ def test_threads_share_a_batch_without_changing_what_is_learned() -> None:
 
 def test_a_loop_that_is_left_early_ends_its_threads(problem: Problem) -> None:
     config = DistillConfig(rounds=8, states_per_round=160, updates_per_round=40, batch_size=64)
+    num_updates = 0
     for r in distill(identity_teacher, problem.student, IdentityEnv(8, 4), config):
+        num_updates = r.num_updates
         if r.index == 1:
             break
-    assert r.num_updates == 80
+    assert num_updates == 80
+    assert not any(thread.name.startswith(("collector", "trainer")) for thread in threading.enumerate())
 
 
 class BrokenNow:
