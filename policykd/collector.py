@@ -45,8 +45,12 @@ class Collector:
     def __enter__(self) -> "Collector":
         """Collects the first round's states, unless a checkpoint has brought them."""
         state = self.state
-        if state.rollout is None and state.round < self.config.rounds:
-            # Round 0, or the first round of a run that is lengthened: its last round collected nothing for a next one.
+        num_rounds = self.config.rounds - state.round
+        end = len(state.replay) - state.replay.num_held_out
+        # Round 0, or the first round of a run that is lengthened: its last round collected nothing for a next one.
+        has_states = state.rollout is not None and (not self.num_states or state.rollout.first < end)
+        state.replay.reserve(len(state.replay) + self.num_states * (num_rounds - has_states))
+        if num_rounds > 0 and not has_states:
             fraction = min(1.0, max(0, state.round - 1) / max(1, self.config.rounds - 2))
             state.rollout = self._collect(state.student, self.num_states, state.progress(fraction))
             if state.round == 0:

@@ -57,6 +57,8 @@ class DistillConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_bounds("learning_rate", self.learning_rate, 0.0)
         check_temperature("temperature", self.temperature)
+        if follows_return(self.learning_rate):
+            raise ValueError("learning_rate must not follow the student's return; use a schedule of the run's progress")
         if self.replay_window_rounds < 0:
             raise ValueError(f"replay_window_rounds must be at least 0, not {self.replay_window_rounds}")
 
@@ -113,7 +115,8 @@ def distill(
         envs: a policykd, Gymnasium or SB3 vector environment, in which states are collected.
         config: settings.
         loss_fn: loss per state and metrics; see `policykd.losses`.
-        state: a restored state, to resume a run, or one with stored states; made of `student` and `envs` by default.
+        state: a restored state of this student, to resume or lengthen a run, or one with stored states; it brings its
+            own environments. By default it is made of `student` and `envs`.
 
     Raises:
         ValueError: settings, environments or stored states that do not fit each other.
@@ -121,6 +124,10 @@ def distill(
     """
     # Everything that changes is in `state`; everything below reads the settings from `config`.
     state = state or make_train_state(student, envs, config, loss_fn=loss_fn)
+    if state.student is not student:
+        raise ValueError("state is that of another student; make it with make_train_state(student, ...)")
+    if not callable(teacher):
+        raise ValueError(f"teacher is {type(teacher).__name__}, not a callable; use policykd.load_teacher(...)")
     temperature = config.temperature or float(getattr(teacher, "temperature", 1.0))
     if follows_return(loss_fn, config.states):
         _ = state.progress(0.0).return_progress  # fails now rather than after hours if the teacher's return is unknown
@@ -136,6 +143,7 @@ def distill(
             began = time.perf_counter()
 
             # 1. Take this round's states, collected and labelled. Measure the student on them: they are new to it.
+            # `end` stays fixed while the collector appends behind it, so both may use the buffer at the same time.
             collected = collector.take()
             end = len(state.replay) - state.replay.num_held_out
             num_states = state.replay.num_states

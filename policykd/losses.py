@@ -81,7 +81,11 @@ class PolicyLoss:
         """Returns the loss per state and the metrics that every loss logs."""
         student_BA = student(batch.obs).float()  # float32 also under autocast: bfloat16 logits have two digits
         loss_B = self.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
-        return loss_B, policy_metrics(student_BA, batch)
+        return loss_B, self.metrics(student_BA, batch)
+
+    def metrics(self, student_BA: Tensor, batch: Batch) -> Metrics:
+        """Returns what is logged of each state besides the loss."""
+        return policy_metrics(student_BA, batch)
 
 
 def policy_metrics(student_BA: Tensor, batch: Batch) -> Metrics:
@@ -127,9 +131,7 @@ def check_temperature(name: str, temperature: Quantity | None, maximum: float = 
     except ValueError as error:
         if maximum == math.inf:
             raise ValueError(f"{error}; use 1 for PPO and A2C, 0.01 for DQN") from None
-        raise ValueError(
-            f"{error}; above 10 the loss is nearly half the squared difference of the logits, which logit-mse computes"
-        ) from None
+        raise ValueError(f"{error}; near the maximum the loss is what logit-mse computes") from None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,16 @@ class Replay:
         self._offsets_S = self._offsets_S.to(device)
         return self
 
+    def reserve(self, capacity: int) -> None:
+        """Makes room for `capacity` states in total; what is stored stays."""
+        num_new = capacity - self.capacity
+        if num_new <= 0:
+            return
+        self.frames = torch.cat([self.frames, self.frames.new_zeros((num_new, *self.frames.shape[1:]))])
+        self.num_past_frames_N = torch.cat([self.num_past_frames_N, self.num_past_frames_N.new_zeros(num_new)])
+        self.teacher_NA = torch.cat([self.teacher_NA, self.teacher_NA.new_zeros((num_new, self.teacher_NA.shape[1]))])
+        self.capacity = capacity
+
     def add(self, obs: Tensor, episode_starts_B: Tensor, teacher_BA: Tensor, valid_B: Tensor | None = None) -> None:
         """Appends one state per environment.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from policykd.agents.networks import MLP, Activations, ConvNet, FrameNet, UserNet
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.losses import AuxiliaryLossWeights, Batch, Metrics, PolicyLoss, policy_metrics
+from policykd.losses import AuxiliaryLossWeights, Batch, Metrics, PolicyLoss
 from policykd.methods.feature_losses import (
     attention_loss_B,
     attention_maps,
@@ -111,7 +111,7 @@ class AuxiliaryLosses(nn.Module):
         seen = student.activations(batch.obs)
         student_BA = seen.outputs_BA.float()
         loss_B = self.loss.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
-        metrics = policy_metrics(student_BA, batch)
+        metrics = self.loss.metrics(student_BA, batch)
         for name in self.active:
             weight = resolve(getattr(self.weights, name), batch.progress)
             # Not computed at weight 0; it stays among the metrics, which must be the same in every update.

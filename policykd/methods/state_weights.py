@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from policykd.agents.policy import entropy, log_policy
-from policykd.losses import Batch, Metrics, PolicyLoss, check_temperature, policy_metrics
+from policykd.losses import Batch, Metrics, PolicyLoss, check_temperature
 from policykd.schedules import Quantity, check_bounds, resolve
 
 StateWeighting = Literal["none", "entropy", "gap", "disagreement"]
@@ -64,13 +64,10 @@ class WeightedStates(PolicyLoss):
         weight_B = self.weight(student_BA.detach(), teacher_BA, temperature, progress)
         return weight_B * self.loss.per_state(student_BA, teacher_BA, temperature, progress)
 
-    def __call__(self, student: nn.Module, batch: Batch, /) -> tuple[Tensor, Metrics]:
-        """Returns the loss per state, and the metrics with the mean weight among them."""
-        # The same product as `per_state`, with the weight at hand as a metric.
-        student_BA = student(batch.obs).float()
+    def metrics(self, student_BA: Tensor, batch: Batch) -> Metrics:
+        """Returns the metrics of the loss, with the weight among them."""
         weight_B = self.weight(student_BA.detach(), batch.teacher_BA, batch.temperature, batch.progress)
-        loss_B = self.loss.per_state(student_BA, batch.teacher_BA, batch.temperature, batch.progress)
-        return weight_B * loss_B, policy_metrics(student_BA, batch) | {"state_weight": weight_B}
+        return self.loss.metrics(student_BA, batch) | {"state_weight": weight_B}
 
 
 @dataclass(frozen=True)

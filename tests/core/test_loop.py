@@ -20,10 +20,10 @@ from policykd.evaluation.evaluate import evaluate
 from policykd.loop import DistillConfig, distill, forward_kl
 from policykd.losses import ActionNLL, Batch, ForwardKL, LogitMSE, LossFn, Metrics, ReverseKL
 from policykd.replay import Replay
-from policykd.schedules import Linear
+from policykd.schedules import Linear, ReturnGap
 from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
 from policykd.train_state import Rollout, TrainState
-from tests.core.problems import Problem, identity_teacher
+from tests.core.problems import SMALL, Problem, identity_teacher
 from tests.identity_env import IdentityEnv
 
 PONG = DistillConfig(rounds=1, states_per_round=40, updates_per_round=2, batch_size=8, states=TeacherStates())
@@ -351,3 +351,21 @@ def test_bfloat16_convolutions_leave_logits_and_weights_float32() -> None:
         assert {w.dtype for w in student.parameters()} == {torch.float32}
     assert not torch.equal(seen[True], seen[False])
     assert seen[True].tolist() == [pytest.approx(row, abs=0.02) for row in seen[False].tolist()]
+
+
+def test_a_finished_run_is_lengthened_in_python() -> None:
+    """The buffer grows, and the states that the last round did not collect come first."""
+    problem = Problem()
+    problem.train(rounds=2)
+    rounds = problem.train(rounds=4)
+    assert [(r.index, r.num_states) for r in rounds] == [(2, 480), (3, 640)]
+
+
+def test_what_does_not_fit_is_refused_in_one_line(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="learning_rate must not follow the student's return"):
+        DistillConfig(learning_rate=ReturnGap(1e-3))
+    state = problem.make_state(SMALL)
+    with pytest.raises(ValueError, match="state is that of another student"):
+        next(distill(identity_teacher, make_student((16,), 4, (4,)), state.envs, SMALL, state=state))
+    with pytest.raises(ValueError, match=r"teacher is str, not a callable; use policykd\.load_teacher"):
+        next(distill("bundled:dqn", problem.student, state.envs, SMALL))  # type: ignore[arg-type]
