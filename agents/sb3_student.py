@@ -179,7 +179,8 @@ def _without_env(algorithm: Any, student: Student, **kwargs: Any) -> BaseAlgorit
     """Returns an agent that has spaces but no environment, as SB3's `load` does."""
     if issubclass(algorithm, DQN):
         kwargs.setdefault("buffer_size", 1)
-    model: BaseAlgorithm = algorithm("MlpPolicy", None, **kwargs, _init_setup_model=False)
+    no_env: Any = None
+    model: BaseAlgorithm = algorithm("MlpPolicy", no_env, **kwargs, _init_setup_model=False)
     low, high, dtype = (0, 255, np.uint8) if isinstance(student.net, FrameNet) else (-np.inf, np.inf, np.float32)
     model.observation_space = spaces.Box(low, high, student.shape.obs_shape, dtype)
     model.action_space = spaces.Discrete(student.shape.num_actions)

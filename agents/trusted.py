@@ -111,7 +111,7 @@ def _replacements(data: Sb3Data) -> dict[str, object]:
 
     # Replacing an entry is what keeps SB3 from unpickling it.
     pickled = [name for name in data.entries if ":serialized:" in data.entry(name)]
-    replacements: dict[str, object] = dict.fromkeys(name for name in pickled if name not in _EXECUTED)
+    replacements: dict[str, object] = {name: None for name in pickled if name not in _EXECUTED}
     # A buffer as large as in training, or a schedule, costs memory and does not act.
     replacements |= {name: value for name, value in (_SCHEDULES | _SMALL_BUFFERS).items() if name in data.entries}
     if data.obs_shape and data.space_kind("observation_space") == "Box":

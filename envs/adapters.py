@@ -128,7 +128,8 @@ class _Adapter(ABC):
             self._returns_N[i] = 0.0
             self._lengths_N[i] = 0
         new_obs = self._tensor(obs)
-        new_obs[is_idle_N] = self._obs[is_idle_N]
+        idle = torch.from_numpy(is_idle_N)
+        new_obs[idle] = self._obs[idle]
         self._obs = new_obs
         return Step(new_obs, torch.from_numpy(rewards_N).float(), torch.from_numpy(starts_N), episodes)
 

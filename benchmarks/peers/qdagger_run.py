@@ -17,7 +17,10 @@ import torch
 import tyro
 from cleanrl.dqn_atari import QNetwork as TeacherNetwork  # type: ignore[import-not-found]
 from cleanrl.qdagger_dqn_atari_impalacnn import Args as Defaults  # type: ignore[import-not-found]
-from cleanrl.qdagger_dqn_atari_impalacnn import kl_divergence_with_logits, linear_schedule
+from cleanrl.qdagger_dqn_atari_impalacnn import (  # pyright: ignore[reportMissingImports]
+    kl_divergence_with_logits,
+    linear_schedule,
+)
 from cleanrl_utils.buffers import ReplayBuffer  # type: ignore[import-not-found]
 from small_cnn import SmallCNN
 from snapshots import SnapshotWriter

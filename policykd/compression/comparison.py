@@ -25,7 +25,13 @@ from policykd.compression.quantization import export_student, shipped_bytes
 from policykd.compression.recipes import check_recipe, family, make_student, num_trainings, parent, quantization
 from policykd.evaluation.costs import measure_latencies
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
-from policykd.evaluation.results import FinishedGames, PolicyResult, protocols_of_card, summarise_episodes
+from policykd.evaluation.results import (
+    FinishedGames,
+    PolicyResult,
+    ProtocolResult,
+    protocols_of_card,
+    summarise_episodes,
+)
 from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
 from policykd.io.files import read_verified
 from policykd.io.locks import lock_folder
@@ -219,7 +225,7 @@ def _random_play(folder: Path, tuning: FineTuning, episodes: int) -> Row:
     games = FinishedGames(folder / "random.json")
     settings = tuning.settings
     policy = RandomPolicy(tuning.teacher.num_actions)
-    protocols = {
+    protocols: dict[ProtocolName, ProtocolResult] = {
         protocol: summarise_episodes(games.play(policy, RANDOM, settings.game, protocol, episodes, seed=settings.seed))
         for protocol in PROTOCOLS
     }

@@ -203,7 +203,7 @@ def _prune_layers(plain: nn.Sequential, obs_shape: tuple[int, ...], kept: float)
         torch.ones(1, *obs_shape),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         global_pruning=False,
-        pruning_ratio_dict=ratios,
+        pruning_ratio_dict=ratios,  # pyright: ignore[reportArgumentType]  # its annotation is invariant
         ignored_layers=[plain[-1]],
     )
     pruner.step()

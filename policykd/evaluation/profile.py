@@ -155,7 +155,9 @@ def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions 
     profiles: dict[str, PolicyProfile] = {}
     for p in policies:
         parameters, macs = parameters_and_macs(p.policy.net, tuple(obs.shape[1:]))
-        runtimes = {runtime: _with_ratios(rows, (p.name, runtime), first.name) for runtime in options.runtimes}
+        runtimes: dict[RuntimeName, Measurement | NotMeasured] = {}
+        for runtime in options.runtimes:
+            runtimes[runtime] = _with_ratios(rows, (p.name, runtime), first.name)
         profiles[p.name] = PolicyProfile(ref=p.ref, num_parameters=parameters, num_macs=macs, runtimes=runtimes)
     machine = _machine(load_before)
     return Profile(game=game, policies=profiles, ratios_against=first.name, options=options, machine=machine)

@@ -90,12 +90,14 @@ def quantize_static(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
     from onnxruntime import quantization  # type: ignore[import-untyped]
 
     batches = _batches(calibration_obs)
+    # ONNX Runtime asks for one method, not for its base class.
+    reader: Any = SimpleNamespace(get_next=lambda: next(batches, None))
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"
         quantization.quantize_static(
             model,
             path,
-            SimpleNamespace(get_next=lambda: next(batches, None)),
+            reader,
             per_channel=True,
             reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,

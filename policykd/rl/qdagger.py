@@ -128,7 +128,7 @@ class QDagger(TeacherMixin, DQN):
         # The student starts with an empty buffer and with episodes of its own.
         self.replay_buffer.reset()
         assert self.env is not None
-        self._last_obs = self.env.reset()
+        self._last_obs = self.env.reset()  # pyright: ignore[reportAttributeAccessIssue]  # frames
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
         if self._vec_normalize_env is not None:
             self._last_original_obs = self._vec_normalize_env.get_original_obs()

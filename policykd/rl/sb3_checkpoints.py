@@ -73,14 +73,14 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     tensors["torch_random"] = torch.get_rng_state()
     if model.device.type == "cuda":
         tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
-    kind, words, *rest = np.random.get_state(legacy=True)
+    kind, words, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy_random"] = torch.from_numpy(np.asarray(words, np.int64))
     progress = TrainingProgress(
         counters={name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
         episodes=tuple(model.ep_info_buffer or ()),
         envs=envs.state(),
         episode_starts=tuple(np.asarray(model._last_episode_starts).tolist()),
-        numpy_random=(kind, *rest),
+        numpy_random=(str(kind), int(position), int(has_gauss), float(cached)),
         action_random=dict(model.action_space.np_random.bit_generator.state),
         wall_seconds=wall_seconds,
     )

@@ -66,14 +66,14 @@ class TeacherMixin(BaseAlgorithm):
         # SB3's `load` builds the object first and sets the teacher afterwards.
         if teacher is None and kwargs.get("_init_setup_model", True):
             raise ValueError(f"{type(self).__name__} has no teacher; give teacher=, a function of observations")
-        if teacher_temperature is None:
-            teacher_temperature = getattr(teacher, "temperature", 1.0)
-        check_temperature("teacher_temperature", teacher_temperature)
+        own_temperature: float = getattr(teacher, "temperature", 1.0)
+        temperature = own_temperature if teacher_temperature is None else teacher_temperature
+        check_temperature("teacher_temperature", temperature)
         if distillation_weight is None:
             distillation_weight = self.default_weight
         check_bounds("distillation_weight", distillation_weight, 0.0)
         self.teacher = teacher
-        self.teacher_temperature = teacher_temperature
+        self.teacher_temperature: float = temperature
         self.distillation_weight = distillation_weight
         self.reference_returns = reference_returns
         super().__init__(*args, **kwargs)
@@ -203,7 +203,8 @@ class _AddedTerm(torch.autograd.Function):
         return outputs.view_as(outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
         return gradient, gradient.new_ones(())
 
 

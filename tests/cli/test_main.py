@@ -1,11 +1,11 @@
 """`policykd`: every subcommand's help, lazy imports, errors of `policykd distill` before anything is written."""
 
-import importlib
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,7 @@ def test_a_script_is_a_wrapper_of_its_command(
 
 
 def test_policykd_is_also_a_module() -> None:
-    assert importlib.util.find_spec("policykd.__main__")
+    assert find_spec("policykd.__main__")
 
 
 ERRORS = {

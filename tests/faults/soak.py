@@ -83,11 +83,13 @@ def main() -> None:
     chance = random.Random(0)
     began = time.monotonic()
     num_finished = 0
-    flickers = (atari.make_atari, vars(finish)["final_evaluation"])
+    flickers = (atari.make_atari, getattr(finish, "final_evaluation"))  # noqa: B009
     signal.signal(signal.SIGALRM, stop_in_time)
     for pong in itertools.cycle([True, False]):
         runs = args.folder / str(pong)
-        atari.make_atari, vars(finish)["final_evaluation"] = (make_pong, stop) if pong else flickers
+        make_atari, final_evaluation = (make_pong, stop) if pong else flickers
+        setattr(atari, "make_atari", make_atari)  # noqa: B010  # other rules than the module's, for this cycle
+        setattr(finish, "final_evaluation", final_evaluation)  # noqa: B010
         code = cycle(runs, chance.uniform(0.1, 12.0 if pong else 3.0), pong)
         if code not in (0, 75):
             sys.exit(f"exit {code}; look at {runs}")
