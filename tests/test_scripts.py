@@ -141,7 +141,7 @@ def test_the_flags_work_together(teacher: str, finished: Path, tmp_path: Path) -
     )
     rounds = rounds_of(run)
     assert [r["num_states"] for r in rounds] == [4608 + 32 * k for k in (1, 2, 3)]
-    temperatures = [r["schedules"]["loss.loss.loss.temperature"] for r in rounds]
+    temperatures = [r["schedules"]["loss.loss.temperature"] for r in rounds]
     assert temperatures == pytest.approx([4.0, 2.0, 1.0])
     assert [r["student_return"] is None for r in rounds] == [True, True, False]  # an evaluation came between
     assert all(("teacher_disagreement" in r) == is_ensemble for r in rounds)

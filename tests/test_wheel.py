@@ -1,5 +1,6 @@
 """The built wheel, installed into a fresh environment outside the checkout, is whole."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from code_metrics import source_files
 
@@ -47,7 +49,9 @@ def test_the_wheel_installs_and_imports_outside_the_checkout(tmp_path: Path) -> 
         "t = policykd.load_teacher(game='Pong'); e = policykd.make_env('Pong', 1, 0);"
         "print(t(e.reset()).shape)"
     )
-    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    how: dict[str, Any] = {"check": False, "capture_output": True, "text": True, "cwd": tmp_path, "env": elsewhere}
+    done = subprocess.run([python, "-c", code], **how)
     assert done.stdout.strip() == "torch.Size([1, 6])", done.stderr
-    helped = subprocess.run([environment / "bin" / "policykd", "--help"], check=False, capture_output=True, text=True)
+    helped = subprocess.run([environment / "bin" / "policykd", "--help"], **how)
     assert "train-teacher" in helped.stdout, helped.stderr

@@ -1,7 +1,6 @@
 """The files of a run that a report shows, each read with its type and a size limit."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -54,11 +53,6 @@ def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
     results = results or load_results(run)
     if results is None:
         raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
-    # NaN and infinity pass the types, but a page would show them as numbers.
-    try:
-        json.dumps(asdict(results), allow_nan=False)
-    except ValueError as error:
-        raise BadFile(f"{run / RESULTS}: a number is not finite ({error}); start a new run") from error
     config = RunConfig()
     if (run / "config.json").exists():
         config = read_json(RunConfig, run / "config.json", next_step="start a new run under another --name")

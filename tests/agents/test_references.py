@@ -250,7 +250,7 @@ PROTOCOL = {"returns": [1, 2.5], "mean": 7.0, "interval": [0, 0]}
         ({"protocols": {"noop_sampled": [1.0]}}, "protocols.noop_sampled: Input should be"),
         ({"protocols": {"noop_sampled": {"returns": ["a"] * 40}}}, "returns.0: Input should be a valid number"),
         ({"protocols": {"noop_sampled": {"returns": "12"}}}, "returns: Input should be a valid array"),
-        ({"protocols": {"noop_sampled": {"returns": [1.0, float("nan")]}}}, "returns.1: Input should be a finite"),
+        ({"protocols": {"noop_sampled": {"returns": [1.0, float("nan")]}}}, "expected value"),
         ({"protocols": {"noop_sampled": {"returns": [10**400]}}}, "returns.0: Input should be a finite number"),
         ({"protocols": {"noop_sampled": {"returns": [1e13]}}}, "returns.0: Input should be less than"),
         ({"protocols": {"noop_sampled": {"returns": []}}}, "returns: Tuple should have at least 1 item"),

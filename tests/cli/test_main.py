@@ -98,10 +98,6 @@ ERRORS = {
     "an unknown loss": ("--game Pong --loss huber", "--loss huber: invalid; give one of forward-kl"),
     "a schedule that ends at 0": ("--game Pong --loss.temperature linear:1:0", "temperature must be"),
     "too much noise": ("--game Pong --states student --states.epsilon 7", "epsilon must be in [0, 1]"),
-    "features of an ensemble": (
-        "--game Pong --teacher bundled:ppo+bundled:dqn --auxiliary.hint 1",
-        "need the teacher's features",
-    ),
     "weights for too many": (
         "--game Pong --teacher bundled:ppo+bundled:dqn --teacher-weights 1,2,3",
         "3 teacher weights for 2 teachers",

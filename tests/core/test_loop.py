@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from policykd.loop import DistillConfig, distill, forward_kl
 from policykd.losses import ActionNLL, Batch, ForwardKL, LogitMSE, LossFn, Metrics, ReverseKL
 from policykd.replay import Replay
 from policykd.schedules import Linear, ReturnGap
-from policykd.states import MixedStates, StateSource, StudentStates, TeacherStates
+from policykd.states import DatasetStates, MixedStates, StateSource, StudentStates, TeacherStates
 from policykd.train_state import Rollout, TrainState
 from tests.core.problems import SMALL, Problem, identity_teacher
 from tests.identity_env import IdentityEnv
@@ -325,7 +326,8 @@ def test_updates_stay_on_the_device_of_the_states() -> None:
         episode_starts_B=torch.ones(4, dtype=torch.bool),
         rollout=Rollout(first=64, student_fraction=0.0, episodes=[]),  # nothing to measure, which reads numbers back
     )
-    config = DistillConfig(rounds=1, states_per_round=4, updates_per_round=5, batch_size=64, threads=4)
+    states = DatasetStates(Path("stored"))  # nothing is collected
+    config = DistillConfig(rounds=1, updates_per_round=5, batch_size=64, threads=4, states=states)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # the round's means, after its updates
         next(distill(identity_teacher, student, envs, config, loss_fn=loss_fn, state=state))
     assert seen == [{"meta"}] * 5

@@ -108,8 +108,8 @@ def test_what_is_held_out_and_what_is_history_are_never_drawn() -> None:
     frames = torch.arange(20.0).view(20, 1).numpy()
     is_history = torch.isin(torch.arange(20), history).numpy()
     for part in (slice(0, 12), slice(12, 20)):
-        shard = {"frames": frames[part], "pasts": torch.zeros(20, dtype=torch.uint8).numpy()[part]}
-        replay.extend({**shard, "history": is_history[part]})
+        shard = {"frames": frames[part], "num_past_frames": torch.zeros(20, dtype=torch.uint8).numpy()[part]}
+        replay.extend({**shard, "context_only": is_history[part]})
     replay.num_held_out = 3
     obs, scores_BA = sample(replay, 20_000)
     counts = torch.bincount(obs.long().squeeze(1), minlength=20)

@@ -452,7 +452,7 @@ def test_a_damaged_checkpoint_costs_one_round(
     harm(runs / "Pong/r/checkpoints" / name)
     code, said = warm(runs)
     assert code == 0, said
-    assert re.search(r"warning: .*-000003\.\w+: .*: continuing from round 2, the previous one", said), said
+    assert re.search(r"warning: .*-000003\.\w+: .*; continuing from round 2, the previous one", said), said
     assert learned(runs / "Pong/r") == whole.learned
 
 

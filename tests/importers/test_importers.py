@@ -257,7 +257,7 @@ def test_a_wrong_game_and_a_damaged_minari_file(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"total_episodes": float("inf")}, "total_episodes: "),
+        ({"total_episodes": float("inf")}, "expected value"),
         ({"action_space": '{"type": "Discrete", "n": -3}'}, "action_space.n: "),
         ({"action_space": '{"type": "Discrete", "n": 2, "start": Infinity}'}, "action_space.start: "),
         ({"observation_space": '{"shape": [99999999], "dtype": "uint8"}'}, "observation_space.shape.0: "),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from policykd.io.signals import handle_signals
 from policykd.viewer.window import has_screen, show
 
 pygame = pytest.importorskip("pygame")
@@ -105,7 +106,7 @@ def test_ctrl_c_closes_it() -> None:
                 signal.raise_signal(signal.SIGINT)
             yield picture
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), handle_signals():  # whatever the shell has set for SIGINT
         show(interrupted(), **FAST)  # type: ignore[arg-type]
     assert not pygame.display.get_init()
 
