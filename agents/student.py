@@ -339,15 +339,16 @@ def init_student(shape: Shape, seed: int = 0) -> Student:
     return student
 
 
-def save_student(student: Student, path: Path, provenance: Provenance | None = None) -> None:
+def save_student(student: Student, path: str | Path, provenance: Provenance | None = None) -> None:
     """Writes `student.safetensors` and `student.json` into a folder, created if missing, each atomically.
 
     Raises:
         OSError: no space left or no permission; the previous files stay.
     """
     # The weights come first: student.json marks a complete student.
+    folder = Path(path)
     weights = packed_weights(student)
-    write_atomically(path / "student.safetensors", weights)
+    write_atomically(folder / "student.safetensors", weights)
     shape = student.shape
     version = 1
     # The lowest version that reads this student correctly, so that older releases load most students.
@@ -358,7 +359,7 @@ def save_student(student: Student, path: Path, provenance: Provenance | None = N
     provenance = provenance or Provenance()
     origin = {f.name: getattr(provenance, f.name) for f in fields(Provenance)}
     card = StudentCard(format=version, sha256=hashlib.sha256(weights).hexdigest(), shape=shape, **origin)
-    write_atomically(path / "student.json", to_json(card))
+    write_atomically(folder / "student.json", to_json(card))
 
 
 def packed_weights(student: Student) -> bytes:

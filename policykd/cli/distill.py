@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from policykd.cli.arguments import parse_args
@@ -34,10 +35,13 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
     """Returns the arguments; those of `--config FILE` are the defaults of the others."""
     # The file has to be read before the other flags are parsed, so --config is looked for by hand.
     default = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         flag, joined, value = word.partition("=")
         if flag == "--config":
-            default = _load_config(Path(value if joined else following))
+            name = value if joined else following
+            if not name:
+                raise ValueError("--config needs a file: the config.json of a run")
+            default = _load_config(Path(name))
     return parse_args(DistillArgs, words, prog=prog, default=default)
 
 
@@ -49,7 +53,10 @@ def run(args: DistillArgs) -> None:
 
 def _load_config(path: Path) -> DistillArgs:
     record = read_json(RunRecord, path, next_step="give the config.json of a run of policykd distill")
+    if record.subcommand != "distill":
+        raise ValueError(f"--config {path}: a run of policykd {record.subcommand}, not of distill; give another file")
     config = from_settings(DistillArgs, record.settings, path)
-    # The same agent, also if its repository has a newer one by now; a folder and a life of its own.
+    # The same agent, also if its repository has a newer one by now; a folder of its own. Pickles are never executed
+    # because a file says so, only by a flag of this command.
     teacher = pin_teacher_revision(config.teacher, record)
-    return replace(config, teacher=teacher, name="", resume=False)
+    return replace(config, teacher=teacher, name="", resume=False, trust_pickle=False)

@@ -9,14 +9,14 @@ import tyro
 from policykd.cli.main import load_command
 from policykd.io.machine import DeviceName
 from policykd.runs.folder import load_run_config
-from policykd.runs.groups import DebugArgs, from_settings
+from policykd.runs.groups import DebugArgs, TrustArgs, from_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeArgs(DebugArgs):
+class ResumeArgs(DebugArgs, TrustArgs):
     """Continues an interrupted run from its last checkpoint, with the flags that it was started with.
 
-    A larger budget lengthens the run, also a finished one: its schedules then follow the new budget.
+    A larger budget lengthens the run, a finished one of `policykd distill` too: its schedules follow the new budget.
 
     Typical commands:
       policykd resume runs/Pong/NAME
@@ -50,8 +50,13 @@ def run(args: ResumeArgs) -> None:
     if folder.parent.name != record.settings.get("game"):
         raise ValueError(f"{args.run}: move the folder of a run to FOLDER/{record.settings.get('game')}/NAME first")
     # Flags of several commands are offered here; each run has only those of its own.
-    given = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "run"}
+    given = {
+        field.name: getattr(args, field.name) for field in fields(args) if field.name not in ("run", "trust_pickle")
+    }
     changes = {name: value for name, value in given.items() if value is not None}
+    # Never taken from the file: a foreign folder could otherwise have pickles executed.
+    if args.trust_pickle or "trust_pickle" in record.settings:
+        changes["trust_pickle"] = args.trust_pickle
     if unknown := changes.keys() - record.settings.keys():
         flag = min(unknown).replace("_", "-")
         raise ValueError(f"--{flag}: not a flag of policykd {record.subcommand}, which started the run; leave it out")

@@ -31,7 +31,7 @@ def prepare_device(name: DeviceName, threads: int) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
-    if not available[name]:
+    if not available.get(name):
         raise ValueError(f"--device {name}: not available in torch {torch.__version__}; use --device cpu")
     return torch.device(name)
 

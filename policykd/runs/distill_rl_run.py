@@ -127,6 +127,11 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     if started:
         resume_run(run, started, record)
     if results:
+        num_episodes = min(protocol.num_episodes for protocol in results.student.protocols.values())
+        if num_episodes < config.eval_episodes:
+            raise ValueError(
+                f"{run}: is finished, with {num_episodes} episodes per protocol; policykd evaluate {run} plays more"
+            )
         print(results.summary())
         return results
     # Checked once per run; a resumed one keeps the result, from which schedules take the returns.

@@ -100,7 +100,7 @@ def distill_run(config: DistillRunConfig) -> RunResult:
 def run_folder(config: DistillRunConfig) -> Path:
     """Returns the folder of a run; without a name, one made of the student's size, the seed and the time."""
     name = f"{config.student.replace('%', 'pct')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return config.folder / canonical_name(config.game) / (config.name or name)
+    return Path(config.folder) / canonical_name(config.game) / (config.name or name)
 
 
 def check_device(config: DistillRunConfig, device: torch.device) -> None:
@@ -251,10 +251,6 @@ def _restore(job: _Job, state: TrainState, *, is_resumed: bool) -> None:
         restore_checkpoint(state, folder)
     elif is_resumed:
         print(f"warning: {job.run}: no checkpoint yet; the run starts from the beginning", file=sys.stderr)
-    # The last round of a run collects no states for a next one. If the run was lengthened, the loop collects them now.
-    is_lengthened = state.round < job.config.rounds and state.rollout and state.rollout.first == len(state.replay)
-    if is_lengthened and not job.config.is_offline:
-        state.rollout = None
 
 
 def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> None:

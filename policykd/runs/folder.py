@@ -133,9 +133,12 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
         raise ValueError(
             f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
         )
-    if budget > before:
-        started = replace(started, settings={**started.settings, key: budget})
+    # The number of episodes too: an interrupted resume must not forget what it was asked for.
+    settings = {**started.settings, key: budget, "eval_episodes": now.settings["eval_episodes"]}
+    if settings != started.settings:
+        started = replace(started, settings=settings)
         write_run_config(run, started)
+    if budget > before:
         add_note(run, f"lengthened from {before} to {budget} {key}")
     return started
 

@@ -133,6 +133,7 @@ def test_a_finished_run_is_lengthened(tiny: DistillRunConfig, tmp_path: Path) ->
     before = learned(run)
     execute("resume", [str(run), "--eval-episodes", "4"])
     assert learned(run) == before
+    assert load_run_config(run).settings["eval_episodes"] == 4  # what an interrupted resume would continue with
 
 
 def test_a_config_repeats_a_run(tiny: DistillRunConfig, tmp_path: Path) -> None:
