@@ -134,7 +134,7 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
             f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
         )
     # The number of episodes too: an interrupted resume must not forget what it was asked for.
-    settings = {**started.settings, key: budget, "eval_episodes": now.settings["eval_episodes"]}
+    settings = started.settings | {name: now.settings[name] for name in (key, "eval_episodes") if name in now.settings}
     if settings != started.settings:
         started = replace(started, settings=settings)
         write_run_config(run, started)
