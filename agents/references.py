@@ -15,7 +15,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 ALGORITHMS = ("ppo", "a2c", "dqn", "qrdqn")
 """in the order in which `bundled` tries them"""
 TEACHER_HELP = (
-    "teacher: `auto` (the one bundled for the game, else hub:ppo), `bundled` or `bundled:ALGO`, an SB3 .zip or its"
+    "`auto` (the one bundled for the game, else hub:ppo), `bundled` or `bundled:ALGO`, an SB3 .zip or its"
     " unpacked folder, an rl-zoo folder (ALGO/ENV_1), an .onnx file, `hub:ALGO[@REVISION]` (the rl-zoo agent for the"
     " game), `hub:OWNER/NAME[@REVISION]`, or several joined by `+`; ALGO is ppo, a2c, dqn or qrdqn; no code in the file"
     " is executed"

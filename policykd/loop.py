@@ -77,7 +77,7 @@ class Round:
     new_states: dict[str, float]
     """the same metrics on states that the student has not been trained on: this round's, or those held out"""
     learning_rate: float
-    """of the last update"""
+    """learning rate of the last update"""
     student_return: float | None
     """mean return of the student's latest episodes of its own, which schedules may follow"""
     schedules: dict[str, float]
@@ -86,7 +86,7 @@ class Round:
     train_seconds: float
     """the next round's states are collected during this time"""
     seconds: float
-    """of the whole round, wall clock"""
+    """wall-clock time of the whole round"""
     state: TrainState
     """the run's state after this round, to save or to change"""
 

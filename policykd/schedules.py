@@ -20,10 +20,10 @@ class Progress(float):
     """
 
     student_return: float | None
-    """of the student's latest episodes of its own; None before there are any"""
+    """return of the student over its latest own episodes; None before there are any"""
     teacher_return: float | None
     random_return: float
-    """of a random policy, which counts as no skill at all"""
+    """return of a random policy, which counts as no skill at all"""
 
     def __new__(
         cls,

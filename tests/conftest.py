@@ -39,7 +39,7 @@ class Small:
 def small() -> Small:
     from policykd.agents.policy import sample
     from policykd.agents.teacher import load_teacher
-    from policykd.compression.fine_tuning import ROUNDS, FineTuning, Settings
+    from policykd.compression.fine_tuning import ROUNDS, ComparisonSettings, FineTuning
     from policykd.compression.networks import teacher_as_student
     from policykd.envs.atari import make_atari
     from policykd.replay import Replay
@@ -57,7 +57,7 @@ def small() -> Small:
         step = envs.step(sample(outputs_BA, generator))
         obs, starts_B = step.obs, step.starts_B
     replay.num_held_out = num_states // 5
-    settings = Settings("Pong", teacher.sha256, "states", updates=ROUNDS, batch_size=8)
+    settings = ComparisonSettings("Pong", teacher.sha256, "states", updates=ROUNDS, batch_size=8)
     tuning = FineTuning(settings, teacher, make_atari("Pong", 1, 0), replay)
     return Small(tuning, teacher_as_student(teacher), replay.gather(torch.arange(100, 164)))
 

@@ -9,7 +9,7 @@ import tyro
 from policykd.agents.student import load_student
 from policykd.agents.teacher import Teacher
 from policykd.compression.comparison import compare, comparison_table
-from policykd.compression.fine_tuning import FineTuning, Settings
+from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
 from policykd.compression.pareto import draw_pareto
 from policykd.compression.recipes import STANDARD, check_recipe
 from policykd.envs.atari import make_atari
@@ -90,7 +90,9 @@ def run(args: CompressArgs) -> None:
     assert replay is not None
     label_preloaded(replay, teacher)
     # One environment, which is never stepped: the loop reads the shapes of observations and actions from it.
-    settings = Settings(game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed)
+    settings = ComparisonSettings(
+        game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed
+    )
     tuning = FineTuning(settings, teacher, make_atari(game, 1, args.seed), replay, args.threads)
 
     # Networks that the folder holds already are not made again, so an interrupted comparison continues.

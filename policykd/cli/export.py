@@ -11,9 +11,9 @@ import tyro
 from policykd.agents.student import Student, read_student_card
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.envs.actions import action_names
-from policykd.evaluation.policies import infer_game, load_named_policy, run_folder
+from policykd.evaluation.policies import find_run, infer_game, load_named_policy
 from policykd.evaluation.real_states import on_policy_states
-from policykd.export import FORMATS, ExportSource, FormatName, Manifest, check_format, export
+from policykd.export import FORMATS, ExportManifest, ExportSource, FormatName, check_format, export
 from policykd.io.machine import prepare_device
 from policykd.runs.groups import DebugArgs, Positive, SeedArgs
 
@@ -86,7 +86,7 @@ def run(args: ExportArgs) -> None:
 
 def _load_source(args: ExportArgs) -> tuple[ExportSource, Path]:
     """Returns the policy to export, and the folder for its files."""
-    run_path = run_folder(args.policy)
+    run_path = find_run(args.policy)
     teacher = None
     if run_path is None:
         if not args.game or args.out is None:
@@ -106,7 +106,7 @@ def _load_source(args: ExportArgs) -> tuple[ExportSource, Path]:
     return source, folder
 
 
-def _summary(path: Path, manifest: Manifest) -> str:
+def _summary(path: Path, manifest: ExportManifest) -> str:
     validation = manifest.validation
     return (
         f"{path}: {manifest.num_bytes:,} bytes; on {validation.num_states:,} real states outputs within"

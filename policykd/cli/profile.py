@@ -10,7 +10,7 @@ import tyro
 
 from policykd.agents.teacher import TEACHER_HELP
 from policykd.cli.evaluate import check_output_file
-from policykd.evaluation.policies import infer_game, load_named_policy, run_folder
+from policykd.evaluation.policies import find_run, infer_game, load_named_policy
 from policykd.evaluation.profile import ProfileOptions, profile, profile_table
 from policykd.evaluation.runtimes import RUNTIMES, RuntimeName
 from policykd.io.typed import write_json
@@ -67,7 +67,7 @@ def run(args: ProfileArgs) -> None:
 
 def _default_file(refs: tuple[str, ...]) -> Path:
     # Next to the results of the run that is profiled; teachers alone have no folder.
-    runs = [run for run in map(run_folder, refs) if run]
+    runs = [run for run in map(find_run, refs) if run]
     if runs:
         return runs[0] / "profile.json"
     return Path(f"profile-{re.sub(r'[^A-Za-z0-9.-]+', '-', refs[0])}.json")

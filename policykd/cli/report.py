@@ -28,7 +28,7 @@ class ReportArgs(DebugArgs, TrustArgs, SeedArgs):
     run: Annotated[Path, tyro.conf.Positional]
     """folder of a run, such as runs/Pong/pong, or of a comparison by policykd compress"""
     teacher: Annotated[
-        str, tyro.conf.arg(help=f"location of the run's own teacher, if it has moved; {TEACHER_HELP}")
+        str, tyro.conf.arg(help=f"location of the run's own teacher, if it has moved: {TEACHER_HELP}")
     ] = ""
     seconds: Annotated[float, Field(ge=1.0, le=120.0)] = 16.0
     """length of the film"""

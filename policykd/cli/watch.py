@@ -90,7 +90,7 @@ def run(args: WatchArgs) -> None:
     if reason:
         print(f"{reason}, so {num_steps / animation.STEPS_PER_SECOND:.0f} seconds of play are written to a file")
     # Next to the run that is watched, if it is one.
-    out = args.out or (policies.run_folder(args.policy) or Path()) / "watch.gif"
+    out = args.out or (policies.find_run(args.policy) or Path()) / "watch.gif"
     pictures = animation.render_video(players, settings)
     content = animation.encode_animation(pictures, args.every, ANIMATION_FORMATS[out.suffix.lower()])
     write_atomically(out, content)
@@ -106,7 +106,7 @@ def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:
     """Returns the policies to show, a teacher before a student."""
     # Left the teacher, right the student, whichever was named first.
     policy = policies.load_named_policy(args.policy, game, trust_pickle=args.trust_pickle)
-    own_run = policies.run_folder(args.policy)
+    own_run = policies.find_run(args.policy)
     if args.against == "none" or (args.against == "teacher" and own_run is None):
         return [policy]
     if args.against == "teacher":

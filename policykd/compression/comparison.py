@@ -20,9 +20,9 @@ from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.onnx_session import open_session
 from policykd.agents.student import Student, load_student, save_student
-from policykd.compression.fine_tuning import FineTuning, Settings
+from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
 from policykd.compression.quantization import export_student, shipped_bytes
-from policykd.compression.recipes import check_recipe, family, make_student, num_trainings, parent, quantization
+from policykd.compression.recipes import apply_recipe, check_recipe, family, num_trainings, parent, quantization
 from policykd.evaluation.costs import measure_latencies
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
 from policykd.evaluation.results import (
@@ -54,7 +54,7 @@ class Row(PolicyResult):
 
     recipe: str
     family: str
-    settings: Settings
+    settings: ComparisonSettings
     file: str = ""
     """the ONNX file that was measured, played and timed"""
     sha256: str = ""
@@ -70,7 +70,7 @@ class Row(PolicyResult):
 class Comparison:
     """The content of `compression.json`."""
 
-    settings: Settings
+    settings: ComparisonSettings
     rows: dict[str, Row]
     """by recipe, and random play as `RANDOM`"""
     command: str
@@ -131,7 +131,7 @@ def _with_parents(recipes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(each)))
 
 
-def _read_row(path: Path, settings: Settings) -> Row:
+def _read_row(path: Path, settings: ComparisonSettings) -> Row:
     row = read_json(Row, path, next_step=f"remove {path.parent}, the row is made again")
     # Rows of different budgets, teachers or states must not appear in one table.
     if row.settings != settings:
@@ -174,7 +174,7 @@ def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) 
     began = time.perf_counter()
     # Read from the parent's folder: an interrupted command gives the same network as one that was not.
     previous = load_student(_row_folder(folder, parent(recipe))) if parent(recipe) else student
-    made = make_student(recipe, previous, tuning)
+    made = apply_recipe(recipe, previous, tuning)
     seconds = time.perf_counter() - began
 
     settings = tuning.settings

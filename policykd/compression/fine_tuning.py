@@ -32,7 +32,7 @@ FROM_TRAINED = 2e-3
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """Settings that all rows of a comparison share; they are recorded with every row."""
 
     game: str
@@ -56,7 +56,7 @@ class Settings:
 class FineTuning:
     """Teacher, labelled states and budget that all methods of a comparison share."""
 
-    settings: Settings
+    settings: ComparisonSettings
     teacher: Teacher
     envs: VectorEnv
     """an environment of the game; it is not stepped"""

@@ -90,7 +90,7 @@ def family(recipe: str) -> str:
     return size if size in STARTS else TARGETS[targets]
 
 
-def make_student(recipe: str, previous: Student, tuning: FineTuning) -> Student:
+def apply_recipe(recipe: str, previous: Student, tuning: FineTuning) -> Student:
     """Returns the student of a recipe, by applying its last method to the student of `parent(recipe)`.
 
     For a recipe without methods, `previous` is the run's student.

@@ -30,7 +30,7 @@ class NamedPolicy:
     policy: Student | Teacher
 
 
-def run_folder(ref: str) -> Path | None:
+def find_run(ref: str) -> Path | None:
     """Returns the folder of the run that a reference names, or None if it names a teacher."""
     path = Path(ref)
     folder = path.parent if path.name == "student.json" else path
@@ -54,7 +54,7 @@ def load_named_policy(
         BadFile: damaged, or made for another game.
     """
     policy: Student | Teacher
-    run = run_folder(ref)
+    run = find_run(ref)
     if run is None:
         policy = load_teachers(
             ref,
@@ -136,7 +136,7 @@ def infer_game(refs: Sequence[str], given: str = "") -> str:
     if given:
         return canonical_name(given)
     for ref in refs:
-        run = run_folder(ref)
+        run = find_run(ref)
         game = read_student_card(run / "student.json").game if run else _game_of_teacher(ref)
         if game:
             return canonical_name(game)

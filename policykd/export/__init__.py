@@ -7,15 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from policykd.export.artifacts import Manifest, Validation, export, validate
+    from policykd.export.artifacts import ExportManifest, Validation, export, validate
     from policykd.export.formats import FORMATS, Artifact, ExportSource, FormatName, check_format, make_artifact
 
 __all__ = [
     "FORMATS",
     "Artifact",
+    "ExportManifest",
     "ExportSource",
     "FormatName",
-    "Manifest",
     "Validation",
     "check_format",
     "export",
@@ -23,7 +23,7 @@ __all__ = [
     "validate",
 ]
 
-_IN_ARTIFACTS = ("Manifest", "Validation", "export", "validate")
+_IN_ARTIFACTS = ("ExportManifest", "Validation", "export", "validate")
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class ExportOrigin:
     """The policy that an artifact was made from."""
 
     student: str = ""
@@ -67,7 +67,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class ExportManifest:
     """Content of NAME.json next to an artifact.
 
     It is written last: an artifact whose sha256 is not its manifest's is incomplete.
@@ -81,7 +81,7 @@ class Manifest:
     """name -> sha256 of the files that are needed in addition"""
     details: dict[str, str | int]
     """runtime, compiler, stack size and the like"""
-    source: Origin
+    source: ExportOrigin
     game: str
     actions: dict[int, str]
     input: TensorSpec
@@ -98,7 +98,7 @@ def export(
     states: Tensor,
     calibration: Tensor,
     command: str = "",
-) -> Manifest:
+) -> ExportManifest:
     """Writes a policy in one format, after validating the file on real states in its own runtime.
 
     The file is `folder / manifest.file`; its manifest is next to it.
@@ -122,7 +122,7 @@ def export(
         validation = validate(artifact, format_name, source, states)
         content = artifact.path.read_bytes()
         extra_files = {path.name: path.read_bytes() for path in artifact.extra_files}
-    manifest = Manifest(
+    manifest = ExportManifest(
         format=format_name,
         file=artifact.path.name,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -203,12 +203,12 @@ def validate(artifact: Artifact, format_name: FormatName, source: ExportSource, 
     return validation
 
 
-def _origin(source: ExportSource) -> Origin:
+def _origin(source: ExportSource) -> ExportOrigin:
     policy = source.policy
     if isinstance(policy, Teacher):
-        return Origin(teacher=policy.record)
+        return ExportOrigin(teacher=policy.record)
     sha256 = hashlib.sha256(packed_weights(policy)).hexdigest()
-    return Origin(student=sha256, shape=policy.shape, teacher=source.teacher)
+    return ExportOrigin(student=sha256, shape=policy.shape, teacher=source.teacher)
 
 
 def _input_spec(obs_shape: tuple[int, ...]) -> TensorSpec:

@@ -54,7 +54,7 @@ class TrustArgs:
 class TeacherArgs:
     """The teacher to learn from."""
 
-    teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = "auto"
+    teacher: Annotated[str, tyro.conf.arg(help=f"teacher: {TEACHER_HELP}")] = "auto"
     teacher_weights: Annotated[str, tyro.conf.arg(help=WEIGHTS_HELP)] = "equal"
     trust_pickle: bool = False
     """let SB3 itself load the teacher, which executes code in the file: only for your own archives"""
@@ -101,7 +101,7 @@ class SeedArgs:
     """The source of randomness."""
 
     seed: Seed = 0
-    """random seed (weights, batches, environments, actions)"""
+    """random seed"""
 
 
 def check_flags(args: Any) -> None:

@@ -6,14 +6,14 @@ import findings
 import pytest
 
 from policykd.compression.comparison import Comparison, Row
-from policykd.compression.fine_tuning import Settings
+from policykd.compression.fine_tuning import ComparisonSettings
 from policykd.compression.recipes import check_recipe, family
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation
 from policykd.evaluation.results import summarise_episodes
 from policykd.io.typed import write_json
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "compression" / "rows.txt"
-SETTINGS = Settings("Pong", "ab", "/states")
+SETTINGS = ComparisonSettings("Pong", "ab", "/states")
 
 
 def _row(recipe: str, num_parameters: int, mean: float, num_bytes: int = 0) -> Row:

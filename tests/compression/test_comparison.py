@@ -20,7 +20,7 @@ from policykd.compression.comparison import (
     comparison_table,
     read_comparison,
 )
-from policykd.compression.fine_tuning import FineTuning, Settings
+from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
 from policykd.compression.networks import weight_layers
 from policykd.compression.pareto import _separate_names, draw_pareto, pareto_front
 from policykd.compression.quantization import export_student, pack_sparse, shipped_bytes
@@ -190,7 +190,7 @@ def _row(recipe: str, family: str, num_parameters: int, mean: float) -> Row:
     return Row(
         recipe=recipe,
         family=family,
-        settings=Settings("Pong", "ab", "/states", 20, 8, 0),
+        settings=ComparisonSettings("Pong", "ab", "/states", 20, 8, 0),
         num_parameters=num_parameters,
         num_macs=10 * num_parameters,
         num_bytes=4 * num_parameters,

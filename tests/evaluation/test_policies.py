@@ -13,10 +13,10 @@ from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.evaluation.policies import (
+    find_run,
     infer_game,
     load_named_policy,
     load_run_teacher,
-    run_folder,
 )
 from policykd.io.files import BadFile
 
@@ -38,8 +38,8 @@ def copied(run: Path, folder: Path, **fields: object) -> Path:
 
 
 def test_a_run_is_its_folder_or_its_card(run: Path) -> None:
-    assert run_folder(str(run)) == run_folder(str(run / "student.json")) == run
-    assert run_folder("bundled:ppo") is None
+    assert find_run(str(run)) == find_run(str(run / "student.json")) == run
+    assert find_run("bundled:ppo") is None
     student = load_named_policy(str(run), "Pong")
     assert isinstance(student.policy, Student)
     assert student.name == run.name

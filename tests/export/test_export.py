@@ -17,7 +17,7 @@ from policykd.agents.networks import Net
 from policykd.agents.student import Student, load_student, make_student, packed_weights, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.cli.main import execute
-from policykd.export import FORMATS, Artifact, ExportSource, FormatName, Manifest, check_format, export, validate
+from policykd.export import FORMATS, Artifact, ExportManifest, ExportSource, FormatName, check_format, export, validate
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile
 from policykd.io.typed import read_json
@@ -49,7 +49,7 @@ def test_each_format_is_written_with_its_manifest(
 ) -> None:
     manifest = export(source, format_name, tmp_path, frames[1::2], frames[::2], "a test")
     path = tmp_path / manifest.file
-    assert manifest == read_json(Manifest, tmp_path / f"{path.name}.json")
+    assert manifest == read_json(ExportManifest, tmp_path / f"{path.name}.json")
     assert manifest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert manifest.source.student == hashlib.sha256(packed_weights(student)).hexdigest()
     assert (manifest.format, manifest.game, manifest.command) == (format_name, "Pong", "a test")
@@ -133,7 +133,7 @@ def test_the_command_exports_a_run(student: Student, tmp_path: Path, capsys: pyt
     assert "warning: --states 64 is few" in printed.err
     files = {path.name for path in (tmp_path / "export").iterdir()}
     assert files == {"student.onnx", "student.onnx.json", "student.npz", "student.npz.json", "numpy_policy.py"}
-    manifest = read_json(Manifest, tmp_path / "export" / "student.npz.json")
+    manifest = read_json(ExportManifest, tmp_path / "export" / "student.npz.json")
     assert manifest.actions[2] == "RIGHT"
     assert manifest.source.student == json.loads((tmp_path / "student.json").read_text())["sha256"]
 

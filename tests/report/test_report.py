@@ -25,7 +25,7 @@ from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.cli.main import execute
 from policykd.compression.comparison import Comparison, Row
-from policykd.compression.fine_tuning import Settings
+from policykd.compression.fine_tuning import ComparisonSettings
 from policykd.envs.actions import action_names
 from policykd.evaluation.costs import measure_costs
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation, ProtocolName
@@ -96,7 +96,7 @@ def results(teacher: Teacher, student: Student) -> RunResult:
 
 @pytest.fixture(scope="module")
 def comparison(results: RunResult, teacher: Teacher) -> Comparison:
-    settings = Settings("Pong", teacher.sha256, INJECTED)
+    settings = ComparisonSettings("Pong", teacher.sha256, INJECTED)
     names = {"teacher": "teacher", "student": INJECTED, "random": "random"}
     rows = {
         role: Row(recipe=name, family=name, settings=settings, **vars(getattr(results, role)))
