@@ -108,6 +108,8 @@ def _subcommand(field: str, given: str, choices: dict[str, Any]) -> list[str]:
     # The path may contain colons itself; only the first one separates it from the name.
     name, has_path, path = given.partition(":")
     takes_path = {name: any(f.name == "path" for f in fields(kind)) for name, kind in choices.items()}
+    if takes_path.get(name) and not path:
+        raise ValueError(f"--{field} {name}: no path; give --{field} {name}:PATH, the folder of a dataset or a run")
     if name not in choices or takes_path[name] != bool(path) or bool(has_path) != bool(path):
         known = ", ".join(f"{name}:PATH" if takes_path[name] else name for name in choices)
         raise ValueError(f"--{field} {given}: invalid; give one of {known}; --{field}.NAME sets its options")

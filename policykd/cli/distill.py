@@ -39,7 +39,7 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
         flag, joined, value = word.partition("=")
         if flag == "--config":
             name = value if joined else following
-            if not name:
+            if not name or name.startswith("--"):
                 raise ValueError("--config needs a file: the config.json of a run")
             default = _load_config(Path(name))
     return parse_args(DistillArgs, words, prog=prog, default=default)

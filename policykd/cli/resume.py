@@ -30,7 +30,8 @@ class ResumeArgs(DebugArgs, TrustArgs):
     steps: int | None = None
     """agent steps in total, at least as many as before (distill-rl, train-teacher)"""
     eval_episodes: int | None = None
-    """full episodes per protocol in the final evaluation"""
+    """full episodes per protocol in the final evaluation; a finished run plays it again if these are more
+    (distill; distill-rl names the command for that)"""
     teacher: str | None = None
     """where the same teacher is now, if it was moved"""
     device: DeviceName | None = None
@@ -43,6 +44,8 @@ def run(args: ResumeArgs) -> None:
     """Resumes the run with the command that started it."""
     # The run's own record has the command and all of its flags.
     folder = args.run.resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{args.run}: folder not found; give the folder of a run, such as runs/Pong/pong")
     record = load_run_config(folder)
     kind, run_command = load_command(record.subcommand)
     config = from_settings(kind, record.settings, folder / "config.json")

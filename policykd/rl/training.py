@@ -27,6 +27,7 @@ RESUMABLE_CHANGES = frozenset(
         *("steps", "checkpoint_every", "eval_every", "eval_episodes", "device", "threads"),
         *("name", "folder", "resume", "debug"),
         "teacher",  # its content is compared, not the reference to it
+        "trust_pickle",  # only ever taken from the command line
     }
 )
 """settings that may differ when a training is resumed"""

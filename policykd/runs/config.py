@@ -1,6 +1,7 @@
 """Config of a distillation run: every flag of `policykd distill`, typed, and what of it may change on resume."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from policykd.agents.student import Size
 from policykd.loop import DistillConfig
@@ -24,12 +25,14 @@ from policykd.runs.groups import (
     MachineArgs,
     Positive,
     RunArgs,
-    SeedArgs,
     TeacherArgs,
+    TrainingSeedArgs,
     check_flags,
     check_name,
+    flag_errors,
+    to_settings,
 )
-from policykd.schedules import Quantity, follows_return
+from policykd.schedules import Quantity, check_bounds, follows_return
 from policykd.states import (
     BlendedStates,
     DatasetStates,
@@ -61,6 +64,7 @@ RESUMABLE_CHANGES = frozenset(
         *("name", "folder", "resume", "debug"),
         *("eval_every", "eval_episodes"),
         "teacher",  # its content is compared, not the reference to it
+        "trust_pickle",  # only ever taken from the command line
         "rounds",  # may grow; compared separately
     }
 )
@@ -82,7 +86,7 @@ class TaskArgs:
 
 # Bases are listed from the last in the help text to the first; where two define a field, the one on the left counts.
 @dataclass(frozen=True, kw_only=True)
-class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
+class DistillRunConfig(RunArgs, MachineArgs, TrainingSeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
     """Settings of a distillation run, the flags of `policykd distill`."""
 
     loss: AnyLoss = ForwardKL()  # noqa: RUF009  (frozen)
@@ -100,7 +104,8 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
     """environments that collect states in parallel"""
 
     def __post_init__(self) -> None:
-        """Checks nothing, unlike the base class: `check_config` does, which knows the flags' names."""
+        """Takes a folder as text too; leaves the checks to `check_config`, which knows the flags' names."""
+        object.__setattr__(self, "folder", Path(self.folder))
 
     @property
     def is_offline(self) -> bool:
@@ -128,7 +133,10 @@ def check_config(config: DistillRunConfig) -> None:
     # Each value by itself ...
     check_flags(config)
     check_name(config.name)
-    config.loop_config(threads=1)  # checks the bounds of the loop's own settings
+    with flag_errors(config):
+        config.loop_config(threads=1)  # checks the bounds of the loop's own settings
+    check_bounds("--min-state-weight", config.min_state_weight, 0.0, 1.0)
+    to_settings(config)  # refuses functions of the user's, which config.json cannot hold
     # ... then those that depend on each other. The buffer is allocated at once, so its size is known now.
     if (gigabytes := config.rounds * config.states_per_round * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
         raise ValueError(f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory; lower one of them")

@@ -111,6 +111,13 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
         raise ValueError(
             f"{run}: is finished, at {finished_steps:,} steps; for --steps {config.steps} give another --name"
         )
+    # Before config.json remembers what was asked for.
+    if results:
+        num_episodes = min(protocol.num_episodes for protocol in results.student.protocols.values())
+        if num_episodes < config.eval_episodes:
+            raise ValueError(
+                f"{run}: is finished, with {num_episodes} episodes per protocol; policykd evaluate {run} plays more"
+            )
 
     # The teacher, the environments, and frames for the student's input scaling.
     teacher = load_run_teacher(config, started, config.game, config.seed)
@@ -127,11 +134,6 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     if started:
         resume_run(run, started, record)
     if results:
-        num_episodes = min(protocol.num_episodes for protocol in results.student.protocols.values())
-        if num_episodes < config.eval_episodes:
-            raise ValueError(
-                f"{run}: is finished, with {num_episodes} episodes per protocol; policykd evaluate {run} plays more"
-            )
         print(results.summary())
         return results
     # Checked once per run; a resumed one keeps the result, from which schedules take the returns.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from policykd.agents.card import TeacherRecord
 from policykd.agents.ensemble import load_teachers
@@ -21,6 +22,10 @@ CONFIG = "config.json"
 NOTES = "notes.log"
 CHECKPOINTS = "checkpoints"
 FINAL_EVALUATION = "final_eval.json"
+NOT_REMEMBERED = ("name", "folder", "resume", "debug", "trust_pickle")
+"""settings that a resumed run leaves in `config.json` as they were; every command line decides them for itself"""
+Subcommand = Literal["distill", "distill-rl", "train-teacher"]
+"""commands that start runs"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,8 @@ class Machine:
 class RunRecord:
     """Content of `config.json`: everything that identifies a run, written when it starts."""
 
-    subcommand: str
-    """command that resumes it: distill, distill-rl or train-teacher"""
+    subcommand: Subcommand
+    """command that resumes it"""
     settings: Settings
     """every flag of that command, given or not"""
     machine: Machine
@@ -133,8 +138,10 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
         raise ValueError(
             f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
         )
-    # The number of episodes too: an interrupted resume must not forget what it was asked for.
-    settings = started.settings | {name: now.settings[name] for name in (key, "eval_episodes") if name in now.settings}
+    # Every changed setting: an interrupted resume must not forget what it was asked for. Where the run is, and how it
+    # was started, is not remembered.
+    changed = {name: value for name, value in now.settings.items() if name not in NOT_REMEMBERED}
+    settings = started.settings | changed
     if settings != started.settings:
         started = replace(started, settings=settings)
         write_run_config(run, started)

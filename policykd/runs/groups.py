@@ -8,6 +8,7 @@ A command's arguments are a frozen, keyword-only dataclass that inherits the gro
 import json
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -122,6 +123,18 @@ def check_flags(args: Any) -> None:
             raise ValueError(f"--{field.name.replace('_', '-')} must be {limits}, not {value}")
 
 
+@contextmanager
+def flag_errors(args: Any) -> Iterator[None]:
+    """Spells the setting that a ValueError begins with as the flag that the user gave: batch_size is --batch-size."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in {field.name for field in fields(args)}:
+            raise
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
+
+
 def _bounds(hint: Any) -> tuple[Any, Any]:
     """Returns the inclusive bounds in an annotation, None where there is none."""
     constraints = [c for extra in getattr(hint, "__metadata__", ()) for c in getattr(extra, "metadata", ())]
@@ -140,7 +153,7 @@ def to_settings(config: object) -> Settings:
     """Returns a config dataclass as JSON.
 
     Raises:
-        ValueError: a schedule that has no spelled form, such as a lambda.
+        ValueError: a schedule, a loss or a state source that has no spelled form, such as a lambda.
     """
     hints = get_type_hints(type(config))
     return {name: _encode(hints[name], value) for name, value in vars(config).items() if name in hints}
@@ -177,9 +190,16 @@ def _encode(hint: Any, value: Any) -> JsonValue:
     # A number stays a number, a schedule becomes the text that the command line takes.
     if _is_quantity(hint):
         return value if value is None or isinstance(value, int | float) else format_schedule(value)
+    members = _members(hint)
+    # The exact class: a subclass of the user's has another name, and may compute something else.
+    if members and type(value) not in members:
+        known = ", ".join(member.__name__ for member in members)
+        raise ValueError(
+            f"{value!r} is not one of those that can be written to config.json: {known}; use distill() for it"
+        )
     # The class is only named where there is a choice.
     if is_dataclass(value):
-        kind = {"kind": type(value).__name__} if len(_members(hint)) > 1 else {}
+        kind = {"kind": type(value).__name__} if len(members) > 1 else {}
         return {**kind, **to_settings(value)}
     return TypeAdapter(hint).dump_python(value, mode="json")  # type: ignore[no-any-return]
 

@@ -298,3 +298,8 @@ def test_nothing_that_is_written_is_a_pickle(tmp_path: Path) -> None:
 def test_the_parity_env_is_what_a_student_sees() -> None:
     obs = make_atari("Pong", 2, seed=0).reset()
     assert make_student("1%", 6)(obs).shape == (2, 6)
+
+
+def test_a_folder_may_be_text(tmp_path: Path) -> None:
+    save_student(make_student("1%", 6), str(tmp_path / "s"))
+    assert load_student(str(tmp_path / "s")).shape.num_actions == 6

@@ -8,8 +8,8 @@ import pytest
 from policykd.agents.card import TeacherRecord
 from policykd.cli import distill, resume
 from policykd.cli.main import execute
-from policykd.runs.config import DistillRunConfig
-from policykd.runs.folder import Machine, RunRecord, write_run_config
+from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig
+from policykd.runs.folder import Machine, RunRecord, check_resumable, write_run_config
 from policykd.runs.groups import to_settings
 
 RECORD = RunRecord(
@@ -49,3 +49,8 @@ def test_what_is_missing_is_named(run: Path) -> None:
     write_run_config(run, replace(RECORD, subcommand="distill-rl"))
     with pytest.raises(ValueError, match="a run of policykd distill-rl, not of distill"):
         distill.parse(["--config", str(run / "config.json")], "policykd distill")
+
+
+def test_a_run_resumes_whether_or_not_pickles_may_be_executed(run: Path) -> None:
+    now = replace(RECORD, settings={**RECORD.settings, "trust_pickle": False})
+    check_resumable(run, RECORD, now, may_change=RESUMABLE_CHANGES)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from policykd.agents.teacher import load_teacher
 from policykd.cli.errors import BAD_FILE, USAGE
 from policykd.cli.main import COMMANDS, execute, load_command, main, run_command
+from policykd.io.machine import prepare_device
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -136,3 +138,17 @@ def test_a_folder_that_is_not_writable_is_one_line(tmp_path: Path, capfd: pytest
     code, error = fails(["--game", "Pong", "--folder", str(tmp_path / "file")], capfd)
     assert (code, error.count("\n")) == (4, 1)
     assert re.search(rf"{tmp_path}/file.*Not a directory", error)
+
+
+def test_a_device_that_torch_does_not_have_is_named() -> None:
+    name: Any = "gpu"
+    with pytest.raises(ValueError, match="--device gpu: not available"):
+        prepare_device(name, 0)
+
+
+def test_help_describes_policies_and_seeds_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        execute("evaluate", ["--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "teacher: teacher:" not in words
+    assert "random seed (default: 0)" in words
