@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 import tyro
 
 from policykd.runs.groups import check_flags
-from policykd.schedules import Quantity, Schedule, format_schedule, parse_schedule
+from policykd.schedules import SCHEDULES, Quantity, Schedule, format_schedule, parse_schedule
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
     registry.primitive_rule(_quantity_rule)
     complaint = io.StringIO()
     more: dict[str, Any] = {} if default is None else {"default": default}
+    expanded: list[str] = []
     try:
         with registry, redirect_stderr(complaint):
             expanded = expand_shorthand(kind, words, default)
@@ -45,7 +46,7 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
     except SystemExit as ended:
         if ended.code in (0, None):  # --help
             raise
-        raise ValueError(_first_sentence(complaint.getvalue())) from None
+        raise ValueError(_explained(_first_sentence(complaint.getvalue()), expanded)) from None
     check_flags(args)
     return args
 
@@ -125,6 +126,15 @@ def _first_sentence(complaint: str) -> str:
     end = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))
     kept = " ".join(line for line in lines[:end] if line in body)
     return f"{' '.join(kept.split())}; --help lists the flags"
+
+
+def _explained(sentence: str, words: Sequence[str]) -> str:
+    """Returns tyro's sentence, or a clearer one about a schedule where only a number is possible."""
+    flag = re.search(r"Error parsing (--[\w.-]+)", sentence)
+    schedules = [word for word in words if word.partition(":")[0] in SCHEDULES and f"'{word}'" in sentence]
+    if flag and schedules and "could not convert string to float" in sentence:
+        return f"{flag[1]} {schedules[0]}: give a number, not a schedule"
+    return sentence
 
 
 def _quantity_rule(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:

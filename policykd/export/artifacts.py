@@ -94,7 +94,7 @@ class ExportManifest:
 def export(
     source: ExportSource,
     format_name: FormatName,
-    folder: Path,
+    folder: str | Path,
     states: Tensor,
     calibration: Tensor,
     command: str = "",
@@ -116,6 +116,7 @@ def export(
         ValueError: the policy cannot be exported in this format, or a package or compiler is missing.
         OSError: no space left or no permission.
     """
+    folder = Path(folder)
     # Nothing appears under its final name before the validation; what fails leaves no trace.
     with tempfile.TemporaryDirectory() as temporary:
         artifact = make_artifact(source, format_name, Path(temporary), calibration)

@@ -143,7 +143,8 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
     changed = {name: value for name, value in now.settings.items() if name not in NOT_REMEMBERED}
     settings = started.settings | changed
     if settings != started.settings:
-        started = replace(started, settings=settings)
+        # With the teacher's record, so that a teacher that was moved is looked for at its new place.
+        started = replace(started, settings=settings, teacher=now.teacher)
         write_run_config(run, started)
     if budget > before:
         add_note(run, f"lengthened from {before} to {budget} {key}")

@@ -194,9 +194,7 @@ def _encode(hint: Any, value: Any) -> JsonValue:
     # The exact class: a subclass of the user's has another name, and may compute something else.
     if members and type(value) not in members:
         known = ", ".join(member.__name__ for member in members)
-        raise ValueError(
-            f"{value!r} is not one of those that can be written to config.json: {known}; use distill() for it"
-        )
+        raise ValueError(f"{value!r} is not one of those that can be written as text: {known}; pass it to distill()")
     # The class is only named where there is a choice.
     if is_dataclass(value):
         kind = {"kind": type(value).__name__} if len(members) > 1 else {}

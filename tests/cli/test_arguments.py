@@ -30,6 +30,7 @@ def test_numbers_and_schedules() -> None:
         (["--min-state-weight", "linear:1"], ["--min-state-weight", "neither a number nor a schedule"]),
         (["--min-state-weight", "inf"], ["--min-state-weight", "must be finite"]),
         (["--loss", "huber"], ["--loss huber", "forward-kl, reverse-kl"]),
+        (["--loss", "logit-mse", "--loss.temperature", "linear:1:2"], ["linear:1:2: give a number, not a schedule"]),
         (["--loss"], ["--loss : invalid", "give one of"]),
         (["--loss", "forward-kl", "--loss.temperature", "-1"], ["temperature must be"]),
         (["--auxiliary.value", "-1"], ["value must be at least 0"]),
@@ -75,7 +76,13 @@ def test_short_forms_on_the_command_line(words: list[str], expected: list[str]) 
     assert expand_shorthand(DistillRunConfig, words) == expected
 
 
-@pytest.mark.parametrize("words", [["--states", "mixed:x"], ["--states", "dataset"], ["--states", "other"]])
+@pytest.mark.parametrize("given", ["dataset", "dataset:"])
+def test_states_without_their_path_are_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="--states dataset: no path; give --states dataset:PATH"):
+        expand_shorthand(DistillRunConfig, ["--states", given])
+
+
+@pytest.mark.parametrize("words", [["--states", "mixed:x"], ["--states", "other"]])
 def test_invalid_states_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match="invalid; give one of mixed, student"):
         expand_shorthand(DistillRunConfig, words)

@@ -46,6 +46,8 @@ def test_what_is_missing_is_named(run: Path) -> None:
         distill.parse([], "policykd distill")
     with pytest.raises(ValueError, match="--config needs a file"):
         distill.parse(["--game", "Pong", "--config"], "policykd distill")
+    with pytest.raises(ValueError, match="nowhere: folder not found"):
+        execute("resume", [str(run / "nowhere")])
     write_run_config(run, replace(RECORD, subcommand="distill-rl"))
     with pytest.raises(ValueError, match="a run of policykd distill-rl, not of distill"):
         distill.parse(["--config", str(run / "config.json")], "policykd distill")

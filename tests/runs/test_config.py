@@ -26,6 +26,15 @@ UNUSUAL = DistillRunConfig(
 )
 
 
+def own_loss(student: object, batch: object) -> None:
+    """A loss function, which only the loop takes."""
+
+
+def test_a_folder_may_be_text() -> None:
+    text: Any = "else/where"
+    assert DistillRunConfig(game="Pong", folder=text).folder == Path("else/where")
+
+
 @pytest.mark.parametrize("config", [UNUSUAL, DistillRunConfig(game="Pong")])
 def test_a_config_is_json_that_reads_back(config: DistillRunConfig) -> None:
     settings = json.loads(json.dumps(to_settings(config)))
@@ -75,13 +84,18 @@ def test_invalid_settings_are_one_line(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rounds": 0}, "rounds must be at least 1, not 0"),
+        ({"rounds": 0}, "^--rounds must be at least 1, not 0"),
         ({"seed": 2**32}, "--seed must be at least 0 and at most 4294967295"),
         ({"name": "../x"}, "--name must be the name of a folder"),
         ({"learning_rate": 0.0}, "--learning-rate must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, not nan"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, not nan"),
         ({"states_per_round": 100}, "--states-per-round 100 is not a multiple of --num-envs 16"),
         ({"rounds": 10**9}, "GB of memory"),
+        ({"batch_size": 0}, "^--batch-size must be at least 1"),
+        ({"temperature": -1.0}, "^--temperature must be at least"),
+        ({"state_weighting": "gap", "min_state_weight": 2.0}, r"--min-state-weight must be in \[0, 1\], not 2"),
+        ({"loss": own_loss}, "own_loss.* is not one of those that can be written as text: ForwardKL"),
+        ({"learning_rate": lambda progress: 0.1}, "is not one of the schedules"),
         ({"min_state_weight": 0.5}, "needs --state-weighting"),
         (
             {"loss": SoftAndHard(hard=ReturnGap(0.5)), "eval_every": 0, "states": TeacherStates()},

@@ -19,6 +19,7 @@ from policykd.rl.training import Training
 from policykd.runs import distill_rl_run as module
 from policykd.runs import finish
 from policykd.runs.distill_rl_run import DistillRLConfig, distill_rl_run
+from policykd.runs.folder import load_run_config
 from policykd.runs.results import load_results
 
 SMALL: dict[str, Any] = {
@@ -86,6 +87,9 @@ def test_a_run_is_interrupted_resumed_and_reported(tmp_path: Path, interrupt_at_
     assert distill_rl_run(config) == result  # a finished run returns its results
     with pytest.raises(ValueError, match="is finished, at 256 steps; for --steps 257 give another --name"):
         distill_rl_run(replace(config, steps=257))
+    with pytest.raises(ValueError, match="is finished, with 1 episodes per protocol; policykd evaluate"):
+        distill_rl_run(replace(config, eval_episodes=2))
+    assert load_run_config(run).settings["eval_episodes"] == 1  # what was refused is not remembered
     with pytest.raises(ValueError, match=r"cannot resume with other settings .*learning_rate was 0\.0, is 0\.1"):
         distill_rl_run(replace(config, learning_rate=0.1))
     with pytest.raises(ValueError, match="holds a run already"):

@@ -91,11 +91,23 @@ def test_another_machine_is_a_warning_and_a_note(tmp_path: Path, capsys: pytest.
 def test_a_budget_may_grow(tmp_path: Path) -> None:
     write_run_config(tmp_path, RECORD)
     assert lengthen_run(tmp_path, RECORD, RECORD, "rounds") == RECORD
-    longer = lengthen_run(tmp_path, RECORD, changed(rounds=5, seed=7), "rounds")
+    longer = lengthen_run(tmp_path, RECORD, changed(rounds=5, resume=True), "rounds")
     assert longer == load_run_config(tmp_path) == changed(rounds=5)
     assert "lengthened from 3 to 5 rounds" in (tmp_path / NOTES).read_text()
     with pytest.raises(ValueError, match=r"fewer rounds \(rounds was 5, is 4\)"):
         lengthen_run(tmp_path, longer, changed(rounds=4), "rounds")
+
+
+def test_every_changed_setting_is_remembered(tmp_path: Path) -> None:
+    write_run_config(tmp_path, RECORD)
+    moved = replace(
+        changed(eval_episodes=100, teacher="copy.zip", trust_pickle=True),
+        teacher=replace(TEACHER, ref="copy.zip", revision=""),
+    )
+    lengthen_run(tmp_path, RECORD, moved, "rounds")
+    resumed = load_run_config(tmp_path)
+    assert resumed.settings == changed(eval_episodes=100, teacher="copy.zip").settings
+    assert pin_teacher_revision("copy.zip", resumed) == "copy.zip"
 
 
 OLD = '{"settings": {"game": "Pong", "loss": "ForwardKL()"}, "command": "x", "versions": {}, "machine": {}}'
