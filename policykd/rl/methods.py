@@ -18,7 +18,7 @@ from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistilla
 from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation, StudentDrivenMethod
 from policykd.rl.teacher_mixin import TeacherMixin
 from policykd.rl.training import TrainingArgs
-from policykd.runs.groups import TrainingSeedArgs
+from policykd.runs.groups import SeedArgs
 from policykd.schedules import Linear, Progress, Quantity, ReturnGap, check_bounds, resolve
 
 MethodName = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]
@@ -85,7 +85,7 @@ MAX_LEARNING_STARTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodArgs(TrainingArgs, TrainingSeedArgs):
+class MethodArgs(TrainingArgs, SeedArgs):
     """The method and what it learns by."""
 
     method: MethodName = "ppd"

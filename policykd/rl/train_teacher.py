@@ -40,7 +40,7 @@ from policykd.runs.groups import (
     NotNegative,
     Positive,
     RunArgs,
-    TrainingSeedArgs,
+    SeedArgs,
     check_flags,
     check_name,
     to_settings,
@@ -82,7 +82,7 @@ EVALUATION_SEED_OFFSET = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacherConfig(TrainingArgs, MachineArgs, TrainingSeedArgs, RunArgs):
+class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs):
     """Trains a teacher with Stable-Baselines3's own algorithms and the zoo's hyperparameters, and writes its card.
 
     Writes runs/GAME/NAME/ with TensorBoard curves, checkpoints/, and at the end ALGO-GAME.zip, an SB3 archive, with its

@@ -25,8 +25,8 @@ from policykd.runs.groups import (
     MachineArgs,
     Positive,
     RunArgs,
+    SeedArgs,
     TeacherArgs,
-    TrainingSeedArgs,
     check_flags,
     check_name,
     flag_errors,
@@ -86,7 +86,7 @@ class TaskArgs:
 
 # Bases are listed from the last in the help text to the first; where two define a field, the one on the left counts.
 @dataclass(frozen=True, kw_only=True)
-class DistillRunConfig(RunArgs, MachineArgs, TrainingSeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
+class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
     """Settings of a distillation run, the flags of `policykd distill`."""
 
     loss: AnyLoss = ForwardKL()  # noqa: RUF009  (frozen)
