@@ -1,4 +1,4 @@
-"""Charts: what they draw, as matplotlib is told to draw it and as the page gets it."""
+"""Charts of the report: the data that they draw, and the SVG in the page."""
 
 import re
 
