@@ -53,7 +53,9 @@ def centre_input(policy: nn.Module, scaling: InputScaling) -> None:
 
 @torch.no_grad()
 def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> None:
-    """Copies a teacher's convolutions and features into an SB3 policy, and its head if both are PPO's or A2C's.
+    """Copies a teacher's convolutions and features into an SB3 policy, and its heads if both are PPO's or A2C's.
+
+    A good policy with a random critic would be unlearned in the first updates, so the critic's head comes along.
 
     `scaling` is the one that `centre_input` will be given.
 
@@ -75,6 +77,8 @@ def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> No
         first.weight.mul_(scaling.scale / 255.0)
     if isinstance(policy, ActorCriticPolicy) and teacher.algorithm in ("PPO", "A2C"):
         policy.action_net.load_state_dict(net.dense[-1].state_dict())
+        if isinstance(teacher.critic, nn.Linear):
+            policy.value_net.load_state_dict(teacher.critic.state_dict())
 
 
 def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[str, Tensor]:

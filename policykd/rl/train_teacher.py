@@ -39,6 +39,7 @@ from policykd.runs.groups import (
     MachineArgs,
     NotNegative,
     Positive,
+    Probability,
     RunArgs,
     SeedArgs,
     check_flags,
@@ -100,12 +101,15 @@ class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs):
     """parallel environments; 0 is 16 for A2C, 8 for the others; DQN and QR-DQN train once per 4 steps in any case"""
     hyperparams: tuple[str, ...] = ()
     """hyperparameters that replace the zoo's, each as NAME:NUMBER, such as learning_rate:3e-4 n_steps:3"""
+    sticky: Probability = 0.0
+    """probability per frame that the last action is repeated (Machado et al., 2018, use 0.25); a teacher trained with 0
+    often plays badly under sticky actions"""
     centre: bool = False
     """train on frames centred on the background and scaled by their spread (folded into the weights at the end), which
     leaves Pong's plateau sooner"""
     start_from: str = ""
-    """teacher to start from (Agarwal et al., 2022): its convolutions and features are copied, and a policy's head; for
-    DQN and QR-DQN it also fills the replay buffer, with sampled actions in place of random ones"""
+    """teacher to start from (Agarwal et al., 2022): its convolutions and features are copied, and both heads of a
+    policy; for DQN and QR-DQN it also fills the replay buffer, with sampled actions in place of random ones"""
     eval_episodes: Positive = 100
     """full episodes per protocol at the end, for the card"""
     name: str = ""
@@ -128,7 +132,10 @@ def train_teacher(config: TrainTeacherConfig) -> Card:
     device = prepare_device(config.device, config.threads)
     run = config.folder / config.game / (config.name or f"{config.algo}-seed{config.seed}")
     # One process per folder; the emulators are closed whatever happens.
-    with lock_folder(run), closing(make_atari(config.game, num_envs, config.seed)) as envs:
+    with (
+        lock_folder(run),
+        closing(make_atari(config.game, num_envs, config.seed, repeat_action_probability=config.sticky)) as envs,
+    ):
         return _train(run, config, SB3VecEnv(envs, clip_rewards=True), device)
 
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 Positive = Annotated[int, Bounds(ge=1)]
 NotNegative = Annotated[int, Bounds(ge=0)]
+Probability = Annotated[float, Bounds(ge=0, le=1)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 """what NumPy, torch and the emulators all accept"""
 Settings = dict[str, JsonValue]

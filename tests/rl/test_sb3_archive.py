@@ -85,6 +85,8 @@ def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor
     if centred:
         centre_input(model.policy, scaling)
     torch.testing.assert_close(scores(model, "PPO", frames), teacher(frames).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
+    values_B = model.policy.predict_values(frames).squeeze(-1)  # type: ignore[operator]
+    torch.testing.assert_close(values_B, teacher.values(frames), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

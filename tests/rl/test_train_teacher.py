@@ -13,7 +13,7 @@ from stable_baselines3 import DQN
 from policykd.agents.card import Card
 from policykd.agents.teacher import load_teacher
 from policykd.cli.main import execute
-from policykd.envs.atari import make_atari
+from policykd.envs.atari import AtariEnvs, make_atari
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.evaluation.results import FinishedGames
@@ -71,6 +71,22 @@ def test_a_teacher_is_trained_interrupted_resumed_and_used(tmp_path: Path, monke
     assert (resumed.card.wall_seconds or 0) > 0
 
 
+@pytest.mark.usefixtures("canned_games")
+def test_sticky_actions_are_those_of_the_environments_and_in_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def make_and_note(*args: Any, **kwargs: Any) -> AtariEnvs:
+        asked.append(kwargs.get("repeat_action_probability", 0.0))
+        return make_atari(*args, **kwargs)
+
+    monkeypatch.setattr(module, "make_atari", make_and_note)
+    config = TrainTeacherConfig(**{**SMALL, "steps": 64}, sticky=0.25, folder=tmp_path)
+    assert train_teacher(config).settings["sticky"] == 0.25
+    assert asked == [0.25]
+
+
 def test_a_replay_buffer_is_filled_by_the_teacher_that_training_starts_from() -> None:
     config = TrainTeacherConfig(game="Pong", algo="dqn", hyperparams=("learning_starts:20", "buffer_size:100"))
     envs = SB3VecEnv(make_atari("Pong", 2, 0), clip_rewards=True)
@@ -88,6 +104,7 @@ def test_a_replay_buffer_is_filled_by_the_teacher_that_training_starts_from() ->
     ("flags", "message"),
     [
         ("--game Pomg", "did you mean Pong"),
+        ("--game Pong --sticky 1.5", "--sticky must be at least 0 and at most 1"),
         ("--game Pong --steps 0", "--steps must be at least 1"),
         ("--game Pong --hyperparams learning_rate:fast", "write NAME:NUMBER"),
         ("--game Pong --hyperparams learning_rat:1e-4", "--hyperparams: unknown to ppo"),
