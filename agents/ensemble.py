@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,9 @@ from torch import Tensor, nn
 from policykd.agents.card import Card
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.policy import entropy, log_policy
-from policykd.agents.teacher import Teacher, load_teacher
+from policykd.agents.teacher import Teacher
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 
-WEIGHTS_HELP = (
-    "weights of several teachers: `equal`, `return` (each teacher's reported return above random play), `confidence`"
-    " (per state, the teachers of lower entropy count more), or numbers such as 0.7,0.3"
-)
 _MIN_CONFIDENCE = 1e-6
 """makes the weights equal where all members are uniform"""
 
@@ -179,49 +174,26 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Weights) -> Teacher:
     )
 
 
-def load_teachers(
-    ref: str | Path = "auto",
-    weights: str = "equal",
-    *,
-    game: str | None = None,
-    trust_pickle: bool = False,
-    measure: Callable[[Teacher], float] | None = None,
-) -> Teacher:
-    """Returns the teacher that a reference names, or the ensemble that `REF+REF...` names.
-
-    Args:
-        ref: as `load_teacher` takes it, or several joined by `+`; an existing path is never split.
-        weights: see `WEIGHTS_HELP`; `equal` for one teacher.
-        game: game to play.
-        trust_pickle: as for `load_teacher`, for every member.
-        measure: returns a member's mean episodic return where none is reported, for weights by return.
+def parse_weights(
+    text: str, teachers: Sequence[Teacher], game: str | None, measure: Callable[[Teacher], float] | None
+) -> Weights:
+    """Returns the weights that `--teacher-weights` names; for the arguments see `load_teachers`.
 
     Raises:
-        ValueError: as `load_teacher`; malformed weights, another number of weights, or an unknown return.
-        OSError: the Hub cannot be reached and its cache has no copy.
+        ValueError: malformed weights, or an unknown return.
     """
-    if isinstance(ref, Path) or "+" not in ref or Path(ref).exists():
-        if weights != "equal":
-            raise ValueError(f"{ref}: --teacher-weights {weights} is for several teachers; give REF+REF, or leave it")
-        return load_teacher(ref, game=game, trust_pickle=trust_pickle)
-    # Each member has its own card, hash and game check.
-    refs = ref.split("+")
-    if not all(refs):
-        raise ValueError(f"{ref}: no teacher before or after a +; give REF+REF")
-    teachers = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
-    if weights == "equal":
-        return make_ensemble(teachers, FixedWeights((1.0,) * len(teachers)))
-    if weights == "confidence":
-        return make_ensemble(teachers, ConfidenceWeights())
-    if weights == "return":
-        return make_ensemble(teachers, _return_weights(teachers, game, measure))
+    if text == "equal":
+        return FixedWeights((1.0,) * len(teachers))
+    if text == "confidence":
+        return ConfidenceWeights()
+    if text == "return":
+        return _return_weights(teachers, game, measure)
     try:
-        fixed = FixedWeights(tuple(float(number) for number in weights.split(",")))
+        return FixedWeights(tuple(float(number) for number in text.split(",")))
     except ValueError as error:
         raise ValueError(
-            f"--teacher-weights {weights}: give equal, return, confidence, or numbers from 0 up such as 0.7,0.3"
+            f"--teacher-weights {text}: give equal, return, confidence, or numbers from 0 up such as 0.7,0.3"
         ) from error
-    return make_ensemble(teachers, fixed)
 
 
 def _return_weights(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from policykd.agents.card import Card, TeacherRecord
 from policykd.agents.networks import MLP, Activations, ConvNet
 from policykd.agents.policy import PolicyNet
-from policykd.agents.references import TEACHER_HELP, Source, find_teacher
-from policykd.agents.zoo import played_game
 from policykd.io.files import BadFile
 
-__all__ = ["TEACHER_HELP", "Algorithm", "Teacher", "load_teacher", "policy_temperature"]
+if TYPE_CHECKING:
+    from policykd.agents.references import Source
+
+TEACHER_HELP = (
+    "`auto` (the one bundled for the game, else hub:ppo), `bundled` or `bundled:ALGO`, an SB3 .zip or its"
+    " unpacked folder, an rl-zoo folder (ALGO/ENV_1), an .onnx file, `hub:ALGO[@REVISION]` (the rl-zoo agent for the"
+    " game), `hub:OWNER/NAME[@REVISION]`, or several joined by `+`; ALGO is ppo, a2c, dqn or qrdqn; no code in the file"
+    " is executed"
+)
+WEIGHTS_HELP = (
+    "weights of several teachers: `equal`, `return` (each teacher's reported return above random play), `confidence`"
+    " (per state, the teachers of lower entropy count more), or numbers such as 0.7,0.3"
+)
 
 Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX", "ENSEMBLE"]
 _FILE_ALGORITHMS = get_args(Algorithm)[:-1]
@@ -160,6 +170,8 @@ def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pic
         BadFile: truncated, foreign or unsafe archive; another algorithm or game.
         OSError: the Hub cannot be reached and its cache has no copy.
     """
+    from policykd.agents.references import find_teacher, played_game
+
     source = find_teacher(ref, game=game)
     trained_on = source.card.game
     # Other games can have the same number of actions, so shapes do not find this out.
@@ -172,7 +184,42 @@ def load_teacher(ref: str | Path = "auto", *, game: str | None = None, trust_pic
     return Teacher(net, algorithm, source.path, sha256, source.card, source.ref, source.revision)
 
 
-def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, str]:
+def load_teachers(
+    ref: str | Path = "auto",
+    weights: str = "equal",
+    *,
+    game: str | None = None,
+    trust_pickle: bool = False,
+    measure: Callable[[Teacher], float] | None = None,
+) -> Teacher:
+    """Returns the teacher that a reference names, or the ensemble that `REF+REF...` names.
+
+    Args:
+        ref: as `load_teacher` takes it, or several joined by `+`; an existing path is never split.
+        weights: see `WEIGHTS_HELP`; `equal` for one teacher.
+        game: game to play.
+        trust_pickle: as for `load_teacher`, for every member.
+        measure: returns a member's mean episodic return where none is reported, for weights by return.
+
+    Raises:
+        ValueError: as `load_teacher`; malformed weights, another number of weights, or an unknown return.
+        OSError: the Hub cannot be reached and its cache has no copy.
+    """
+    if isinstance(ref, Path) or "+" not in ref or Path(ref).exists():
+        if weights != "equal":
+            raise ValueError(f"{ref}: --teacher-weights {weights} is for several teachers; give REF+REF, or leave it")
+        return load_teacher(ref, game=game, trust_pickle=trust_pickle)
+    # Each member has its own card, hash and game check.
+    refs = ref.split("+")
+    if not all(refs):
+        raise ValueError(f"{ref}: no teacher before or after a +; give REF+REF")
+    from policykd.agents.ensemble import make_ensemble, parse_weights
+
+    teachers = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
+    return make_ensemble(teachers, parse_weights(weights, teachers, game, measure))
+
+
+def _load(source: "Source", *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, str]:
     """Returns network, algorithm and sha256; the hash is compared with the card's before any code could run."""
     # Each kind of file has a reader of its own, imported only for that kind.
     if source.path.suffix == ".onnx":
@@ -205,9 +252,8 @@ def _load(source: Source, *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, 
     return net.eval().requires_grad_(False), algorithm, archive.sha256
 
 
-def _check_hash(source: Source, sha256: str) -> None:
-    expected = source.card.sha256
-    if expected and expected != sha256:
+def _check_hash(source: "Source", sha256: str) -> None:
+    if (expected := source.card.sha256) not in ("", sha256):
         raise BadFile(f"{source.path}: sha256 {sha256[:12]}... is not its card's {expected[:12]}...; get it again")
 
 

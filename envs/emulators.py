@@ -7,6 +7,7 @@ start of Qbert is, so an emulator plays a few frames before it takes over a stat
 """
 
 import base64
+import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,19 @@ def rom_path(game: str) -> Path:
     if ale_py.ALEInterface.isSupportedROM(path) is None:
         raise ValueError(f"{canonical_name(game)} needs two players: choose another game")
     return path
+
+
+@functools.cache
+def action_names(game: str) -> tuple[str, ...]:
+    """Returns ALE's names of a game's actions, in the order of a policy's outputs: NOOP, FIRE, RIGHT, ... for Pong.
+
+    Raises:
+        ValueError: an unknown game, or one for two players.
+    """
+    # The minimal action set, as Gymnasium and SB3 use it; all 18 actions would be the full one.
+    ale = ale_py.ALEInterface()
+    ale.loadROM(rom_path(game))
+    return tuple(str(action.name) for action in ale.getMinimalActionSet())
 
 
 def pack(array: np.ndarray) -> str:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policykd.agents.student import Student
-from policykd.envs.adapters import as_vector_env
-from policykd.envs.vector import Episode, VectorEnv
+from policykd.envs.vector import Episode, VectorEnv, as_vector_env
 from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
 from policykd.schedules import Progress
 from policykd.states import BlendedStates, DatasetStates

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from policykd.agents.ensemble import WEIGHTS_HELP
 from policykd.agents.policy import Policy
-from policykd.agents.teacher import TEACHER_HELP
-from policykd.envs.actions import action_names
+from policykd.agents.teacher import TEACHER_HELP, WEIGHTS_HELP
+from policykd.envs.emulators import action_names
 from policykd.envs.games import human_normalised_score
 from policykd.evaluation.evaluate import PROTOCOLS, AtariOptions, ProtocolName, RandomPolicy, evaluate_on_atari
 from policykd.evaluation.policies import RANDOM, infer_game, load_named_policy

@@ -10,7 +10,7 @@ import tyro
 
 from policykd.agents.student import Student, read_student_card
 from policykd.agents.teacher import TEACHER_HELP
-from policykd.envs.actions import action_names
+from policykd.envs.emulators import action_names
 from policykd.evaluation.policies import find_run, infer_game, load_named_policy
 from policykd.evaluation.real_states import on_policy_states
 from policykd.export import FORMATS, ExportManifest, ExportSource, FormatName, check_format, export

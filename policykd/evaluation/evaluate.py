@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, greedy, sample
 from policykd.agents.student import Student
-from policykd.envs.adapters import as_vector_env
+from policykd.envs.vector import as_vector_env
 from policykd.io.signals import check_interrupted
 
 MAX_STEPS = 27_000

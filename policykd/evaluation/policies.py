@@ -5,10 +5,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED, find_teacher
 from policykd.agents.student import Student, load_student, read_student_card
-from policykd.agents.teacher import Teacher
+from policykd.agents.teacher import Teacher, load_teachers
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.evaluation.teacher_check import check_fits, measured_return

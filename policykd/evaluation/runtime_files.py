@@ -13,7 +13,7 @@ import torch
 from policykd.agents.archive import read_archive
 from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
-from policykd.envs.actions import action_names
+from policykd.envs.emulators import action_names
 from policykd.evaluation.real_states import on_policy_states
 from policykd.evaluation.runtimes import RuntimeName
 from policykd.export import ExportSource, check_format, export

@@ -39,7 +39,7 @@ class ExportSource:
     policy: Student | Teacher
     game: str
     action_names: tuple[str, ...] = ()
-    """meaning of each action, such as `policykd.envs.actions.action_names(game)`"""
+    """meaning of each action, such as `policykd.envs.emulators.action_names(game)`"""
     teacher: TeacherRecord | None = None
     """teacher of a student"""
     c_prefix: str = "policykd"

@@ -10,7 +10,7 @@ import torch
 from policykd.agents.policy import Policy, greedy, log_policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
-from policykd.envs.actions import action_names
+from policykd.envs.emulators import action_names
 from policykd.evaluation.real_states import on_policy_states
 from policykd.io.files import write_atomically
 from policykd.losses import kl_divergence_B

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from policykd.agents.card import TeacherRecord
-from policykd.agents.ensemble import load_teachers
-from policykd.agents.teacher import Teacher
+from policykd.agents.teacher import Teacher, load_teachers
 from policykd.evaluation.teacher_check import TeacherCheck, measured_return
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.machine import versions

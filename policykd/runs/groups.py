@@ -18,8 +18,7 @@ import tyro
 from pydantic import Field as Bounds
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from policykd.agents.ensemble import WEIGHTS_HELP
-from policykd.agents.references import TEACHER_HELP
+from policykd.agents.teacher import TEACHER_HELP, WEIGHTS_HELP
 from policykd.io.files import BadFile
 from policykd.io.machine import DeviceName as DeviceName
 from policykd.io.typed import one_line

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from policykd.agents.policy import Policy, greedy, log_policy, sample
-from policykd.envs.actions import action_names
 from policykd.envs.atari import make_atari
+from policykd.envs.emulators import action_names
 from policykd.envs.games import canonical_name
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.io.files import write_atomically

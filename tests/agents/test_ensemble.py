@@ -21,12 +21,11 @@ from policykd.agents.ensemble import (
     Ensemble,
     FixedWeights,
     disagreement_B,
-    load_teachers,
     make_ensemble,
 )
 from policykd.agents.networks import ConvNet
 from policykd.agents.student import make_student
-from policykd.agents.teacher import Algorithm, Teacher, load_teacher
+from policykd.agents.teacher import Algorithm, Teacher, load_teacher, load_teachers
 from policykd.envs.atari import make_atari
 from policykd.export.compiled import CompiledNet, compile_policy
 

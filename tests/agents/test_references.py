@@ -13,9 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from stable_baselines3 import DQN, PPO
 
 from policykd.agents.card import Card
-from policykd.agents.references import TEACHER_HELP, find_teacher
-from policykd.agents.teacher import Teacher, load_teacher
-from policykd.agents.zoo import read_zoo_files
+from policykd.agents.references import find_teacher, read_zoo_files
+from policykd.agents.teacher import TEACHER_HELP, Teacher, load_teacher
 
 NAME = "PongNoFrameskip-v4"
 WRAPPER = "stable_baselines3.common.atari_wrappers.AtariWrapper"

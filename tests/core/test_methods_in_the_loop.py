@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.ensemble import load_teachers
 from policykd.agents.student import make_student
-from policykd.agents.teacher import load_teacher
+from policykd.agents.teacher import load_teacher, load_teachers
 from policykd.envs.atari import make_atari
 from policykd.envs.vector import Episode, Step
 from policykd.loop import DistillConfig, Round, distill

@@ -2,8 +2,8 @@
 
 import pytest
 
-from policykd.envs.actions import action_names
 from policykd.envs.atari import make_atari
+from policykd.envs.emulators import action_names
 
 
 def test_pong_and_breakout() -> None:

@@ -14,10 +14,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecTransposeImage
 
 import policykd
-from policykd.envs.adapters import as_vector_env
 from policykd.envs.atari import AtariEnvs, make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
-from policykd.envs.vector import Episode, VectorEnv
+from policykd.envs.vector import Episode, VectorEnv, as_vector_env
 from policykd.evaluation.evaluate import RandomPolicy, evaluate
 
 NUM_ENVS = 3

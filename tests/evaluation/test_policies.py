@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from policykd.agents.card import Provenance
-from policykd.agents.ensemble import load_teachers
 from policykd.agents.references import PRETRAINED
 from policykd.agents.student import Student, make_student, save_student
-from policykd.agents.teacher import Teacher, load_teacher
+from policykd.agents.teacher import Teacher, load_teacher, load_teachers
 from policykd.evaluation.policies import (
     find_run,
     infer_game,

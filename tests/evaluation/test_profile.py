@@ -15,7 +15,7 @@ import torch
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher, load_teacher
-from policykd.envs.actions import action_names
+from policykd.envs.emulators import action_names
 from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.profile import (
     Measurement,

@@ -9,10 +9,9 @@ import torch
 from stable_baselines3 import A2C
 from torch import Tensor, nn
 
-from policykd.agents.ensemble import load_teachers
 from policykd.agents.networks import ConvNet
 from policykd.agents.student import Size, Student, make_student
-from policykd.agents.teacher import Teacher, load_teacher
+from policykd.agents.teacher import Teacher, load_teacher, load_teachers
 from policykd.envs.atari import make_atari
 from policykd.losses import AuxiliaryLossWeights, Batch, ForwardKL
 from policykd.methods.auxiliary import AuxiliaryLosses

@@ -26,7 +26,7 @@ from policykd.agents.teacher import Teacher, load_teacher
 from policykd.cli.main import execute
 from policykd.compression.comparison import Comparison, Row
 from policykd.compression.fine_tuning import ComparisonSettings
-from policykd.envs.actions import action_names
+from policykd.envs.emulators import action_names
 from policykd.evaluation.costs import measure_costs
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation, ProtocolName
 from policykd.evaluation.results import (
