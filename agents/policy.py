@@ -3,7 +3,7 @@
 Suffixes name dimensions: B batch, A actions, C H W an image.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,46 @@ class PolicyNet(Policy, Protocol):
     def to(self, device: Any, /) -> Any:
         """Moves the weights to a device."""
         ...
+
+
+def as_policy(policy: object) -> Policy:
+    """Returns a callable as it is, and an SB3 model in memory as the map from observations to its outputs.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a model of another algorithm than PPO, A2C, DQN and QR-DQN, or one that needs `VecNormalize`.
+    """
+    if callable(policy):
+        return cast(Policy, policy)
+    if hasattr(policy, "policy") and hasattr(policy, "predict"):
+        from policykd.agents.trusted import policy_of_model
+
+        return policy_of_model(policy)
+    hint = "use policykd.load_teacher(...)" if isinstance(policy, str) else "give a module, a function or an SB3 model"
+    raise TypeError(f"a {type(policy).__name__} is not a policy; {hint}")
+
+
+def check_outputs(outputs: object, batch_size: int, num_actions: int, who: str) -> Tensor:
+    """Returns the outputs of a policy if they are numbers of the shape `(batch_size, num_actions)`.
+
+    Raises:
+        ValueError: anything else, such as a tuple, or `(batch_size, 1)`, which would be broadcast; it names `who`.
+    """
+    expected = (batch_size, num_actions)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(f"{who} returns {type(outputs).__name__}, expected a tensor {expected} of logits or Q-values")
+    if outputs.shape != expected or outputs.dtype == torch.bool or outputs.is_complex():
+        found = f"{str(outputs.dtype).removeprefix('torch.')} {tuple(outputs.shape)}"
+        raise ValueError(f"{who} returns a tensor {found}, expected {expected}: a number per observation and action")
+    return outputs
+
+
+def policy_temperature(algorithm: str) -> float:
+    """Returns the temperature that makes a policy of an algorithm's outputs.
+
+    1 for logits and log-probabilities, 0.01 for Q-values (Rusu et al., 2015).
+    """
+    return 0.01 if algorithm in ("DQN", "QRDQN") else 1.0
 
 
 def sample(logits_BA: Tensor, generator: torch.Generator) -> Tensor:

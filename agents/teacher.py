@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from policykd.agents.card import Card, TeacherRecord
 from policykd.agents.networks import MLP, Activations, ConvNet
-from policykd.agents.policy import PolicyNet
+from policykd.agents.policy import PolicyNet, policy_temperature
 from policykd.io.files import BadFile
 
 if TYPE_CHECKING:
@@ -30,14 +30,6 @@ WEIGHTS_HELP = (
 
 Algorithm = Literal["PPO", "A2C", "DQN", "QRDQN", "ONNX", "ENSEMBLE"]
 _FILE_ALGORITHMS = get_args(Algorithm)[:-1]
-
-
-def policy_temperature(algorithm: Algorithm) -> float:
-    """Returns the temperature that makes a policy of an algorithm's outputs.
-
-    1 for logits and log-probabilities, 0.01 for Q-values (Rusu et al., 2015).
-    """
-    return 0.01 if algorithm in ("DQN", "QRDQN") else 1.0
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from policykd.agents.archive import Sb3Data, parse_data, text
+from policykd.agents.policy import policy_temperature
 from policykd.agents.rebuild import Sb3Algorithm
 from policykd.io.files import BadFile
 from policykd.io.typed import one_line
 
+_LIBRARIES = ("stable_baselines3", "sb3_contrib")
 _EXECUTED = ("policy_class", "policy_kwargs")
 _SCHEDULES = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0, "train_freq": 4}
 _SMALL_BUFFERS = {"n_envs": 1, "n_steps": 1, "buffer_size": 1, "optimize_memory_usage": False}
@@ -39,6 +41,7 @@ class Sb3PolicyNet(nn.Module):
         self.algorithm = algorithm
         self.obs_shape = obs_shape
         self.num_actions = num_actions
+        self.temperature = policy_temperature(algorithm)
 
     def forward(self, obs_BCHW: Tensor) -> Tensor:
         """Returns logits or mean Q-values, float32 `(batch, num_actions)`, of frames or vectors as SB3 takes them."""
@@ -50,6 +53,29 @@ class Sb3PolicyNet(nn.Module):
         else:
             outputs_BA = net.get_distribution(obs_BCHW).distribution.logits
         return outputs_BA.float()
+
+
+def policy_of_model(model: Any) -> Sb3PolicyNet:
+    """Returns the acting network of an SB3 model in memory; its weights are shared.
+
+    Raises:
+        ValueError: another algorithm, other spaces, or observations that `VecNormalize` has to scale.
+    """
+    names = {kind.__name__: kind for kind in type(model).__mro__ if kind.__module__.split(".")[0] in _LIBRARIES}
+    algorithm = next((name for name in get_args(Sb3Algorithm) if name in names), None)
+    if algorithm is None or not hasattr(model.action_space, "n") or not model.observation_space.shape:
+        supported = ", ".join(get_args(Sb3Algorithm))
+        raise ValueError(
+            f"a {type(model).__name__} model with {model.observation_space} and {model.action_space} is not supported;"
+            f" give one of {supported} with a Box as observations and Discrete actions"
+        )
+    if model.get_vec_normalize_env() is not None:
+        raise ValueError(
+            f"this {algorithm} model was trained with VecNormalize, whose statistics are not applied here; give a"
+            " function that scales the observations and calls the policy"
+        )
+    net = Sb3PolicyNet(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
+    return net.eval()
 
 
 def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3PolicyNet, Sb3Algorithm]:

@@ -110,9 +110,17 @@ def as_vector_env(envs: object, *, warn: bool = True) -> VectorEnv:
         warnings.warn(
             f"{type(envs).__name__}: positions in these environments cannot be saved, so a run on them cannot be"
             " resumed; make them with policykd.make_env for that",
-            stacklevel=2,
+            stacklevel=_depth_of_caller(),
         )
     return adapter
+
+
+def _depth_of_caller() -> int:
+    """Returns the `stacklevel` of the user's own line, however deep in this package a warning is issued."""
+    depth = 1
+    while sys._getframe(depth).f_globals.get("__name__", "").split(".")[0] == "policykd":
+        depth += 1
+    return depth
 
 
 class _Adapter(ABC):

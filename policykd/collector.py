@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from policykd.agents.policy import Policy
+from policykd.agents.policy import Policy, check_outputs
 from policykd.envs.vector import Episode
 from policykd.schedules import Progress, schedule_values
 from policykd.states import DatasetStates, student_acts_alone
@@ -123,7 +123,7 @@ class Collector:
             # 1. Label: raw outputs go into the buffer; rows that are not finite only serve as context.
             obs = state.obs.to(replay.device, copy=True)  # a teacher may write into its input
             asked = time.perf_counter()
-            raw_BA = self.teacher(obs)
+            raw_BA = check_outputs(self.teacher(obs), len(obs), state.envs.num_actions, "the teacher")
             teacher_BA = raw_BA.cpu()
             finite_B = teacher_BA.isfinite().all(dim=1)
             replay.add(obs, state.episode_starts_B, raw_BA, finite_B)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from policykd.agents.policy import Policy, log_policy
+from policykd.agents.policy import as_policy, log_policy
 from policykd.collector import Collector
 from policykd.losses import Batch, LossFn, Metrics, check_temperature, kl_divergence_B, policy_metrics
 from policykd.schedules import Quantity, WarmupCosine, check_bounds, follows_return, resolve, schedule_values
@@ -99,7 +99,7 @@ def forward_kl(student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
 
 
 def distill(
-    teacher: Policy,
+    teacher: object,
     student: nn.Module,
     envs: object,
     config: DistillConfig = DistillConfig(),  # frozen
@@ -107,10 +107,11 @@ def distill(
     loss_fn: LossFn = forward_kl,
     state: TrainState | None = None,
 ) -> Iterator[Round]:
-    """Trains the student in place and yields after each round; `break` to stop early.
+    """Returns an iterator that trains the student in place and yields after each round; `break` to stop early.
 
     Args:
-        teacher: any callable from observations to logits or Q-values, with its `temperature` as an attribute (or 1).
+        teacher: any callable from observations to logits or Q-values, with its `temperature` as an attribute (or 1); or
+            an SB3 model.
         student: any module from observations to logits, on the device to train on.
         envs: a policykd, Gymnasium or SB3 vector environment, in which states are collected.
         config: settings.
@@ -119,24 +120,31 @@ def distill(
             own environments. By default it is made of `student` and `envs`.
 
     Raises:
-        ValueError: settings, environments or stored states that do not fit each other.
+        TypeError: a teacher that cannot be called, or environments that are no vector.
+        ValueError: settings, environments, networks or stored states that do not fit each other.
         FloatingPointError: too many teacher outputs or updates of a round are not finite.
     """
     # Everything that changes is in `state`; everything below reads the settings from `config`.
     state = state or make_train_state(student, envs, config, loss_fn=loss_fn)
     if state.student is not student:
         raise ValueError("state is that of another student; make it with make_train_state(student, ...)")
-    if not callable(teacher):
-        raise ValueError(f"teacher is {type(teacher).__name__}, not a callable; use policykd.load_teacher(...)")
-    temperature = config.temperature or float(getattr(teacher, "temperature", 1.0))
+    policy = as_policy(teacher)
+    temperature = config.temperature or float(getattr(policy, "temperature", 1.0))
     if follows_return(loss_fn, config.states):
         _ = state.progress(0.0).return_progress  # fails now rather than after hours if the teacher's return is unknown
+    collector = Collector(policy, state, config, temperature)
+    trainer = Trainer(state, loss_fn, config, temperature)
+    # A generator of its own, so that all of the above is checked now and not at the first round.
+    return _rounds(collector, trainer, state, config)
+
+
+def _rounds(collector: Collector, trainer: Trainer, state: TrainState, config: DistillConfig) -> Iterator[Round]:
+    """Yields the rounds of `distill`."""
+    loss_fn = trainer.loss_fn
     prepare = getattr(loss_fn, "prepare", None)
     # A number is the peak of the default schedule.
     peak = config.learning_rate
     learning_rate = peak if callable(peak) else WarmupCosine(peak)
-    collector = Collector(teacher, state, config, temperature)
-    trainer = Trainer(state, loss_fn, config, temperature)
 
     with trainer, collector:
         while state.round < config.rounds:

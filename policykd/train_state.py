@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policykd.agents.policy import check_outputs
 from policykd.agents.student import Student
 from policykd.envs.vector import Episode, VectorEnv, as_vector_env
 from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
@@ -160,6 +161,7 @@ def make_train_state(
         replay = Replay(config.rounds * config.states_per_round, *shape, stack=vector_env.stack, dtype=obs.dtype)
     replay = replay.to(device)
     _check_fits(config, vector_env, replay)
+    _check_student(student, obs.to(device), vector_env.num_actions)
 
     # One generator per purpose, so that the number of batches does not change which actions are drawn.
     action_seed, batch_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
@@ -179,6 +181,14 @@ def make_train_state(
         episode_starts_B=torch.ones(vector_env.num_envs, dtype=torch.bool),
         loss_module=loss_module,
     )
+
+
+@torch.inference_mode()
+def _check_student(student: nn.Module, obs: Tensor, num_actions: int) -> None:
+    """Raises ValueError if the student does not return one number per observation and action."""
+    was_training = student.training
+    check_outputs(student.eval()(obs.clone()), len(obs), num_actions, "the student")
+    student.train(was_training)
 
 
 def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> None:

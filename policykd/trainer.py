@@ -3,6 +3,7 @@
 Nothing here knows which loss is minimised. Shape suffixes: B batch, M metrics.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from policykd.losses import Batch, LossFn
+from policykd.losses import Batch, LossFn, Metrics
 from policykd.schedules import Progress
 from policykd.train_state import TrainState
 
@@ -90,6 +91,23 @@ class Trainer:
         parts = [*self._pool.map(self._gradients, *zip(*chunks, strict=True))] if len(chunks) > 1 else None
         self._apply(parts or [self._gradients(rows_B, random_B)])
 
+    def _loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Returns the loss per state and the metrics; a mean in place of one number per state would be averaged twice.
+
+        Raises:
+            ValueError: the loss function returns anything else.
+        """
+        result: object = self.loss_fn(self.state.student, batch)
+        expected = f"expected (loss, metrics), the loss and each metric a tensor ({len(batch.rows_B)},)"
+        name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise ValueError(f"loss_fn {name} returns {type(result).__name__}, {expected}")
+        for key, value in [("the loss", result[0]), *result[1].items()]:
+            if not isinstance(value, Tensor) or value.shape != batch.rows_B.shape:
+                found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss_fn {name} returns {found} as {key}, {expected}")
+        return result
+
     def _gradients(self, rows_B: Tensor, random_B: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Returns a part's share of the gradient of the batch's mean loss, and of the mean loss and metrics."""
         replay = self.state.replay
@@ -98,7 +116,7 @@ class Trainer:
         batch = Batch(obs, teacher_BA, rows_B, self.temperature, self._progress, random_B)
         bf16 = torch.autocast(obs.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
         with bf16:
-            loss_B, metrics = self.loss_fn(self.state.student, batch)
+            loss_B, metrics = self._loss(batch)
         # Divided by the whole batch, not by the part: the parts' gradients then simply add up.
         share_of_mean = loss_B.sum() / self.config.batch_size
         gradients = torch.autograd.grad(share_of_mean, self.parameters, allow_unused=True, materialize_grads=True)
@@ -152,6 +170,7 @@ class Trainer:
         Raises:
             FloatingPointError: more than `MAX_NONFINITE_UPDATES` updates, or all of them, were not finite.
         """
+        self.state.student.eval()  # a caller plays with it between two rounds
         # The only read from the device in a round.
         grad_norm, skipped, loss, *values = (self._sums_M / self._num_steps).tolist()
         num_skipped = round(skipped * self._num_steps)
@@ -175,7 +194,7 @@ class Trainer:
         for rows_B in rows.split(_EVALUATION_BATCH_SIZE):
             teacher_BA = replay.teacher_NA.index_select(0, rows_B)
             batch = Batch(replay.gather(rows_B), teacher_BA, rows_B, self.temperature, progress, rows_B)
-            loss_B, metrics = self.loss_fn(self.state.student, batch)
+            loss_B, metrics = self._loss(batch)
             for name, value_B in ({"loss": loss_B} | metrics).items():
                 sums[name] = sums.get(name, torch.zeros((), device=value_B.device)) + value_B.float().sum()
         return {name: float(total) / len(rows) for name, total in sums.items()}

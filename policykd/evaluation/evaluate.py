@@ -6,13 +6,13 @@ Suffixes name dimensions: B environments, A actions.
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.policy import Policy, greedy, sample
+from policykd.agents.policy import Policy, as_policy, check_outputs, greedy, sample
 from policykd.agents.student import Student
 from policykd.envs.vector import as_vector_env
 from policykd.io.signals import check_interrupted
@@ -91,7 +91,7 @@ class TemperedPolicy:
         return self.policy(obs_BCHW)
 
 
-def sampling_temperature(policy: Policy) -> float:
+def sampling_temperature(policy: object) -> float:
     """Returns the temperature T at which actions are sampled from softmax(outputs / T).
 
     It is the policy's own `temperature` (0.01 for the Q-values of a DQN teacher, 1 for a student's logits), else 1.
@@ -101,8 +101,8 @@ def sampling_temperature(policy: Policy) -> float:
 
 @torch.inference_mode()
 def evaluate(
-    policy: Policy,
-    envs: Any,
+    policy: object,
+    envs: object,
     num_episodes: int = 10,
     *,
     deterministic: bool = True,
@@ -115,8 +115,8 @@ def evaluate(
     first `num_episodes` that end would favour short ones. Modules are put into evaluation mode meanwhile.
 
     Args:
-        policy: maps observations to logits or Q-values. It is called on its own device; actions are sampled at its own
-            `temperature` (see `sampling_temperature`).
+        policy: maps observations to logits or Q-values, or is an SB3 model. It is called on its own device; actions are
+            sampled at its own `temperature` (see `sampling_temperature`).
         envs: a `VectorEnv`, a `gymnasium.vector.VectorEnv`, or an SB3 `VecEnv`. An environment is not stepped any more
             once it has played its share.
         num_episodes: at least 1.
@@ -126,12 +126,15 @@ def evaluate(
             `unfinished`; the remaining ones are the shorter ones, so their mean is biased.
 
     Raises:
-        ValueError: fewer than 1 episode, or environments that do not fit (`as_vector_env`).
+        TypeError: `policy` is no policy, or `envs` is not a vector environment.
+        ValueError: fewer than 1 episode, outputs of another shape than `(num_envs, num_actions)`, or environments that
+            do not fit (`as_vector_env`).
         FloatingPointError: an output or a reward that is not finite; names the environment and its step.
         KeyboardInterrupt: a signal was received.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, not {num_episodes}")
+    policy = as_policy(policy)
     envs = as_vector_env(envs, warn=False)
     # A generator continues where an earlier evaluation left it.
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
@@ -150,7 +153,8 @@ def evaluate(
         while shares_B.any():
             check_interrupted()  # games are also played in threads, where a signal raises nothing
             # A copy: a policy may write into its input, which some environments still need.
-            outputs_BA = policy(obs.clone().to(device)).cpu()
+            outputs_BA = policy(obs.clone().to(device))
+            outputs_BA = check_outputs(outputs_BA, envs.num_envs, envs.num_actions, "the policy").cpu()
             _check_finite("the policy's output", outputs_BA, steps_B)
             # Finished environments get -1 and are held, so that none of their games is played in vain.
             actions_B = greedy(outputs_BA) if deterministic else sample(outputs_BA / temperature, generator)

@@ -17,9 +17,9 @@ from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import LinearSchedule
 
 from policykd.agents.card import Card, CardProtocol
-from policykd.agents.policy import log_policy
+from policykd.agents.policy import log_policy, policy_temperature
 from policykd.agents.rebuild import Sb3Algorithm
-from policykd.agents.teacher import Teacher, load_teacher, policy_temperature
+from policykd.agents.teacher import Teacher, load_teacher
 from policykd.agents.trusted import Sb3PolicyNet
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -368,6 +370,93 @@ def test_what_does_not_fit_is_refused_in_one_line(problem: Problem) -> None:
         DistillConfig(learning_rate=ReturnGap(1e-3))
     state = problem.make_state(SMALL)
     with pytest.raises(ValueError, match="state is that of another student"):
-        next(distill(identity_teacher, make_student((16,), 4, (4,)), state.envs, SMALL, state=state))
-    with pytest.raises(ValueError, match=r"teacher is str, not a callable; use policykd\.load_teacher"):
-        next(distill("bundled:dqn", problem.student, state.envs, SMALL))  # type: ignore[arg-type]
+        distill(identity_teacher, make_student((16,), 4, (4,)), state.envs, SMALL, state=state)
+    with pytest.raises(TypeError, match=r"a str is not a policy; use policykd\.load_teacher"):
+        distill("bundled:dqn", problem.student, state.envs, SMALL)
+    with pytest.raises(ValueError, match=r"the student returns a tensor float32 \(8, 3\), expected \(8, 4\)"):
+        distill(identity_teacher, make_student((16,), 3, (4,)), state.envs, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "found"),
+    [
+        (lambda obs: (obs, obs[:, 0]), "tuple"),
+        (lambda obs: obs.numpy(), "ndarray"),
+        (lambda obs: torch.distributions.Categorical(logits=obs), "Categorical"),
+        (lambda obs: obs.argmax(dim=1), r"a tensor int64 \(8,\)"),
+        (lambda obs: obs[:, :1], r"a tensor float32 \(8, 1\)"),
+        (lambda obs: obs[:1], r"a tensor float32 \(1, 4\)"),
+        (lambda obs: torch.cat([obs, obs], dim=1), r"a tensor float32 \(8, 8\)"),
+        (lambda obs: obs > 0, r"a tensor bool \(8, 4\)"),
+    ],
+)
+def test_a_teacher_without_one_number_per_action_is_refused(
+    teacher: Callable[[Tensor], object], found: str, problem: Problem
+) -> None:
+    """A shape of `(batch, 1)` would otherwise be broadcast to a uniform policy."""
+    with pytest.raises(ValueError, match=f"the teacher returns {found}, expected"):
+        next(distill(teacher, problem.student, IdentityEnv(8, 4, 0), SMALL))
+
+
+@pytest.mark.parametrize("convert", [Tensor.double, Tensor.half, Tensor.long, lambda t: t.requires_grad_() * 1])
+def test_a_teacher_may_return_any_kind_of_number(convert: Callable[[Tensor], Tensor], problem: Problem) -> None:
+    rounds = problem.train(teacher=lambda obs: convert(3.0 * obs.clone()), rounds=1)
+    assert rounds[0].train == Problem().train(rounds=1)[0].train
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda loss_B: loss_B, "returns Tensor"),
+        (lambda loss_B: (loss_B, loss_B), "returns tuple"),
+        (lambda loss_B: (loss_B.mean(), {}), r"returns a tensor \(\) as the loss"),
+        (lambda loss_B: (loss_B[:, None], {}), r"returns a tensor \(\d+, 1\) as the loss"),
+        (lambda loss_B: (loss_B, {"kl": 0.5}), "returns float as kl"),
+    ],
+)
+def test_a_loss_that_is_not_per_state_is_refused(
+    result: Callable[[Tensor], Any], message: str, problem: Problem
+) -> None:
+    def loss(student: nn.Module, batch: Batch) -> Any:
+        return result(forward_kl(student, batch)[0])
+
+    with pytest.raises(ValueError, match=f"loss_fn loss {message}, expected \\(loss, metrics\\)"):
+        problem.train(loss, rounds=1)
+
+
+def test_an_sb3_model_in_memory_teaches_like_its_archive(tmp_path: Path) -> None:
+    model = DQN("MlpPolicy", "CartPole-v1", seed=0, buffer_size=10)
+    model.save(tmp_path / "dqn.zip")
+    config = DistillConfig(rounds=1, states_per_round=32, updates_per_round=2, batch_size=8)
+    weights = []
+    for teacher in (model, policykd.load_teacher(tmp_path / "dqn.zip")):
+        student = make_student((8,), 2, (4,))
+        next(distill(teacher, student, policykd.make_env("CartPole-v1", 2, 0), config))
+        weights.append(nn.utils.parameters_to_vector(student.parameters()))
+    torch.testing.assert_close(*weights)
+    games = evaluate(model, policykd.make_env("CartPole-v1", 2, 0), 4)
+    assert games == evaluate(policykd.load_teacher(tmp_path / "dqn.zip"), policykd.make_env("CartPole-v1", 2, 0), 4)
+
+
+def test_a_model_whose_outputs_are_not_scores_is_refused(problem: Problem) -> None:
+    with pytest.raises(ValueError, match=r"a SAC model with .* is not supported; give one of PPO, A2C, DQN, QRDQN"):
+        distill(SAC("MlpPolicy", "Pendulum-v1", buffer_size=10), problem.student, IdentityEnv(8, 4, 0), SMALL)
+    normalized = PPO("MlpPolicy", VecNormalize(make_vec_env("CartPole-v1", 2)))
+    with pytest.raises(ValueError, match="trained with VecNormalize"):
+        distill(normalized, problem.student, IdentityEnv(8, 4, 0), SMALL)
+
+
+def test_the_student_is_in_evaluation_mode_between_rounds() -> None:
+    """As after SB3's `predict`: its actions must not depend on dropout, nor change the statistics of BatchNorm."""
+    student = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4))
+    modes = [student.training for _ in distill(identity_teacher, student, IdentityEnv(8, 4, 0), SMALL)]
+    assert modes == [False] * SMALL.rounds
+    assert not student.training
+    assert student[0].num_batches_tracked == SMALL.rounds * SMALL.updates_per_round  # trained in training mode
+
+
+def test_a_warning_about_environments_names_the_users_line(problem: Problem) -> None:
+    envs = make_vec_env("CartPole-v1", 2)
+    with pytest.warns(UserWarning, match="cannot be resumed") as caught:
+        distill(lambda obs: obs[:, :2], make_student((8,), 2, (4,)), envs, SMALL)
+    assert caught[0].filename == __file__
