@@ -17,7 +17,7 @@ from torch import Tensor
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.evaluation.policies import infer_game, load_named_policy
 from policykd.evaluation.real_states import on_policy_states
-from policykd.export import ExportSource
+from policykd.export.formats import ExportSource
 from policykd.export.int8 import quantize_static, quantize_weights
 from policykd.export.onnx import to_onnx
 

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policykd.runs",),
     ("policykd.export",),
     # What a policy costs in every runtime is measured on exported files.
-    ("policykd.evaluation.profile", "policykd.evaluation.runtime_files", "policykd.evaluation.runtimes"),
+    ("policykd.evaluation.profile", "policykd.evaluation.runtimes"),
     ("policykd.compression", "policykd.rl"),
     ("policykd.viewer", "policykd.report"),
     # The whole jobs, which use everything.

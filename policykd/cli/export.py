@@ -13,7 +13,8 @@ from policykd.agents.teacher import TEACHER_HELP
 from policykd.envs.emulators import action_names
 from policykd.evaluation.policies import find_run, infer_game, load_named_policy
 from policykd.evaluation.real_states import on_policy_states
-from policykd.export import FORMATS, ExportManifest, ExportSource, FormatName, check_format, export
+from policykd.export.artifacts import ExportManifest, export
+from policykd.export.formats import FORMATS, ExportSource, FormatName, check_format
 from policykd.io.machine import prepare_device
 from policykd.runs.groups import DebugArgs, Positive, SeedArgs
 

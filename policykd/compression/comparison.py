@@ -5,9 +5,11 @@ the picture and `compression.json` are made of all rows in the comparison's fold
 """
 
 import hashlib
+import io
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -19,10 +21,17 @@ from policykd.agents.card import Provenance
 from policykd.agents.networks import num_macs, num_parameters
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.onnx_session import open_session
-from policykd.agents.student import Student, load_student, save_student
+from policykd.agents.student import Student, load_student, packed_weights, save_student
 from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
-from policykd.compression.quantization import export_student, shipped_bytes
-from policykd.compression.recipes import apply_recipe, check_recipe, family, num_trainings, parent, quantization
+from policykd.compression.recipes import (
+    Quantization,
+    apply_recipe,
+    check_recipe,
+    family,
+    num_trainings,
+    parent,
+    quantization,
+)
 from policykd.evaluation.costs import measure_latencies
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName, RandomPolicy
 from policykd.evaluation.results import (
@@ -33,13 +42,17 @@ from policykd.evaluation.results import (
     summarise_episodes,
 )
 from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
-from policykd.io.files import read_verified
+from policykd.export.int8 import quantize_static, quantize_weights
+from policykd.export.onnx import to_onnx
+from policykd.io.files import read_verified, write_atomically
 from policykd.io.locks import lock_folder
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
 
 COMPARISON_FILE = "compression.json"
 ROW_FILE = "row.json"
+CALIBRATION_STATES = 2000
+"""training states that the ranges of int8 activations are taken from"""
 RANDOM = "random"
 """name of the row of random play"""
 
@@ -201,6 +214,48 @@ def _train_row(folder: Path, recipe: str, student: Student, tuning: FineTuning) 
         agreement=agreement,
         protocols={},
     )
+
+
+def export_student(student: Student, folder: Path, quantization: Quantization | None, tuning: FineTuning) -> Path:
+    """Writes a student as `policy.onnx` or, post-training quantized, as `policy.int8.onnx`, and returns the path.
+
+    Raises:
+        ValueError: the packages onnx and onnxruntime are not installed.
+    """
+    # The temperature is folded into the last layer, so that the file gives logits.
+    path = folder / ("policy.int8.onnx" if quantization else "policy.onnx")
+    content = to_onnx(student.folded_net())
+    if quantization:
+        to_int8 = quantize_weights if quantization == "int8" else quantize_static
+        content = to_int8(content, tuning.calibration_states(CALIBRATION_STATES).numpy())
+    write_atomically(path, content)
+    return path
+
+
+def shipped_bytes(student: Student, exported: Path, *, is_quantized: bool, is_sparse: bool) -> int:
+    """Returns the size of the file that a student would be shipped as: safetensors, or ONNX if it is quantized.
+
+    Sparse networks are compressed first, into a file next to the exported one, or their zeros would not count.
+    """
+    content = exported.read_bytes() if is_quantized else packed_weights(student)
+    if is_sparse:
+        content = zlib.compress(content, 9) if is_quantized else pack_sparse(student)
+        write_atomically(exported.with_name(f"{exported.name}.zlib" if is_quantized else "sparse.npz"), content)
+    return len(content)
+
+
+def pack_sparse(student: Student) -> bytes:
+    """Returns a sparse network as a compressed `.npz`: a bit per weight, then the weights that are not zero.
+
+    `mask` holds the packed bits of all tensors in the order of their names, `values` the float32 numbers whose bits are
+    set. The same weights give the same bytes.
+    """
+    # By name: a removed parametrization leaves its weight at another place of the state dict.
+    flat = np.concatenate([tensor.detach().numpy().ravel() for _, tensor in sorted(student.state_dict().items())])
+    mask = flat != 0.0
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, mask=np.packbits(mask), values=flat[mask])
+    return buffer.getvalue()
 
 
 def _with_latencies(folder: Path, rows: Sequence[Row]) -> list[Row]:

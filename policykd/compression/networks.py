@@ -1,9 +1,10 @@
-"""Students built from the weights of other networks, the starting points of pruning and factorization.
+"""Students built from the weights of other networks: the starting points of fine-tuning.
 
-Suffixes name dimensions: O output channels, I input channels.
+Suffixes name dimensions: O outputs, I inputs, H W a filter, R rank.
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +74,34 @@ def pixel_unit(student: Student) -> float:
 def weight_layers(student: Student) -> list[nn.Conv2d | nn.Linear]:
     """Returns the convolutions and dense layers in order."""
     return [layer for layer in student.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+
+
+@torch.no_grad()
+def factorize(student: Student, rank: int) -> Student:
+    """Returns a student whose first dense layer is the product of two thin ones: its best approximation of a rank.
+
+    The truncated singular value decomposition is the best one (Eckart & Young, 1936; Sainath et al., 2013, for neural
+    networks). A NatureCNN's convolutions alone hold 78,000 parameters, so it cannot go below 5 % of the teacher.
+
+    Raises:
+        ValueError: the rank exceeds that of the layer, or the layer is factorized already.
+    """
+    if student.shape.rank:
+        raise ValueError(f"the dense layer has rank {student.shape.rank} already; start from another student")
+    weights = dict(student.net.state_dict())
+    weight_OI = weights.pop("dense.0.weight")
+    bias_O = weights.pop("dense.0.bias")
+    if not 0 < rank <= min(weight_OI.shape):
+        raise ValueError(f"--rank must lie between 1 and {min(weight_OI.shape)}, not {rank}")
+
+    left_OR, values_R, right_RI = torch.linalg.svd(weight_OI.double(), full_matrices=False)
+    # The root of each singular value goes to either factor, so that neither learns much faster than the other.
+    root_R = values_R[:rank].sqrt()
+    # The dense layers after the first are one place later in the new network.
+    for i in range(len(student.shape.hidden), 0, -1):
+        for kind in ("weight", "bias"):
+            weights[f"dense.{i + 1}.{kind}"] = weights.pop(f"dense.{i}.{kind}")
+    weights["dense.0.weight"] = (root_R[:, None] * right_RI[:rank]).float()
+    weights["dense.1.weight"] = (left_OR[:, :rank] * root_R).float()
+    weights["dense.1.bias"] = bias_O
+    return student_with_weights(replace(student.shape, rank=rank), weights)

@@ -5,16 +5,17 @@ A start is `student` (of the run), `teacher`, or a size that is distilled from s
 of weights or parameters to remove), `low-rank` a rank.
 """
 
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import SIZES, Size, Student
-from policykd.compression.fine_tuning import FineTuning, train_from_scratch
-from policykd.compression.low_rank import factorize_and_tune
-from policykd.compression.networks import teacher_as_student
+from policykd.compression.fine_tuning import FROM_TRAINED, FineTuning, train_from_scratch
+from policykd.compression.networks import factorize, teacher_as_student
 from policykd.compression.pruning import prune_by_magnitude, prune_structured
-from policykd.compression.quantization import Quantization
 from policykd.losses import ActionNLL, ForwardKL, LossFn
+
+Quantization = Literal["int8", "int8-static"]
+"""int8 weights, computed in float32, as `policykd export` writes them; int8 weights and activations, statically"""
 
 TRAINED = ("magnitude", "structured", "low-rank")
 """methods that spend the budget of updates"""
@@ -113,5 +114,5 @@ def apply_recipe(recipe: str, previous: Student, tuning: FineTuning) -> Student:
     if method == "structured":
         return prune_structured(previous, tuning, round((1.0 - float(amount)) * num_parameters(previous)))
     if method == "low-rank":
-        return factorize_and_tune(previous, tuning, int(amount))
+        return tuning.train_fully(factorize(tuning.prepare(previous), int(amount)), FROM_TRAINED)
     return previous  # quantized when it is exported

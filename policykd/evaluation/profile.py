@@ -1,5 +1,6 @@
 """Profile of policies: what each costs to store, start and run in every available runtime, measured in turns."""
 
+import importlib
 import json
 import os
 import platform
@@ -14,17 +15,23 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from policykd.agents.archive import read_archive
 from policykd.agents.policy import greedy
+from policykd.agents.student import Student, save_student
 from policykd.agents.teacher import Teacher
+from policykd.envs.emulators import action_names
 from policykd.evaluation.costs import Latency, parameters_and_macs
 from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.real_states import on_policy_states
-from policykd.evaluation.runtime_files import NotMeasured, RuntimeFile, make_file
 from policykd.evaluation.runtimes import BATCH_SIZE, RUNTIMES, RuntimeName
+from policykd.export.artifacts import export
+from policykd.export.c99 import to_c
+from policykd.export.formats import ExportSource, check_format, compile_c, make_artifact
 from policykd.io.machine import versions
 from policykd.io.typed import parse_json
 
@@ -32,6 +39,33 @@ from policykd.io.typed import parse_json
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+
+NUM_INT8_STATES = 2000
+"""states that int8 is calibrated on, as in `policykd export`, and other ones that it is validated on"""
+C_FLAGS = ("-std=c99", "-O3", "-march=native", "-shared", "-fPIC")
+_C_LIBRARY = """#include "policy.h"
+int act(const unsigned char *obs);
+int act(const unsigned char *obs) { return policykd_act((const void *)obs); }
+"""
+_FAILURES = (ValueError, ImportError, OSError, RuntimeError, ArithmeticError, subprocess.TimeoutExpired)
+
+
+@dataclass(frozen=True)
+class RuntimeFile:
+    """One policy's file for one runtime."""
+
+    path: Path
+    num_bytes: int | None
+    """bytes that a user would ship; None where that is not a file of its own"""
+    int8: str = ""
+    """what is int8 in the file"""
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """The reason why a policy is not measured in a runtime."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +195,86 @@ def profile(policies: Sequence[NamedPolicy], game: str, options: ProfileOptions 
         profiles[p.name] = PolicyProfile(ref=p.ref, num_parameters=parameters, num_macs=macs, runtimes=runtimes)
     machine = _machine(load_before)
     return Profile(game=game, policies=profiles, ratios_against=first.name, options=options, machine=machine)
+
+
+def make_file(
+    policy: Student | Teacher, runtime: RuntimeName, folder: Path, game: str, seed: int = 0
+) -> RuntimeFile | NotMeasured:
+    """Returns a policy's file for a runtime; a failure, such as a missing package, becomes the reason for none."""
+    folder.mkdir(exist_ok=True)
+    source = ExportSource(policy, game, action_names(game))
+    try:
+        if runtime == "int8":
+            return _int8_file(source, folder, seed)
+        path = _make_path(source, runtime, folder)
+    except _FAILURES as error:
+        return NotMeasured((str(error).splitlines() or [type(error).__name__])[0][:200])
+    shipped = path / "student.safetensors" if path.is_dir() else path
+    return RuntimeFile(path, shipped.stat().st_size if shipped.is_file() else None)
+
+
+def _make_path(source: ExportSource, runtime: RuntimeName, folder: Path) -> Path:
+    """Returns the path of a policy's file, or folder, for a runtime in float32."""
+    policy = source.policy
+    is_onnx = isinstance(policy, Teacher) and policy.algorithm == "ONNX"
+    if runtime == "sb3":
+        if find_spec("stable_baselines3") is None:
+            raise ValueError("stable_baselines3 is not installed; pip install 'policykd[sb3]'")
+        if is_onnx:
+            raise ValueError("an ONNX file is not an SB3 agent")
+        model = policy.to_sb3() if isinstance(policy, Student) else _as_sb3(policy)
+        # The name is how the runtime knows which class opens it.
+        path = folder / f"{type(model).__name__}.zip"
+        model.save(path)
+        return path
+    if runtime == "torch":
+        if is_onnx:
+            raise ValueError("an ONNX file needs ONNX Runtime")
+        if isinstance(policy, Teacher):
+            return policy.path
+        save_student(policy, folder / "student")
+        return folder / "student"
+    if runtime == "c":
+        check_format(source, "c")
+        (folder / "policy.h").write_text(to_c(source.net))
+        (folder / "policy.c").write_text(_C_LIBRARY)
+        compile_c(*C_FLAGS, "policy.c", "-o", "policy.so", "-lm", folder=folder)
+        return folder / "policy.so"
+    if runtime == "onnx" and isinstance(policy, Teacher) and is_onnx:
+        return policy.path
+    assert runtime != "int8"
+    return make_artifact(source, runtime, folder, calibration=torch.empty(0)).path
+
+
+def _int8_file(source: ExportSource, folder: Path, seed: int) -> RuntimeFile:
+    """Makes the file that `policykd export` writes, which is validated on states of the policy's own games."""
+    check_format(source, "int8")
+    # Other games for the validation than for the calibration.
+    calibration = on_policy_states(source.policy, source.game, NUM_INT8_STATES, seed=2 * seed + 1)
+    states = on_policy_states(source.policy, source.game, NUM_INT8_STATES, seed=2 * seed)
+    manifest = export(source, "int8", folder, states, calibration)
+    return RuntimeFile(folder / manifest.file, manifest.num_bytes, int8=str(manifest.details["int8"]))
+
+
+def _as_sb3(teacher: Teacher) -> Any:
+    """Returns an SB3 agent with the tensors of an archive in the network of SB3's CnnPolicy: no pickle is read."""
+    from gymnasium import spaces
+
+    library = importlib.import_module("sb3_contrib" if teacher.algorithm == "QRDQN" else "stable_baselines3")
+    # The default replay buffer would allocate gigabytes.
+    settings = {"buffer_size": 1} if "DQN" in teacher.algorithm else {}
+    algorithm = getattr(library, teacher.algorithm)
+    model = algorithm("CnnPolicy", None, device="cpu", seed=0, _init_setup_model=False, **settings)
+    model.observation_space = spaces.Box(0, 255, teacher.obs_shape, np.uint8)
+    model.action_space = spaces.Discrete(teacher.num_actions)
+    model.n_envs = 1
+    model._setup_model()
+    # Not strict, as SB3 loads PPO and A2C itself; tensors that do not fit would show in `same_actions`.
+    try:
+        model.policy.load_state_dict(read_archive(teacher.path).tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError("not the network that SB3's CnnPolicy builds") from error
+    return model
 
 
 def _measure_files(

@@ -107,8 +107,8 @@ def export(
         source: the policy.
         format_name: the format.
         folder: folder to write to, created if missing.
-        states: visited states to validate on, `(n, *obs_shape)`.
-        calibration: other visited states, for int8.
+        states: observations of the policy's own games to validate on, `(n, *obs_shape)`.
+        calibration: observations of other games, for int8.
         command: recorded in the manifest.
 
     Raises:

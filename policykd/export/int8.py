@@ -1,4 +1,4 @@
-"""Post-training int8 quantization of ONNX models, calibrated on states that the policy visits.
+"""Post-training int8 quantization of ONNX models, calibrated on observations of the policy's own games.
 
 Two best actions of a policy are often the same action (RIGHT, RIGHTFIRE), so a rounding error that a classifier would
 not notice changes the action. docs/export.md has the agreement of each form.
@@ -38,7 +38,7 @@ def quantize_weights(onnx_model: bytes, calibration_obs: np.ndarray) -> bytes:
 
     Args:
         onnx_model: output of `to_onnx`.
-        calibration_obs: visited states, uint8 `(n, 4, 84, 84)` or float32 `(n, features)`; a thousand are enough.
+        calibration_obs: a thousand observations of its games, uint8 `(n, 4, 84, 84)` or float32 `(n, features)`.
 
     Raises:
         ValueError: no states.
@@ -118,7 +118,7 @@ def _load(onnx_model: bytes, obs: np.ndarray) -> "onnx.ModelProto":
     import onnx
 
     if not len(obs):
-        raise ValueError("quantization needs states for calibration; give a thousand that the policy visits")
+        raise ValueError("quantization needs states for calibration; give a thousand of the policy's own games")
     model = onnx.load_model_from_string(onnx_model)
     # ONNX Runtime's quantization needs names to exclude nodes by.
     for i, node in enumerate(model.graph.node):

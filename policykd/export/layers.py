@@ -64,7 +64,7 @@ def layers_of(net: nn.Module) -> list[Layer]:
     """Returns a network's layers in the order of their computation; the weights are copies.
 
     Raises:
-        ValueError: a module of the user's, whose layers are unknown.
+        ValueError: a module of the user's, whose layers are unknown, or an activation that no exporter has.
     """
     if not isinstance(net, FrameNet | MLP):
         module = net.module if isinstance(net, UserNet) else net
@@ -81,6 +81,9 @@ def layers_of(net: nn.Module) -> list[Layer]:
     activation: nn.Module = nn.ReLU()
     if isinstance(net, MLP):
         activation = net.activation
+        if type(activation) not in _ACTIVATIONS:
+            known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+            raise ValueError(f"activation {type(activation).__name__} cannot be exported; use one of {known}")
     else:
         chain.add("flatten")
     alpha = getattr(activation, "alpha", getattr(activation, "negative_slope", 0.0))

@@ -18,12 +18,14 @@ from policykd.compression.comparison import (
     Row,
     compare,
     comparison_table,
+    export_student,
+    pack_sparse,
     read_comparison,
+    shipped_bytes,
 )
 from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
 from policykd.compression.networks import weight_layers
 from policykd.compression.pareto import _separate_names, draw_pareto, pareto_front
-from policykd.compression.quantization import export_student, pack_sparse, shipped_bytes
 from policykd.compression.recipes import STANDARD, check_recipe, family, num_trainings, parent
 from policykd.compression.recipes import quantization as recipe_quantization
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation

@@ -4,7 +4,8 @@ import torch
 from policykd.agents.networks import num_parameters
 from policykd.agents.student import Student, make_student
 from policykd.compression.fine_tuning import FineTuning
-from policykd.compression.low_rank import factorize, factorize_and_tune
+from policykd.compression.networks import factorize
+from policykd.compression.recipes import apply_recipe
 
 
 def test_full_rank_computes_the_same_outputs() -> None:
@@ -30,7 +31,7 @@ def test_it_is_the_best_approximation_of_its_rank(teacher_student: Student) -> N
 
 def test_it_is_fine_tuned(tuning: FineTuning) -> None:
     student = make_student("1%", 6)
-    tuned = factorize_and_tune(student, tuning, 4)
+    tuned = apply_recipe("student+low-rank:4", student, tuning)
     assert tuned.shape.rank == 4
     assert not tuned.training
     assert tuning.measure(tuned) != tuning.measure(factorize(student, 4))

@@ -19,18 +19,21 @@ from policykd.envs.emulators import action_names
 from policykd.evaluation.policies import NamedPolicy
 from policykd.evaluation.profile import (
     Measurement,
+    NotMeasured,
     Profile,
     ProfileOptions,
+    RuntimeFile,
     Timing,
     _in_fresh_process,
     _with_ratios,
     _with_start,
+    make_file,
     profile,
     profile_table,
 )
-from policykd.evaluation.runtime_files import NotMeasured, RuntimeFile, make_file
 from policykd.evaluation.runtimes import OBS_BYTES, RUNTIMES, RuntimeName, benchmark
-from policykd.export import ExportSource, export
+from policykd.export.artifacts import export
+from policykd.export.formats import ExportSource
 from policykd.io.typed import parse_json, to_json
 
 
@@ -167,7 +170,7 @@ def test_int8_is_the_file_that_an_export_writes(
     )
     monkeypatch.setattr("policykd.export.artifacts.INT8_AGREEMENT", 0.0)
     monkeypatch.setattr(
-        "policykd.evaluation.runtime_files.on_policy_states", lambda *_, seed: calibration if seed % 2 else states
+        "policykd.evaluation.profile.on_policy_states", lambda *_, seed: calibration if seed % 2 else states
     )
     file = build(student, tmp_path, "int8")["int8"]
     assert file.int8 == "weights"
@@ -180,7 +183,7 @@ def test_an_int8_file_that_an_export_would_refuse_is_not_measured(
     student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("policykd.export.artifacts.INT8_AGREEMENT", 1.1)
-    monkeypatch.setattr("policykd.evaluation.runtime_files.NUM_INT8_STATES", 8)
+    monkeypatch.setattr("policykd.evaluation.profile.NUM_INT8_STATES", 8)
     file = make_file(student, "int8", tmp_path, "Pong")
     assert isinstance(file, NotMeasured)
     assert "are needed; not written" in file.reason
@@ -246,7 +249,7 @@ def test_a_missing_package_is_named_and_the_rest_is_measured(
 ) -> None:
     real = importlib.util.find_spec
     hidden = lambda name: None if name == package else real(name)  # noqa: E731
-    monkeypatch.setattr("policykd.evaluation.runtime_files.find_spec", hidden)
+    monkeypatch.setattr("policykd.evaluation.profile.find_spec", hidden)
     monkeypatch.setattr("importlib.util.find_spec", hidden)
     runtimes: tuple[RuntimeName, ...] = ("sb3", "onnx", "torch")
     files = {name: make_file(student, name, tmp_path, "Pong") for name in runtimes}

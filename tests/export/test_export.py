@@ -17,7 +17,8 @@ from policykd.agents.networks import Net
 from policykd.agents.student import Student, load_student, make_student, packed_weights, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.cli.main import execute
-from policykd.export import FORMATS, Artifact, ExportManifest, ExportSource, FormatName, check_format, export, validate
+from policykd.export.artifacts import ExportManifest, export, validate
+from policykd.export.formats import FORMATS, Artifact, ExportSource, FormatName, check_format
 from policykd.export.onnx import to_onnx
 from policykd.io.files import BadFile
 from policykd.io.typed import read_json
