@@ -73,13 +73,14 @@ class OnnxGraph:
     """divisor of pixels for a float32 input, from the metadata `policykd.divide_by`"""
 
 
-def read_onnx_graph(path: Path) -> OnnxGraph:
-    """Returns a policy's graph that is safe to run.
+def read_onnx_graph(path: Path, content: bytes | None = None) -> OnnxGraph:
+    """Returns a policy's graph that is safe to run; with `content`, the path is only named in error messages.
 
     Raises:
         BadFile: missing, damaged, foreign or unsafe file; one line that names it, the reason and the next step.
     """
-    content = read_bounded(path, MAX_BYTES, next_step="give the path of an .onnx file")
+    if content is None:
+        content = read_bounded(path, MAX_BYTES, next_step="give the path of an .onnx file")
     try:
         _check_message_sizes(path, content)
         model = onnx.load_model_from_string(content)

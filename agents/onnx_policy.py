@@ -24,8 +24,13 @@ class OnnxPolicy:
     temperature = 1.0
     """`load_teacher` returns a `Teacher` with the temperature of the algorithm on the file's card"""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, content: bytes | None = None, num_threads: int | None = None) -> None:
         """Reads a file and opens a session.
+
+        Args:
+            path: the file; with `content`, only its name in error messages.
+            content: the graph, where it is in memory already.
+            num_threads: CPU threads per call; by default torch's.
 
         Raises:
             BadFile: missing, damaged, foreign or unsafe file.
@@ -38,11 +43,11 @@ class OnnxPolicy:
             from policykd.agents.onnx_graph import read_onnx_graph
         except ImportError as error:
             raise ValueError(f"{path}: ONNX teachers need another package: pip install 'policykd[onnx]'") from error
-        self._graph = read_onnx_graph(self.path)
+        self._graph = read_onnx_graph(self.path, content)
         # The runtime's exceptions have no base class of their own.
         self._errors = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
         try:
-            self._session = open_session(self._graph.content, torch.get_num_threads())
+            self._session = open_session(self._graph.content, num_threads or torch.get_num_threads())
         except self._errors as error:
             raise BadFile(f"{path}: ONNX Runtime cannot run it ({one_line(str(error))}); export it again") from error
         self.backend = backend()
@@ -91,20 +96,12 @@ class OnnxPolicy:
         """Returns observations as the graph takes them."""
         if self._graph.takes_bytes and obs.dtype != torch.uint8:
             raise ValueError(f"{self.path}: observations are {obs.dtype}, expected uint8 from 0 to 255")
+        # A runtime's ReLU may turn NaN into 0, which would become an action.
+        if obs.is_floating_point() and not obs.isfinite().all():
+            raise ValueError("observations are NaN or infinite, expected finite numbers")
         if not self._graph.takes_bytes:
-            obs = finite(obs) / self._graph.divide_by
+            obs = obs.float() / self._graph.divide_by
         if self._graph.channels_last:
             # policykd's frames are channels first.
             obs = obs.movedim(1, -1)
         return np.ascontiguousarray(obs.detach().cpu().numpy())
-
-
-def finite(obs: Tensor) -> Tensor:
-    """Returns observations as float32.
-
-    Raises:
-        ValueError: some are not finite: a runtime's ReLU may turn NaN into 0, which would become an action.
-    """
-    if obs.is_floating_point() and not obs.isfinite().all():
-        raise ValueError("observations are NaN or infinite, expected finite numbers")
-    return obs.detach().float()

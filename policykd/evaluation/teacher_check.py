@@ -105,28 +105,22 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
     Raises:
         BadFile: they differ; the message has both.
     """
-    described = getattr(policy, "shape", policy)  # a student's shape has both
-    obs_shape = tuple(getattr(described, "obs_shape", envs.obs_shape))
-    num_actions = getattr(described, "num_actions", None)
-    if num_actions is None:  # a plain function
-        num_actions = _num_outputs(policy, envs, ref)
-    if (num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
+    shape = getattr(policy, "shape", policy)  # a student's shape has both
+    if hasattr(shape, "num_actions"):
+        found = (shape.num_actions, tuple(getattr(shape, "obs_shape", envs.obs_shape)))
+    else:
+        outputs = policy(torch.zeros((1, *envs.obs_shape), dtype=torch.uint8 if len(envs.obs_shape) == 3 else None))
+        if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or not outputs.isfinite().all():
+            raise BadFile(
+                f"{ref}: returns {outputs!r:.80} for one blank observation, expected a finite tensor"
+                f" (1, {envs.num_actions}); fix it first"
+            )
+        found = (outputs.shape[1], envs.obs_shape)
+    if found != (envs.num_actions, envs.obs_shape):
         raise BadFile(
-            f"{ref}: {num_actions} actions and observations {obs_shape}, but {game} has {envs.num_actions} and"
+            f"{ref}: {found[0]} actions and observations {found[1]}, but {game} has {envs.num_actions} and"
             f" {envs.obs_shape}; it was made for another game"
         )
-
-
-def _num_outputs(policy: Policy, envs: VectorEnv, ref: str) -> int:
-    """Returns the number of outputs of a callable for one blank observation."""
-    blank = torch.zeros((1, *envs.obs_shape), dtype=torch.uint8 if len(envs.obs_shape) == 3 else torch.float32)
-    outputs = policy(blank)
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or len(outputs) != 1:
-        found = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise BadFile(f"{ref}: returns {found} for one observation, expected a tensor (1, {envs.num_actions})")
-    if not outputs.isfinite().all():
-        raise BadFile(f"{ref}: returns NaN or infinity for a blank observation; fix it first")
-    return outputs.shape[1]
 
 
 def compare_with_random(

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from policykd.agents.ensemble import Ensemble
-from policykd.agents.networks import MLP, ConvNet, Net, check_obs
-from policykd.agents.onnx_policy import finite
-from policykd.agents.onnx_session import backend, open_session
+from policykd.agents.networks import MLP, ConvNet, Net
+from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.teacher import Teacher
 from policykd.export.onnx import to_onnx
 
@@ -17,48 +16,19 @@ TOLERANCE = 1e-4
 """maximum difference of an output from torch's, relative to the largest output: float32 has seven digits"""
 
 
-class CompiledNet:
-    """ONNX Runtime session of a network, on the CPU; it keeps the weights that the network had when it was compiled.
-
-    The same observations give the same bits at every call, in any batch. Several threads may call it at once: it does
-    not hold Python's lock while it computes.
-    """
-
-    def __init__(self, net: Net, *, num_threads: int) -> None:
-        self.obs_shape = net.obs_shape
-        self.num_actions = net.num_actions
-        self.backend = backend()
-        self._session = open_session(to_onnx(net), num_threads)
-
-    def to(self, device: torch.device | str) -> "CompiledNet":
-        """Returns itself: the session stays on the CPU, outputs move to the observations' device."""
-        return self
-
-    def __call__(self, obs: Tensor, /) -> Tensor:
-        """Returns logits or Q-values, float32 `(batch, num_actions)`, of uint8 frames or float vectors.
-
-        Raises:
-            ValueError: observations of another shape or dtype, or vectors that are not finite.
-        """
-        check_obs(obs, self.obs_shape)
-        # ReLU in ONNX Runtime may turn NaN into 0, so vectors are checked before it sees them.
-        rows = obs if len(self.obs_shape) == 3 else finite(obs)
-        outputs_BA = self._session.run(["scores"], {"obs": rows.contiguous().cpu().numpy()})[0]
-        return torch.from_numpy(outputs_BA).to(obs.device)
-
-
 @torch.inference_mode()
-def compile_net(net: Net, obs: Tensor, *, num_threads: int = 1) -> CompiledNet:
-    """Returns the compiled network, after comparing its outputs with torch's on `obs`.
+def compile_net(net: Net, obs: Tensor, *, num_threads: int = 1) -> OnnxPolicy:
+    """Returns the compiled network with its present weights, after comparing its outputs with torch's on `obs`.
 
-    Within the tolerance a greedy action differs only where two actions are nearly tied. With one thread per call, as
-    many callers may run in parallel as there are cores.
+    Within the tolerance a greedy action differs only where two actions are nearly tied. The same observations give the
+    same bits at every call, in any batch. With one thread per call, as many callers may run in parallel as there are
+    cores: ONNX Runtime does not hold Python's lock while it computes.
 
     Raises:
         ValueError: the package onnx is not installed.
         FloatingPointError: the outputs differ from torch's.
     """
-    compiled = CompiledNet(net, num_threads=num_threads)
+    compiled = OnnxPolicy("the compiled network", content=to_onnx(net), num_threads=num_threads)
     expected_BA = net(obs)
     difference = float((compiled(obs) - expected_BA).abs().max())
     largest = float(expected_BA.abs().max())

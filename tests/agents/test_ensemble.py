@@ -24,10 +24,11 @@ from policykd.agents.ensemble import (
     make_ensemble,
 )
 from policykd.agents.networks import ConvNet
+from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import make_student
 from policykd.agents.teacher import Algorithm, Teacher, load_teacher, load_teachers
 from policykd.envs.atari import make_atari
-from policykd.export.compiled import CompiledNet, compile_policy
+from policykd.export.compiled import compile_policy
 
 OBS = torch.zeros(2, 4)
 
@@ -199,7 +200,7 @@ def test_bundled_teachers_mix_by_reference(pong_frames: Tensor) -> None:
     assert [metrics["teacher_weight_0"], metrics["teacher_weight_1"]] == pytest.approx([0.7, 0.3])
     compiled = compile_policy(mixture, pong_frames)
     assert isinstance(compiled.session, Ensemble)
-    assert all(isinstance(t.session, CompiledNet) for t in compiled.session.teachers)
+    assert all(isinstance(t.session, OnnxPolicy) for t in compiled.session.teachers)
     assert compiled.backend.startswith("onnxruntime")
     net.take_metrics()
     torch.testing.assert_close(compiled(pong_frames).exp(), expected, atol=1e-4, rtol=1e-3)

@@ -9,7 +9,7 @@ from policykd.agents.card import Provenance
 from policykd.agents.student import load_student, make_student, save_student
 from policykd.agents.teacher import load_teacher
 from policykd.cli.main import execute
-from policykd.compression import quantization
+from policykd.compression import comparison
 from policykd.compression.comparison import read_comparison
 from policykd.evaluation.evaluate import Evaluation
 from policykd.evaluation.results import FinishedGames
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_calibration_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "CALIBRATION_STATES", 64)
+    monkeypatch.setattr(comparison, "CALIBRATION_STATES", 64)
 
 
 def test_a_student_is_compressed_and_the_same_command_continues(

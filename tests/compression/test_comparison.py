@@ -10,7 +10,6 @@ from torch import Tensor
 
 from policykd.agents.onnx_policy import OnnxPolicy
 from policykd.agents.student import Student, load_student, make_student
-from policykd.compression import quantization
 from policykd.compression.comparison import (
     COMPARISON_FILE,
     ROW_FILE,
@@ -26,8 +25,15 @@ from policykd.compression.comparison import (
 from policykd.compression.fine_tuning import ComparisonSettings, FineTuning
 from policykd.compression.networks import weight_layers
 from policykd.compression.pareto import _separate_names, draw_pareto, pareto_front
-from policykd.compression.recipes import STANDARD, check_recipe, family, num_trainings, parent
-from policykd.compression.recipes import quantization as recipe_quantization
+from policykd.compression.recipes import (
+    STANDARD,
+    Quantization,
+    check_recipe,
+    family,
+    num_trainings,
+    parent,
+    quantization,
+)
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation
 from policykd.evaluation.results import FinishedGames, summarise_episodes
 from policykd.io.files import BadFile
@@ -57,7 +63,7 @@ def test_a_recipe_names_family_parent_budget_and_quantization(
     assert family(recipe) == kind
     assert parent(recipe) == (recipe.rpartition("+")[0] if previous is None else previous)
     assert num_trainings(recipe) == trainings
-    assert recipe_quantization(recipe) == how
+    assert quantization(recipe) == how
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 @pytest.fixture(autouse=True)
 def few_calibration_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "CALIBRATION_STATES", 64)
+    monkeypatch.setattr("policykd.compression.comparison.CALIBRATION_STATES", 64)
 
 
 def test_rows_are_made_once_and_the_folder_collects_them(
@@ -162,7 +168,7 @@ def test_each_stored_form_is_a_real_file(tuning: FineTuning, obs: Tensor, tmp_pa
     for layer in weight_layers(student):
         layer.weight.data[::2] = 0.0
     num_bytes: dict[tuple[str | None, bool], int] = {}
-    ways: tuple[quantization.Quantization | None, ...] = (None, "int8", "int8-static")
+    ways: tuple[Quantization | None, ...] = (None, "int8", "int8-static")
     for way in ways:
         path = export_student(student, tmp_path, way, tuning)
         policy = OnnxPolicy(path)

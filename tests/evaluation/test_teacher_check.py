@@ -194,9 +194,9 @@ def test_what_does_not_fit_is_refused_with_expected_and_found(pong: Teacher) -> 
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (lambda obs: np.zeros((1, 2)), r"returns ndarray .* expected a tensor \(1, 2\)"),
-        (lambda obs: torch.zeros(2), r"returns a tensor \(2,\)"),
-        (lambda obs: torch.full((1, 2), float("nan")), "NaN or infinity"),
+        (lambda obs: np.zeros((1, 2)), r"returns array.* expected a finite tensor \(1, 2\)"),
+        (lambda obs: torch.zeros(2), r"returns tensor\(\[0., 0.\]\) for one blank"),
+        (lambda obs: torch.full((1, 2), float("nan")), "returns tensor.*nan.*expected a finite tensor"),
     ],
 )
 def test_a_callable_with_invalid_outputs_is_refused(policy: Policy, expected: str) -> None:

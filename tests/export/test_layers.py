@@ -90,6 +90,11 @@ def test_layers_give_an_mlps_scores(activation: nn.Module) -> None:
     torch.testing.assert_close(computed(layers_of(net), obs), net(obs).detach())
 
 
+def test_another_activation_ends_in_one_line() -> None:
+    with pytest.raises(ValueError, match="activation GELU cannot be exported; use one of ReLU"):
+        layers_of(MLP(4, (8,), 2, activation=nn.GELU))
+
+
 def test_a_residual_block_is_the_papers() -> None:
     """Espeholt et al. (2018), figure 3: convolution, pool, twice x + conv(relu(conv(relu(x)))), a ReLU at the end."""
     net, frames = ImpalaNet((2, 3), (5,), 4), noise(2)
