@@ -73,9 +73,9 @@ class Card:
     settings: dict[str, JsonValue] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     members: tuple[TeacherRecord, ...] = ()
-    """of an ensemble"""
+    """members of an ensemble"""
     weights: str = ""
-    """of an ensemble's members"""
+    """weights of those members"""
 
     def __post_init__(self) -> None:
         # Returns are evidence about one file: without its hash they could be those of another agent.

@@ -27,7 +27,7 @@ class Convolution(NamedTuple):
     kernel: int
     stride: int
     is_depthwise: bool = False
-    """whether each channel is filtered separately; the next convolution, 1 by 1, mixes the channels"""
+    """each channel is filtered separately; the next convolution, 1 by 1, mixes the channels"""
 
 
 DESIGNS: dict[Design, tuple[Convolution, ...]] = {

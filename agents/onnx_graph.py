@@ -25,7 +25,7 @@ MAX_NUMBERS = 1 << 24
 """numbers computed for one observation; SB3's NatureCNN takes 50,000"""
 OUTPUT_NAMES = ("scores", "logits", "q_values")
 
-# None of them makes more numbers than its inputs' shapes say: no ConstantOfShape, Expand, Tile, Range, Pad or Resize.
+# The shapes of their inputs bound their outputs: no ConstantOfShape, Expand, Tile, Range, Pad or Resize.
 _OPERATORS = (
     "Abs Add AveragePool BatchNormalization Cast CastLike Ceil Clip Concat Constant Conv DequantizeLinear Div Dropout"
     " Elu Equal Erf Exp Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool Greater HardSigmoid HardSwish"
@@ -65,10 +65,10 @@ class OnnxGraph:
     num_parameters: int
     """numbers in its initialisers, without the integers that are shapes and axes"""
     takes_bytes: bool
-    """whether the input is uint8 rather than float32"""
+    """the input is uint8, not float32"""
     channels_last: bool
     is_single: bool
-    """whether the batch is fixed to 1"""
+    """the batch is fixed to 1"""
     divide_by: float
     """divisor of pixels for a float32 input, from the metadata `policykd.divide_by`"""
 

@@ -12,7 +12,7 @@ def open_session(content: bytes, num_threads: int) -> Any:
     # Spinning threads would take the cores from the emulators between two calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
-    # Without this the runtime reads content that says ORTM in another format than the one that was checked.
+    # Without this the runtime reads content that begins with ORTM in another format than the one that was checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

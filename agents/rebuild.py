@@ -68,7 +68,7 @@ def rebuild(archive: Archive) -> tuple[ConvNet | MLP, Sb3Algorithm]:
         layers = _mean_over_quantiles(archive, kwargs, layers)
     expected = archive.data.num_actions
     if expected not in (None, layers.widths[-1]):
-        raise _unexpected(archive, f"{expected} actions, as its `data` says", layers.widths[-1])
+        raise _unexpected(archive, f"{expected} actions, as in its `data`", layers.widths[-1])
     return _network(archive, kwargs, layers, default=nn.Tanh if is_on_policy else nn.ReLU), algorithm
 
 
@@ -178,7 +178,7 @@ def _mean_over_quantiles(archive: Archive, kwargs: Mapping[str, JsonValue], laye
     *hidden, (weight, bias) = layers.dense
     found = {len(weight), len(bias)}
     if num_actions is None or type(num_quantiles) is not int or found != {num_actions * num_quantiles}:
-        expected = f"n_quantiles times the number of actions ({num_actions}), as its `data` says"
+        expected = f"n_quantiles times the number of actions ({num_actions}), as in its `data`"
         raise _unexpected(archive, expected, f"{len(bias)} outputs")
     mean = (
         weight.reshape(num_quantiles, num_actions, -1).mean(dim=0),
@@ -245,6 +245,6 @@ def _mlp(archive: Archive, layers: _Layers, activation: type[nn.Module]) -> tupl
     shape = archive.data.obs_shape
     obs_size = layers.dense[0][0].shape[1]
     if shape not in (None, (obs_size,)):
-        raise _unexpected(archive, f"observations {shape}, as its `data` says", (obs_size,))
+        raise _unexpected(archive, f"observations {shape}, as in its `data`", (obs_size,))
     with torch.device("meta"):
         return MLP(obs_size, layers.widths[:-1], layers.widths[-1], activation=activation), {}

@@ -23,6 +23,7 @@ try:
     from gymnasium import spaces
     from stable_baselines3 import A2C, DQN, PPO
     from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.policies import ActorCriticPolicy
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.dqn.policies import DQNPolicy
@@ -130,7 +131,10 @@ def to_sb3(
         ours["ortho_init"] = given.get("ortho_init", False)  # it fails on channels-last weights
     kwargs["policy_kwargs"] = {**given, **ours}
 
-    model = chosen("MlpPolicy", env, **kwargs) if env is not None else _without_env(chosen, student, **kwargs)
+    if env is None:
+        model = agent_without_env(chosen, "MlpPolicy", shape.obs_shape, shape.num_actions, **kwargs)
+    else:
+        model = chosen("MlpPolicy", env, **kwargs)
     if getattr(model.action_space, "n", None) != shape.num_actions:
         raise ValueError(
             f"the environment's actions are {model.action_space}, the student's {shape.num_actions}; give the"
@@ -175,15 +179,16 @@ def from_sb3(model: BaseAlgorithm, like: Student) -> Student:
     return student.eval()
 
 
-def _without_env(algorithm: Any, student: Student, **kwargs: Any) -> BaseAlgorithm:
-    """Returns an agent that has spaces but no environment, as SB3's `load` does."""
-    if issubclass(algorithm, DQN):
-        kwargs.setdefault("buffer_size", 1)
-    no_env: Any = None
-    model: BaseAlgorithm = algorithm("MlpPolicy", no_env, **kwargs, _init_setup_model=False)
-    low, high, dtype = (0, 255, np.uint8) if isinstance(student.net, FrameNet) else (-np.inf, np.inf, np.float32)
-    model.observation_space = spaces.Box(low, high, student.shape.obs_shape, dtype)
-    model.action_space = spaces.Discrete(student.shape.num_actions)
+def agent_without_env(
+    algorithm: Any, policy: str, obs_shape: tuple[int, ...], num_actions: int, **kwargs: Any
+) -> BaseAlgorithm:
+    """Returns an SB3 agent that has spaces but no environment, as SB3's `load` does; it cannot learn."""
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        kwargs.setdefault("buffer_size", 1)  # the default would allocate gigabytes
+    model: BaseAlgorithm = algorithm(policy, None, **kwargs, _init_setup_model=False)
+    low, high, dtype = (0, 255, np.uint8) if len(obs_shape) == 3 else (-np.inf, np.inf, np.float32)
+    model.observation_space = spaces.Box(low, high, obs_shape, dtype)
+    model.action_space = spaces.Discrete(num_actions)
     model.n_envs = 1
     model._setup_model()
     return model

@@ -60,7 +60,7 @@ class Shape:
     num_actions: Width
     obs_shape: Annotated[tuple[Width, ...], Field(min_length=1, max_length=3)]
     value: bool = False
-    """whether there is a value head in addition to the logits"""
+    """a value head in addition to the logits"""
     temperature: float = 1.0
     """divisor of the network's outputs that gives logits; 0.01 for a student that was regressed on Q-values"""
     design: Design = "nature"

@@ -164,7 +164,7 @@ class Emulator:
         """
         saved = unpack(state["ale"], (-1,)).tobytes()
         self._loaded_for = 0
-        # A state does not say whether a frame is half done; after these frames none is.
+        # A state does not record whether a frame is half done; after these frames none is.
         for _ in range(2 * FRAME_SKIP):
             self._ale.act(NOOP)
         try:

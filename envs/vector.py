@@ -30,7 +30,7 @@ class Episode:
     length: int
     """agent steps (4 frames each on Atari)"""
     truncated: bool = False
-    """whether a time limit ended it"""
+    """a time limit ended it"""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class _Adapter(ABC):
     """A `VectorEnv` over environments of another library."""
 
     resets_next_step = False
-    """whether the step after the last one of an episode ignores the action and returns the next first observation"""
+    """the step after the last one of an episode ignores the action and returns the next first observation"""
     has_monitor = False
-    """whether `info["episode"]` marks the end of an episode, and any other end is that of a life"""
+    """`info["episode"]` marks the end of an episode, and any other end is that of a life"""
 
     def __init__(self, envs: Any, actions: gym.Space[Any], observations: gym.Space[Any], *, stack: int = 1) -> None:
         if not isinstance(actions, gym.spaces.Discrete) or not isinstance(observations, gym.spaces.Box):

@@ -69,7 +69,7 @@ def run(args: ExportArgs) -> None:
     states = on_policy_states(source.policy, source.game, args.states, seed=2 * args.seed)
     calibration = on_policy_states(source.policy, source.game, args.calibration, seed=2 * args.seed + 1)
 
-    # One format that fails, for want of a package say, does not keep the others from being written.
+    # One format that fails, such as for a missing package, does not keep the others from being written.
     failures: list[Exception] = []
     for format_name in formats:
         try:

@@ -85,7 +85,7 @@ class Comparison:
 
     settings: ComparisonSettings
     rows: dict[str, Row]
-    """by recipe, and random play as `RANDOM`"""
+    """recipe -> row; random play is `RANDOM`"""
     command: str
     versions: dict[str, str]
 

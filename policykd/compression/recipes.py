@@ -1,4 +1,4 @@
-"""Recipes: text that says where a compressed network starts and which methods follow, such as `7%+structured:0.5+int8`.
+"""Recipes: the start of a compressed network and the methods that follow, as text: `7%+structured:0.5+int8`.
 
 A start is `student` (of the run), `teacher`, or a size that is distilled from scratch, `1%:hard` on hard labels and
 `1%:sharp` on sharper targets. Methods that train have an amount: `magnitude` and `structured` a sparsity (the fraction
@@ -21,7 +21,7 @@ TRAINED = ("magnitude", "structured", "low-rank")
 """methods that spend the budget of updates"""
 STARTS = ("student", "teacher")
 TARGETS = {"": "distilled", "hard": "hard labels", "sharp": "sharp targets"}
-"""what a size is trained on -> its family in tables and pictures"""
+"""targets that a size is trained on -> its family in tables and pictures"""
 
 SHARPENED = 0.25
 """factor of the teacher's temperature for `:sharp` targets, between its own policy and hard labels"""

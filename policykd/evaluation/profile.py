@@ -58,7 +58,7 @@ class RuntimeFile:
     num_bytes: int | None
     """bytes that a user would ship; None where that is not a file of its own"""
     int8: str = ""
-    """what is int8 in the file"""
+    """the part of the file that is int8, such as `weights`"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Measurement(Timing):
     num_bytes: int | None
     """bytes of the runtime's file"""
     int8: str
-    """what is int8 in the file; empty for float32"""
+    """the part of the file that is int8; empty for float32"""
     start_seconds: float
     """from the start of a process to its first action"""
     peak_megabytes: float
@@ -258,17 +258,11 @@ def _int8_file(source: ExportSource, folder: Path, seed: int) -> RuntimeFile:
 
 def _as_sb3(teacher: Teacher) -> Any:
     """Returns an SB3 agent with the tensors of an archive in the network of SB3's CnnPolicy: no pickle is read."""
-    from gymnasium import spaces
+    from policykd.agents.sb3_student import agent_without_env
 
     library = importlib.import_module("sb3_contrib" if teacher.algorithm == "QRDQN" else "stable_baselines3")
-    # The default replay buffer would allocate gigabytes.
-    settings = {"buffer_size": 1} if "DQN" in teacher.algorithm else {}
     algorithm = getattr(library, teacher.algorithm)
-    model = algorithm("CnnPolicy", None, device="cpu", seed=0, _init_setup_model=False, **settings)
-    model.observation_space = spaces.Box(0, 255, teacher.obs_shape, np.uint8)
-    model.action_space = spaces.Discrete(teacher.num_actions)
-    model.n_envs = 1
-    model._setup_model()
+    model: Any = agent_without_env(algorithm, "CnnPolicy", teacher.obs_shape, teacher.num_actions, device="cpu", seed=0)
     # Not strict, as SB3 loads PPO and A2C itself; tensors that do not fit would show in `same_actions`.
     try:
         model.policy.load_state_dict(read_archive(teacher.path).tensors, strict=False)

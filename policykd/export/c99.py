@@ -15,7 +15,7 @@ _HEADER = """\
  *   void PREFIX_scores(const KIND *obs, float *scores);    NUM_ACTIONS scores
  *   int PREFIX_act(const KIND *obs);    the best action, the first of equals
  *
- * obs: SHAPE of KIND one behind the other, SAID
+ * obs: SHAPE of KIND one behind the other, RANGE
  * Actions: NAMES
  * Stack: STACK bytes. Fastest with -O3 -march=native. Include it in one file of a program.
  * With GUARD_MAIN defined it is one: observations on standard input, scores, as floats, on standard output.
@@ -95,7 +95,7 @@ def to_c(net: Net, *, prefix: str = "policykd", actions: Sequence[str] = ()) -> 
         "GUARD": prefix.upper(),
         "KIND": "uint8_t" if is_frames else "float",
         "SHAPE": "".join(f"[{n}]" for n in shape),
-        "SAID": "grey frames from 0 to 255, newest last" if is_frames else "finite, or the action is -1",
+        "RANGE": "grey frames from 0 to 255, newest last" if is_frames else "finite, or the action is -1",
         "NUM_ACTIONS": str(net.num_actions),
         "NAMES": ", ".join(f"{i} {_plain(name)}" for i, name in enumerate(actions)) or f"0 to {net.num_actions - 1}",
         "STACK": f"{stack:,}",
@@ -121,7 +121,7 @@ def stack_bytes(header: str) -> int:
 
 
 def _plain(name: str) -> str:
-    """Returns a name that cannot end the comment it stands in."""
+    """Returns a name that cannot end the comment around it."""
     return re.sub(r"[^A-Za-z0-9_ ]", "", name)
 
 

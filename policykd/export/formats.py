@@ -1,10 +1,12 @@
 """The five formats: how each makes its file, and how that file is run in its own runtime."""
 
 import importlib.util
+import io
+import json
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,8 +20,9 @@ from policykd.agents.networks import Net, UserNet
 from policykd.agents.policy import Policy
 from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
+from policykd.export import numpy_policy
 from policykd.export.c99 import check_prefix, stack_bytes, to_c
-from policykd.export.numpy_file import numpy_runtime, to_npz
+from policykd.export.layers import Layer, layers_of
 from policykd.export.onnx import to_onnx
 
 FormatName = Literal["onnx", "int8", "numpy", "c", "sb3"]
@@ -75,14 +78,14 @@ class Artifact:
     extra_files: tuple[Path, ...] = ()
     """files that are needed in addition"""
     manifest: Mapping[str, str | int] = field(default_factory=dict)
-    """what the manifest records about this format"""
+    """details of this format for the manifest"""
     gives_log_probabilities: bool = False
-    """whether outputs are normalised log-probabilities instead of the network's own outputs"""
+    """outputs are normalised log-probabilities instead of the network's own outputs"""
 
 
 def check_format(source: ExportSource, format_name: FormatName) -> None:
     """Raises ValueError if a policy cannot be exported in a format on this machine, before any work is done."""
-    # Packages first: without them no other check says anything useful.
+    # Packages first: without them the other checks fail for the wrong reason.
     for package in _PACKAGES.get(format_name, ()):
         if not importlib.util.find_spec(package):
             extra = "sb3" if format_name == "sb3" else "onnx"
@@ -145,7 +148,7 @@ def _int8_artifact(source: ExportSource, path: Path, calibration: Tensor) -> Art
 def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
     path.write_bytes(to_npz(source.net, actions=source.action_names))
     module_path = path.with_name("numpy_policy.py")
-    module_path.write_bytes(numpy_runtime())
+    shutil.copyfile(numpy_policy.__file__, module_path)
     # Run the copy that is shipped, not the module that is installed here.
     spec = importlib.util.spec_from_file_location("numpy_policy", module_path)
     assert spec
@@ -154,6 +157,33 @@ def _numpy_artifact(source: ExportSource, path: Path) -> Artifact:
     spec.loader.exec_module(module)
     policy = module.load(path)
     return Artifact(path, lambda obs: policy(obs.numpy()), extra_files=(module_path,))
+
+
+def to_npz(net: Net, *, actions: Sequence[str] = ()) -> bytes:
+    """Returns the content of an `.npz` for `numpy_policy.load`; the same bytes for the same weights.
+
+    Args:
+        net: the network, such as a student's `folded_net()`.
+        actions: meaning of each action, for the reader.
+
+    Raises:
+        ValueError: a module of the user's, whose layers are unknown.
+    """
+    layers = layers_of(net)
+    described = [f.name for f in fields(Layer) if f.name not in ("weight", "bias")]
+    about = {
+        "format": numpy_policy.FORMAT,
+        "obs_shape": list(net.obs_shape),
+        "num_actions": net.num_actions,
+        "actions": list(actions),
+        "layers": [{name: getattr(layer, name) for name in described} for layer in layers],
+    }
+    arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+    for layer in layers:
+        arrays |= layer.arrays
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def _c_artifact(source: ExportSource, path: Path) -> Artifact:

@@ -156,7 +156,7 @@ def _compensated_rounding(weight_OK: np.ndarray, step_O1: np.ndarray, inputs_NK:
 
     Inputs are taken in the order of falling second moment. Rounding input k's weights leaves an error, which the
     weights of the later inputs are moved to cancel, as far as those inputs are correlated with input k: row k of the
-    Cholesky factor of the inverse second moments says by how much.
+    Cholesky factor of the inverse second moments gives the amounts.
     """
     moments_KK = (inputs_NK.T.astype(np.float64) @ inputs_NK) / len(inputs_NK)
     # Damping also makes the matrix invertible where inputs are constant, such as pixels of the background.

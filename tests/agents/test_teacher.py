@@ -259,7 +259,7 @@ def test_what_is_not_read_faithfully_is_refused(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("algorithm", "changes", "reason"),
     [
-        ("PPO", {"data": {"action_space": {"n": "3"}}}, "expected 3 actions, as its `data` says, found 2"),
+        ("PPO", {"data": {"action_space": {"n": "3"}}}, "expected 3 actions, as in its `data`, found 2"),
         ("QRDQN", {"data": {"action_space": {"n": "3"}}}, r"expected n_quantiles times .* \(3\).* found 400 outputs"),
         ("QRDQN", {"data": {"action_space": {"n": "?"}}}, r"number of actions \(None\)"),
         ("QRDQN", {"data": {"policy_kwargs": {"n_quantiles": 100}}}, "found 400 outputs"),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from policykd.agents.networks import MLP
 from policykd.agents.student import Size, Student, make_student
-from policykd.export.numpy_file import numpy_runtime, to_npz
+from policykd.export import numpy_policy
+from policykd.export.formats import to_npz
 from policykd.export.numpy_policy import Policy, load
 
 MakeStudent = Callable[[Size], Student]
@@ -78,7 +80,7 @@ def test_other_observations_are_refused(frames: Tensor, tmp_path: Path) -> None:
 def test_neither_torch_nor_policykd_is_needed(frames: Tensor, random_student: MakeStudent, tmp_path: Path) -> None:
     net = random_student("7%").folded_net()
     (tmp_path / "student.npz").write_bytes(to_npz(net))
-    (tmp_path / "numpy_policy.py").write_bytes(numpy_runtime())
+    shutil.copy(numpy_policy.__file__, tmp_path / "numpy_policy.py")
     np.save(tmp_path / "obs.npy", frames.numpy())
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnxruntime', 'onnx', 'policykd', 'cv2']))\n"

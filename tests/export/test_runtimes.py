@@ -15,7 +15,7 @@ from policykd.agents.student import SIZES, Size, Student
 from policykd.agents.teacher import load_teacher
 from policykd.evaluation.real_states import on_policy_states
 from policykd.export.c99 import stack_bytes, to_c
-from policykd.export.numpy_file import to_npz
+from policykd.export.formats import to_npz
 from policykd.export.numpy_policy import load
 from policykd.export.onnx import to_onnx
 
