@@ -34,7 +34,7 @@ from policykd.evaluation.statistics import RESAMPLES
 from policykd.io.files import write_atomically
 from policykd.io.machine import prepare_device
 from policykd.losses import kl_divergence_B
-from policykd.runs.results import RunResult, load_results
+from policykd.runs.folder import RunResult, load_results
 
 GAME = "Pong"
 Command = Literal["distill", "distill-rl"]

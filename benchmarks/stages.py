@@ -36,7 +36,7 @@ from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
 from policykd.loop import DistillConfig, distill
 from policykd.replay import DrawRange, Replay
-from policykd.runs.results import load_results
+from policykd.runs.folder import load_results
 from policykd.states import DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.train_state import TrainState, make_train_state

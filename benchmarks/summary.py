@@ -14,8 +14,7 @@ import tyro
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.evaluation.results import PolicyResult
 from policykd.evaluation.statistics import difference_interval, summarise
-from policykd.runs.folder import load_run_config
-from policykd.runs.results import RunResult, load_results
+from policykd.runs.folder import RunResult, load_results, load_run_config
 
 COLORS = {"7%": "#1f77b4", "1%": "#d62728"}
 Returns = dict[ProtocolName, list[float]]

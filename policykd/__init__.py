@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from policykd.loop import DistillConfig, distill
     from policykd.runs.config import DistillRunConfig
     from policykd.runs.distill_run import distill_run
-    from policykd.runs.results import RunResult
+    from policykd.runs.folder import RunResult
 
     __version__: str
 
@@ -38,7 +38,7 @@ __all__ = [
 _MODULES = {
     "DistillConfig": "loop",
     "DistillRunConfig": "runs.config",
-    "RunResult": "runs.results",
+    "RunResult": "runs.folder",
     "distill": "loop",
     "distill_run": "runs.distill_run",
     "evaluate": "evaluation.evaluate",

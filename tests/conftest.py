@@ -84,7 +84,7 @@ def teacher_student(small: Small) -> "Student":
 def dataset(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dataset of the same states, with the teacher's outputs."""
     from policykd.storage.dataset import save_dataset
-    from policykd.storage.manifest import Origin, TeacherRef
+    from policykd.storage.generations import Origin, TeacherRef
 
     teacher = small.tuning.teacher
     folder = tmp_path_factory.mktemp("states")

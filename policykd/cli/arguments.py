@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import tyro
 
-from policykd.runs.groups import check_flags
+from policykd.runs.config import check_flags
 from policykd.schedules import SCHEDULES, Quantity, Schedule, format_schedule, parse_schedule
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ from policykd.envs.atari import make_atari
 from policykd.evaluation.policies import infer_game, load_run_teacher
 from policykd.io.files import write_atomically
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_name
+from policykd.runs.config import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_name
 from policykd.states import DatasetStates
-from policykd.storage.offline import label_preloaded, open_replay
+from policykd.storage.dataset import label_preloaded, open_replay
 
 
 @dataclass(frozen=True, kw_only=True)

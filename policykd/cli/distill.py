@@ -7,10 +7,9 @@ from pathlib import Path
 
 from policykd.cli.arguments import parse_args
 from policykd.io.typed import read_json
-from policykd.runs.config import DistillRunConfig
+from policykd.runs.config import DistillRunConfig, from_settings
 from policykd.runs.distill_run import distill_run
 from policykd.runs.folder import RunRecord, pin_teacher_revision
-from policykd.runs.groups import from_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from policykd.evaluation.policies import RANDOM, infer_game, load_named_policy
 from policykd.evaluation.results import ProtocolResult, summarise_episodes
 from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
-from policykd.runs.groups import DebugArgs, MachineArgs, Positive, SeedArgs, TrustArgs
+from policykd.runs.config import DebugArgs, MachineArgs, Positive, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from policykd.evaluation.real_states import on_policy_states
 from policykd.export.artifacts import ExportManifest, export
 from policykd.export.formats import FORMATS, ExportSource, FormatName, check_format
 from policykd.io.machine import prepare_device
-from policykd.runs.groups import DebugArgs, Positive, SeedArgs
+from policykd.runs.config import DebugArgs, Positive, SeedArgs
 
 FEW_STATES = 1000
 

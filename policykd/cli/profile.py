@@ -14,7 +14,7 @@ from policykd.evaluation.policies import find_run, infer_game, load_named_policy
 from policykd.evaluation.profile import ProfileOptions, profile, profile_table
 from policykd.evaluation.runtimes import RUNTIMES, RuntimeName
 from policykd.io.typed import write_json
-from policykd.runs.groups import DebugArgs, Positive, SeedArgs, TrustArgs
+from policykd.runs.config import DebugArgs, Positive, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from policykd.evaluation.policies import load_run_teacher
 from policykd.io.machine import prepare_device
 from policykd.report import ReportOptions, write_report
 from policykd.report.compressors import write_comparison_report
-from policykd.report.data import read_run
-from policykd.runs.groups import DebugArgs, SeedArgs, TrustArgs
+from policykd.report.page import read_run
+from policykd.runs.config import DebugArgs, SeedArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)

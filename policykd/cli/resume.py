@@ -8,8 +8,8 @@ import tyro
 
 from policykd.cli.main import load_command
 from policykd.io.machine import DeviceName
+from policykd.runs.config import DebugArgs, TrustArgs, from_settings
 from policykd.runs.folder import load_run_config
-from policykd.runs.groups import DebugArgs, TrustArgs, from_settings
 
 
 @dataclass(frozen=True, kw_only=True)

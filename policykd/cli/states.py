@@ -8,7 +8,7 @@ import tyro
 from policykd.cli.errors import needs_extra
 from policykd.importers.importers import import_states
 from policykd.importers.minari import export_to_minari
-from policykd.runs.groups import DebugArgs
+from policykd.runs.config import DebugArgs
 
 
 @dataclass(frozen=True, kw_only=True)

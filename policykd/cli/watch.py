@@ -17,7 +17,7 @@ from policykd.cli.errors import needs_extra
 from policykd.evaluation import policies
 from policykd.evaluation.evaluate import sampling_temperature
 from policykd.io.files import write_atomically
-from policykd.runs.groups import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs
+from policykd.runs.config import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs
 from policykd.viewer import animation, colours, window
 
 ANIMATION_FORMATS: dict[str, animation.AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}

@@ -20,8 +20,7 @@ from policykd.importers.minari import read_minari
 from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, rows, states_info
 from policykd.io.files import BadFile
 from policykd.storage.dataset import Dataset, check_free, write_dataset
-from policykd.storage.generations import has_generations
-from policykd.storage.manifest import UNREADABLE, Arrays, Origin, StatesInfo, npy_header
+from policykd.storage.generations import UNREADABLE, Arrays, Origin, StatesInfo, has_generations, npy_header
 
 _DQN_REPLAY = re.compile(r"\$store\$_observation_ckpt\.(\d+)\.gz")
 

@@ -23,8 +23,7 @@ from policykd.io.files import BadFile, sync_folder
 from policykd.io.typed import read_json
 from policykd.replay import Replay
 from policykd.storage.dataset import load_dataset, open_dataset
-from policykd.storage.generations import Generation
-from policykd.storage.manifest import MAX_RATIO, Arrays, Count, DType, Origin, Size, StatesInfo, Text
+from policykd.storage.generations import MAX_RATIO, Arrays, Count, DType, Generation, Origin, Size, StatesInfo, Text
 
 MAIN_FILE = "main_data.hdf5"
 _NEXT_STEP = "give another Minari dataset"

@@ -14,9 +14,8 @@ from policykd.envs.emulators import action_names
 from policykd.evaluation.real_states import on_policy_states
 from policykd.io.files import write_atomically
 from policykd.losses import kl_divergence_B
-from policykd.report.data import read_run
-from policykd.report.page import REPORT_FILE, ActionComparison, Film, run_page
-from policykd.runs.results import RunResult
+from policykd.report.page import REPORT_FILE, ActionComparison, Film, read_run, run_page
+from policykd.runs.folder import RunResult
 from policykd.viewer import colours
 from policykd.viewer.animation import STEPS_PER_SECOND, Player, VideoSettings, encode_animation, render_video
 

@@ -14,11 +14,18 @@ from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import QDagger
-from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation, StudentDrivenMethod
+from policykd.rl.sb3_distillation import (
+    ExpectedEntropyRegularised,
+    KickstartingPPO,
+    NDistill,
+    OnPolicyDistillation,
+    ProximalPolicyDistillation,
+    StudentDriven,
+    StudentDrivenMethod,
+)
 from policykd.rl.teacher_mixin import TeacherMixin
 from policykd.rl.training import TrainingArgs
-from policykd.runs.groups import SeedArgs
+from policykd.runs.config import SeedArgs
 from policykd.schedules import Linear, Progress, Quantity, ReturnGap, check_bounds, resolve
 
 MethodName = Literal["ppd", "kickstarting", "qdagger", "on-policy", "n-distill", "expected-entropy"]

@@ -20,8 +20,7 @@ from policykd.envs.vector import VectorEnv
 from policykd.io.typed import parse_json, to_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.storage.checkpoints import optimizer_tensors, pack_tensors, restore_optimizer
-from policykd.storage.generations import commit, last, recover
-from policykd.storage.manifest import Arrays, Manifest, ShardEntry
+from policykd.storage.generations import Arrays, Manifest, ShardEntry, commit, last, recover
 
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),

@@ -27,15 +27,14 @@ from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation, TemperedPolicy, evaluate_on_atari
 from policykd.evaluation.results import FinishedGames
 from policykd.evaluation.teacher_check import check_fits
-from policykd.io.locks import lock_folder
+from policykd.io.files import lock_folder
 from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import collect_with_teacher
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
 from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs, resume_run
-from policykd.runs.folder import FINAL_EVALUATION, Machine, RunRecord, load_run_config, should_resume, write_run_config
-from policykd.runs.groups import (
+from policykd.runs.config import (
     MachineArgs,
     NotNegative,
     Positive,
@@ -46,6 +45,7 @@ from policykd.runs.groups import (
     check_name,
     to_settings,
 )
+from policykd.runs.folder import FINAL_EVALUATION, Machine, RunRecord, load_run_config, should_resume, write_run_config
 
 AlgorithmFlag = Literal["ppo", "a2c", "dqn", "qrdqn"]
 ALGORITHMS: dict[AlgorithmFlag, Any] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}

@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.rl.sb3_checkpoints import restore_training, save_training
+from policykd.runs.config import NotNegative, Positive
 from policykd.runs.folder import CHECKPOINTS, RunRecord, check_resumable, resume_command, write_run_config
-from policykd.runs.groups import NotNegative, Positive
 from policykd.storage.generations import has_generations
 
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 60.0

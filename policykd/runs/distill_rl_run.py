@@ -19,21 +19,12 @@ from policykd.evaluation.evaluate import Evaluation, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions
 from policykd.evaluation.teacher_check import check_fits, check_teacher
 from policykd.export.compiled import compile_policy
-from policykd.io.locks import lock_folder
+from policykd.io.files import lock_folder
 from policykd.io.machine import prepare_device
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
 from policykd.rl.training import Training, resume_run
-from policykd.runs.finish import TrainingCost, finish_run
-from policykd.runs.folder import (
-    Machine,
-    RunRecord,
-    load_run_config,
-    load_run_teacher,
-    should_resume,
-    write_run_config,
-)
-from policykd.runs.groups import (
+from policykd.runs.config import (
     EvaluationArgs,
     MachineArgs,
     Positive,
@@ -43,7 +34,17 @@ from policykd.runs.groups import (
     check_name,
     to_settings,
 )
-from policykd.runs.results import RunResult, load_results
+from policykd.runs.finish import TrainingCost, finish_run
+from policykd.runs.folder import (
+    Machine,
+    RunRecord,
+    RunResult,
+    load_results,
+    load_run_config,
+    load_run_teacher,
+    should_resume,
+    write_run_config,
+)
 
 NUM_SCALING_STEPS = 100
 """agent steps of the teacher in 8 environments whose frames determine the student's input scaling"""

@@ -20,32 +20,31 @@ from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher
-from policykd.io.locks import lock_folder
+from policykd.io.files import lock_folder
 from policykd.io.machine import prepare_device
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
 from policykd.replay import Replay
-from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return
+from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return, to_settings
 from policykd.runs.folder import (
     CHECKPOINTS,
     Machine,
     RunRecord,
+    RunResult,
     check_resumable,
     lengthen_run,
+    load_results,
     load_run_config,
     load_run_teacher,
     resume_command,
     should_resume,
     write_run_config,
 )
-from policykd.runs.groups import to_settings
 from policykd.runs.records import RunLogger
-from policykd.runs.results import RunResult, load_results
 from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
-from policykd.storage.generations import has_generations
-from policykd.storage.manifest import Origin, TeacherRef
+from policykd.storage.generations import Origin, TeacherRef, has_generations
 from policykd.train_state import TrainState, make_train_state
 
 
@@ -146,7 +145,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
 
         # 4. Restore the last checkpoint, train, and log every round.
         if state.replay.num_preloaded:
-            from policykd.storage.offline import label_preloaded
+            from policykd.storage.dataset import label_preloaded
 
             label_preloaded(state.replay, teacher)
         _restore(job, state, is_resumed=started is not None)
@@ -227,7 +226,7 @@ def _stored_states(job: _Job) -> Replay | None:
     config = job.config
     if not isinstance(config.states, DatasetStates | BlendedStates):
         return None
-    from policykd.storage.offline import open_replay
+    from policykd.storage.dataset import open_replay
 
     # Room for the states that the run adds, so that the buffers are allocated once.
     room = 0 if config.is_offline else config.rounds * config.states_per_round

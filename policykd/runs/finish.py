@@ -13,8 +13,7 @@ from policykd.io.files import write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import write_json
 from policykd.report import ReportOptions, write_report
-from policykd.runs.folder import FINAL_EVALUATION, ensure_run_dir_exists
-from policykd.runs.results import RESULTS, RunResult
+from policykd.runs.folder import FINAL_EVALUATION, RESULTS, RunResult, ensure_run_dir_exists
 from policykd.viewer.animation import play_to_gif
 
 

@@ -17,8 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from policykd.io.typed import parse_json, to_json
-from policykd.storage.generations import commit, last, recover
-from policykd.storage.manifest import Count, Manifest, Origin, ShardEntry, describe
+from policykd.storage.generations import Count, Manifest, Origin, ShardEntry, commit, describe, last, recover
 from policykd.train_state import Rollout, TrainState
 
 

@@ -8,6 +8,7 @@ are such generations as well, so any run can be read as a dataset. docs/states.m
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,23 @@ import torch
 from policykd.agents.policy import Policy
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
-from policykd.io.files import BadFile
-from policykd.io.locks import lock_folder
+from policykd.io.files import BadFile, lock_folder
 from policykd.replay import Replay
-from policykd.storage.generations import Generation, commit, has_generations, last, newest
-from policykd.storage.manifest import MAX_RATIO, Arrays, Manifest, Origin, ShardEntry, StatesInfo, describe
+from policykd.states import BlendedStates, DatasetStates, StateSource
+from policykd.storage.generations import (
+    MAX_RATIO,
+    Arrays,
+    Generation,
+    Manifest,
+    Origin,
+    ShardEntry,
+    StatesInfo,
+    commit,
+    describe,
+    has_generations,
+    last,
+    newest,
+)
 
 ROWS_PER_SHARD = 16_384
 
@@ -287,3 +300,36 @@ def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
             held = [{key: array[len(array) - num_held :] for key, array in joined.items()}]
     if num_held:
         yield {key: np.concatenate([p[key] for p in held]) for key in held[0]}
+
+
+def open_replay(
+    states: StateSource, teacher: Teacher, game: str, *, room: int, num_envs: int, device: torch.device
+) -> Replay | None:
+    """Returns a replay of the dataset that a state source names, or None if it names none.
+
+    Raises:
+        ValueError: stored states of another number of environments than the new ones.
+        BadFile: no dataset, or one of another game.
+    """
+    if not isinstance(states, DatasetStates | BlendedStates):
+        return None
+    dataset = open_dataset(states.path)
+    if isinstance(states, BlendedStates) and dataset.info.num_envs != num_envs:
+        raise ValueError(
+            f"{states.path}: collected in {dataset.info.num_envs} environments; pass --num-envs"
+            f" {dataset.info.num_envs}, and --states-per-round a multiple of it"
+        )
+    held_out = states.held_out if isinstance(states, DatasetStates) else 0.0
+    num_held_out = max(1, round(held_out * dataset.num_rows)) if held_out else 0
+    replay = load_dataset(states.path, teacher, game=game, num_held_out=num_held_out, room=room)
+    replay.num_preloaded = len(replay)
+    return replay.to(device)
+
+
+def label_preloaded(replay: Replay, teacher: Teacher) -> None:
+    """Labels the states of a dataset that this teacher has not labelled yet, and prints how many those were."""
+    if replay.num_preloaded:
+        began = time.perf_counter()
+        num_labelled = label(replay, teacher)
+        seconds = time.perf_counter() - began
+        print(f"a dataset of {replay.num_states:,} states, {num_labelled:,} labelled in {seconds:.0f} s", flush=True)

@@ -25,7 +25,7 @@ from policykd.evaluation.evaluate import PROTOCOLS, Evaluation
 from policykd.evaluation.results import PolicyResult, summarise_episodes
 from policykd.io.typed import write_json
 from policykd.replay import Replay
-from policykd.runs.results import RunResult
+from policykd.runs.folder import RunResult
 
 ROOT = Path(__file__).parents[2]
 

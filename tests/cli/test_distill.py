@@ -8,9 +8,8 @@ import pytest
 from policykd.agents.card import TeacherRecord
 from policykd.cli import distill, resume
 from policykd.cli.main import execute
-from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig
+from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, to_settings
 from policykd.runs.folder import Machine, RunRecord, check_resumable, write_run_config
-from policykd.runs.groups import to_settings
 
 RECORD = RunRecord(
     subcommand="distill",

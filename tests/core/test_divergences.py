@@ -9,8 +9,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from policykd.agents.policy import log_policy
 from policykd.losses import jensen_shannon_B, kl_divergence_B
-from policykd.methods.decoupled_kl import best_or_other, drop_action
-from policykd.methods.standardized_kl import standardize
+from policykd.methods.divergences import best_or_other, drop_action, standardize
 
 
 def scores(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from policykd import losses
 from policykd.agents.policy import log_policy
 from policykd.losses import Batch, PolicyLoss, kl_divergence_B
 from policykd.methods import decoupled_kl, standardized_kl
-from policykd.methods.standardized_kl import standardize
+from policykd.methods.divergences import standardize
 from policykd.schedules import Linear, Progress
 
 Formula = Callable[[Tensor, Tensor], Tensor]

@@ -27,8 +27,7 @@ from policykd.losses import (
     TwoSidedKL,
 )
 from policykd.methods.auxiliary import AuxiliaryLosses
-from policykd.methods.decoupled_kl import DecoupledKL
-from policykd.methods.standardized_kl import StandardizedKL
+from policykd.methods.divergences import DecoupledKL, StandardizedKL
 from policykd.methods.state_weights import ByDisagreement, ByEntropy, ByGap, StateWeight, WeightedStates
 from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached, resolve
 from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates

@@ -327,7 +327,7 @@ def test_a_signal_while_a_dataset_is_labelled(warm: Warm, whole: Whole, tmp_path
     args = f"--rounds 2 --eval-every 1 --teacher bundled:dqn --states dataset:{whole.run}"
     code, said = warm(tmp_path / "whole", args)
     assert code == 0, said
-    code, said, seconds = interrupted(warm, tmp_path, args, "policykd.storage.offline:label", 1, [signal.SIGINT])
+    code, said, seconds = interrupted(warm, tmp_path, args, "policykd.storage.dataset:label", 1, [signal.SIGINT])
     assert (code, seconds < GRACE_SECONDS) == (INTERRUPTED, True), said
     assert "policykd resume" in said.strip().splitlines()[-1]
     code, said = warm(tmp_path, args)

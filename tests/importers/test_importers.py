@@ -31,7 +31,7 @@ from policykd.io.files import BadFile
 from policykd.io.signals import handle_signals
 from policykd.replay import Replay
 from policykd.storage.dataset import load_dataset, open_dataset, save_dataset, write_dataset
-from policykd.storage.manifest import Origin, TeacherRef
+from policykd.storage.generations import Origin, TeacherRef
 
 gym.register_envs(ale_py)
 

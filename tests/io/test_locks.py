@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from policykd.io.locks import LOCK, lock_folder
+from policykd.io.files import LOCK, lock_folder
 
 HOLD = """
 import sys
 from pathlib import Path
-from policykd.io.locks import lock_folder
+from policykd.io.files import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -76,7 +76,7 @@ def test_without_flock_a_record_in_the_file_is_the_lock(tmp_path: Path, monkeypa
     """Systems and network file systems without fcntl.flock."""
     from filelock import SoftFileLock
 
-    monkeypatch.setattr("policykd.io.locks.FileLock", SoftFileLock)
+    monkeypatch.setattr("policykd.io.files.FileLock", SoftFileLock)
     run = tmp_path / "run"
     for _ in range(2):
         with lock_folder(run), pytest.raises(OSError, match=f"locked by .*{os.getpid()}"), lock_folder(run):

@@ -40,9 +40,8 @@ from policykd.io.files import BadFile
 from policykd.io.typed import write_json
 from policykd.report import ReportOptions, compare_actions, render_film
 from policykd.report.compressors import ComparedMethods, newest_comparison
-from policykd.report.data import RunFiles, read_run
-from policykd.report.page import ActionComparison, run_page, verdict
-from policykd.runs.results import RunResult
+from policykd.report.page import ActionComparison, RunFiles, read_run, run_page, verdict
+from policykd.runs.folder import RunResult
 
 INJECTED = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\"&"
 NAME = "<img src=x onerror=alert(1)> & co"

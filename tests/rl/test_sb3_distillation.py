@@ -18,8 +18,14 @@ from torch import Tensor
 
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.rl.qdagger import QDagger
-from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
-from policykd.rl.student_driven import ExpectedEntropyRegularised, NDistill, OnPolicyDistillation
+from policykd.rl.sb3_distillation import (
+    ExpectedEntropyRegularised,
+    KickstartingPPO,
+    NDistill,
+    OnPolicyDistillation,
+    ProximalPolicyDistillation,
+    StudentDriven,
+)
 from policykd.schedules import Linear, ReturnGap
 from tests.cart_pole import cart_poles, controller, mean_return
 from tests.identity_env import IdentityEnv

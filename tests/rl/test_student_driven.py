@@ -14,11 +14,11 @@ from torch import Tensor
 from policykd.agents.policy import log_policy
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.losses import kl_divergence_B
-from policykd.rl.sb3_distillation import StudentDriven
-from policykd.rl.student_driven import (
+from policykd.rl.sb3_distillation import (
     ExpectedEntropyRegularised,
     NDistill,
     OnPolicyDistillation,
+    StudentDriven,
     StudentDrivenMethod,
     cross_entropy_B,
 )

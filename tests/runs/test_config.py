@@ -8,8 +8,7 @@ import pytest
 
 from policykd.io.files import BadFile
 from policykd.losses import AuxiliaryLossWeights, JensenShannon, SoftAndHard, TwoSidedKL
-from policykd.runs.config import DistillRunConfig, check_config
-from policykd.runs.groups import changed_settings, from_settings, to_settings
+from policykd.runs.config import DistillRunConfig, changed_settings, check_config, from_settings, to_settings
 from policykd.schedules import Cosine, Exponential, Linear, ReturnGap
 from policykd.states import BlendedStates, DatasetStates, StudentStates, TeacherStates
 

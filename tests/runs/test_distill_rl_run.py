@@ -19,8 +19,7 @@ from policykd.rl.training import Training
 from policykd.runs import distill_rl_run as module
 from policykd.runs import finish
 from policykd.runs.distill_rl_run import DistillRLConfig, distill_rl_run
-from policykd.runs.folder import load_run_config
-from policykd.runs.results import load_results
+from policykd.runs.folder import load_results, load_run_config
 
 SMALL: dict[str, Any] = {
     "game": "Pong",

@@ -14,11 +14,9 @@ from policykd.io.files import BadFile
 from policykd.losses import LogitMSE
 from policykd.runs import distill_run as module
 from policykd.runs import finish
-from policykd.runs.config import DistillRunConfig
+from policykd.runs.config import DistillRunConfig, from_settings
 from policykd.runs.distill_run import distill_run
-from policykd.runs.folder import NOTES, load_run_config
-from policykd.runs.groups import from_settings
-from policykd.runs.results import RunResult, load_results
+from policykd.runs.folder import NOTES, RunResult, load_results, load_run_config
 
 pytestmark = pytest.mark.usefixtures("flickers")
 

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from policykd.agents.card import TeacherRecord
 from policykd.io.files import BadFile
 from policykd.io.typed import write_json
+from policykd.runs.config import check_name
 from policykd.runs.folder import (
     CONFIG,
     NOTES,
@@ -23,7 +24,6 @@ from policykd.runs.folder import (
     should_resume,
     write_run_config,
 )
-from policykd.runs.groups import check_name
 
 TEACHER = TeacherRecord(ref="hub:sb3/dqn-PongNoFrameskip-v4", sha256="1" * 64, revision="a" * 40, algorithm="DQN")
 RECORD = RunRecord(

@@ -21,13 +21,12 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.gymnasium_envs import GymnasiumEnvs
 from policykd.envs.vector import VectorEnv
-from policykd.io.files import BadFile
-from policykd.io.locks import lock_folder
+from policykd.io.files import BadFile, lock_folder
 from policykd.loop import DistillConfig
 from policykd.replay import Replay
 from policykd.storage.checkpoints import save_checkpoint
 from policykd.storage.dataset import label, load_dataset, open_dataset, save_dataset, write_dataset
-from policykd.storage.manifest import Arrays, Origin, StatesInfo, TeacherRef
+from policykd.storage.generations import Arrays, Origin, StatesInfo, TeacherRef
 from policykd.train_state import make_train_state
 from tests.identity_env import IdentityEnv
 

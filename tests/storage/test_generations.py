@@ -26,8 +26,18 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from policykd.io.files import BadFile
 from policykd.storage.dataset import open_dataset, write_dataset
-from policykd.storage.generations import commit, has_generations, last, newest, recover
-from policykd.storage.manifest import Arrays, Manifest, Origin, StatesInfo, pack_arrays
+from policykd.storage.generations import (
+    Arrays,
+    Manifest,
+    Origin,
+    StatesInfo,
+    commit,
+    has_generations,
+    last,
+    newest,
+    pack_arrays,
+    recover,
+)
 
 CALLS = ((io, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"))
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25, stateful_step_count=20)
@@ -401,7 +411,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from policykd.storage.generations import commit, has_generations, last, recover
-from policykd.storage.manifest import Manifest
+from policykd.storage.generations import Manifest
 folder = Path(sys.argv[1])
 if has_generations(folder):
     recover(folder, "round")
