@@ -15,11 +15,11 @@ from policykd.io.machine import prepare_device
 from policykd.report import ReportOptions, write_report
 from policykd.report.compressors import write_comparison_report
 from policykd.report.page import read_run
-from policykd.runs.config import DebugArgs, SeedArgs, TrustArgs
+from policykd.runs.config import DebugArgs, SeedArgs, ThreadArgs, TrustArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportArgs(DebugArgs, TrustArgs, SeedArgs):
+class ReportArgs(DebugArgs, TrustArgs, SeedArgs, ThreadArgs):
     """Writes report.html into the folder of a finished run, or of a comparison of compression methods.
 
     Teacher and student play a few seconds for it: states on which their actions are compared, and a film.
@@ -32,8 +32,6 @@ class ReportArgs(DebugArgs, TrustArgs, SeedArgs):
     ] = ""
     seconds: Annotated[float, Field(ge=1.0, le=120.0)] = 16.0
     """length of the film"""
-    threads: int = 0
-    """CPU threads; 0 takes as many as torch finds"""
 
 
 def run(args: ReportArgs) -> None:

@@ -19,8 +19,9 @@ from policykd.envs.games import canonical_name
 from policykd.importers.minari import read_minari
 from policykd.importers.recordings import CHUNK, NO_ACTION, STACK, Recording, frames_first, rows, states_info
 from policykd.io.files import BadFile
+from policykd.io.typed import UNREADABLE, Arrays, npy_header
 from policykd.storage.dataset import Dataset, check_free, write_dataset
-from policykd.storage.generations import UNREADABLE, Arrays, Origin, StatesInfo, has_generations, npy_header
+from policykd.storage.generations import Origin, StatesInfo, has_generations
 
 _DQN_REPLAY = re.compile(r"\$store\$_observation_ckpt\.(\d+)\.gz")
 

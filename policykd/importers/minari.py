@@ -20,10 +20,10 @@ from pydantic import Json
 from policykd.envs.games import canonical_name
 from policykd.importers.recordings import CHUNK, NO_ACTION, Recording, frames_first, rows, states_info
 from policykd.io.files import BadFile, sync_folder
-from policykd.io.typed import read_json
+from policykd.io.typed import MAX_RATIO, Arrays, read_json
 from policykd.replay import Replay
 from policykd.storage.dataset import load_dataset, open_dataset
-from policykd.storage.generations import MAX_RATIO, Arrays, Count, DType, Generation, Origin, Size, StatesInfo, Text
+from policykd.storage.generations import Count, DType, Generation, Origin, Size, StatesInfo, Text
 
 MAIN_FILE = "main_data.hdf5"
 _NEXT_STEP = "give another Minari dataset"

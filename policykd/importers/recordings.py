@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from policykd.io.files import BadFile
-from policykd.storage.generations import Arrays, DType, Origin, StatesInfo
+from policykd.io.typed import Arrays
+from policykd.storage.generations import DType, Origin, StatesInfo
 
 STACK = 4
 """frames that single images are stacked to, as SB3 does on Atari"""

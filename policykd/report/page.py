@@ -6,25 +6,83 @@ The templates load nothing from elsewhere and run no script. Jinja2 escapes ever
 import math
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import JsonValue
 
 from policykd.agents.student import StudentCard, read_student_card
 from policykd.evaluation.evaluate import PROTOCOLS, ProtocolName
 from policykd.evaluation.results import PolicyResult, PolicyRole, ProtocolResult
 from policykd.evaluation.statistics import difference_interval, teacher_normalised_score
 from policykd.io.files import BadFile
-from policykd.io.typed import read_json
 from policykd.report.charts import MINUS, Chart, Look, Series, cost_chart, histogram, line_chart
-from policykd.runs.folder import RESULTS, RunResult, load_results
+from policykd.runs.folder import RESULTS, RunRecord, RunResult, load_results, load_run_config
 
 if TYPE_CHECKING:
     from policykd.report.compressors import ComparedMethods
+
+MAX_EVENT_BYTES = 256 * 2**20
+
+Curve = list[tuple[float, float]]
+"""(gradient updates or agent steps, value) of a TensorBoard tag"""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything in a run's folder that a report shows."""
+
+    game: str
+    name: str
+    results: RunResult
+    config: RunRecord
+    student: StudentCard
+    curves: dict[str, Curve]
+    """by TensorBoard tag"""
+
+    @property
+    def x_label(self) -> str:
+        """X axis of the curves, which is another one inside reinforcement learning."""
+        return "gradient updates" if "data/n_states" in self.curves else "agent steps"
+
+
+def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
+    """Returns the content of a run's folder; with `results` given, results.json is not read.
+
+    Raises:
+        BadFile: a file is damaged.
+        ValueError: the run is not finished.
+    """
+    results = results or load_results(run)
+    if results is None:
+        raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
+    config = load_run_config(run)
+    return RunFiles(
+        game=str(config.settings["game"]),
+        name=run.resolve().name,
+        results=results,
+        config=config,
+        student=read_student_card(run / "student.json"),
+        curves=_read_curves(run),
+    )
+
+
+def _read_curves(run: Path) -> dict[str, Curve]:
+    """Returns the scalars of TensorBoard's event files; what is damaged in them is left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second to import
+
+    paths = list(run.glob("*tfevents*"))
+    for path in paths:
+        # TensorBoard itself would wait forever on a FIFO.
+        if not path.is_file() or path.stat().st_size > MAX_EVENT_BYTES:
+            raise BadFile(f"{path}: not a regular file of at most {MAX_EVENT_BYTES:,} bytes; remove it")
+    if not paths:
+        return {}
+    events = EventAccumulator(str(run)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
 
 REPORT_FILE = "report.html"
 
@@ -200,74 +258,3 @@ def _environment() -> Environment:
 def _number(value: float, form: str = ",.2f") -> str:
     """Returns a number with a typographic minus sign."""
     return f"{value:{form}}".replace("-", MINUS)
-
-
-MAX_EVENT_BYTES = 256 * 2**20
-
-Curve = list[tuple[float, float]]
-"""(gradient updates or agent steps, value) of a TensorBoard tag"""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What a report shows of `config.json`; the settings depend on the command and are shown as they are."""
-
-    settings: dict[str, JsonValue] = field(default_factory=dict)
-    machine: dict[str, JsonValue] = field(default_factory=dict)
-    command: str = ""
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Everything in a run's folder that a report shows."""
-
-    game: str
-    name: str
-    results: RunResult
-    config: RunConfig
-    student: StudentCard
-    curves: dict[str, Curve]
-    """by TensorBoard tag"""
-
-    @property
-    def x_label(self) -> str:
-        """X axis of the curves, which is another one inside reinforcement learning."""
-        return "gradient updates" if "data/n_states" in self.curves else "agent steps"
-
-
-def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
-    """Returns the content of a run's folder; with `results` given, results.json is not read.
-
-    Raises:
-        BadFile: a file is damaged.
-        ValueError: the run is not finished.
-    """
-    results = results or load_results(run)
-    if results is None:
-        raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
-    config = RunConfig()
-    if (run / "config.json").exists():
-        config = read_json(RunConfig, run / "config.json", next_step="start a new run under another --name")
-    return RunFiles(
-        game=str(config.settings.get("game") or run.resolve().parent.name),
-        name=run.resolve().name,
-        results=results,
-        config=config,
-        student=read_student_card(run / "student.json"),
-        curves=_read_curves(run),
-    )
-
-
-def _read_curves(run: Path) -> dict[str, Curve]:
-    """Returns the scalars of TensorBoard's event files; what is damaged in them is left out."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second to import
-
-    paths = list(run.glob("*tfevents*"))
-    for path in paths:
-        # TensorBoard itself would wait forever on a FIFO.
-        if not path.is_file() or path.stat().st_size > MAX_EVENT_BYTES:
-            raise BadFile(f"{path}: not a regular file of at most {MAX_EVENT_BYTES:,} bytes; remove it")
-    if not paths:
-        return {}
-    events = EventAccumulator(str(run)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -17,10 +17,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from policykd.envs.vector import VectorEnv
-from policykd.io.typed import parse_json, to_json
+from policykd.io.typed import Arrays, parse_json, to_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.storage.checkpoints import optimizer_tensors, pack_tensors, restore_optimizer
-from policykd.storage.generations import Arrays, Manifest, ShardEntry, commit, last, recover
+from policykd.storage.generations import Manifest, ShardEntry, commit, last, recover
 
 COUNTERS = (
     *("num_timesteps", "_episode_num", "_n_updates", "_n_calls"),

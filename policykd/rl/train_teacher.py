@@ -35,6 +35,7 @@ from policykd.rl.qdagger import collect_with_teacher
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
 from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs, resume_run
 from policykd.runs.config import (
+    GameArgs,
     MachineArgs,
     NotNegative,
     Positive,
@@ -83,15 +84,13 @@ EVALUATION_SEED_OFFSET = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs):
+class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs, GameArgs):
     """Trains a teacher with Stable-Baselines3's own algorithms and the zoo's hyperparameters, and writes its card.
 
     Writes runs/GAME/NAME/ with TensorBoard curves, checkpoints/, and at the end ALGO-GAME.zip, an SB3 archive, with its
     card ALGO-GAME.json. A killed run resumes from its last checkpoint with --resume, bit for bit.
     """
 
-    game: str
-    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
     algo: AlgorithmFlag = "ppo"
     """SB3's PPO, A2C or DQN, or sb3-contrib's QR-DQN"""
     steps: Positive = 10_000_000
@@ -112,8 +111,6 @@ class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs):
     policy; for DQN and QR-DQN it also fills the replay buffer, with sampled actions in place of random ones"""
     eval_episodes: Positive = 100
     """full episodes per protocol at the end, for the card"""
-    name: str = ""
-    """name of the run's folder; by default made of the algorithm and the seed"""
 
 
 def train_teacher(config: TrainTeacherConfig) -> Card:

@@ -1,4 +1,4 @@
-"""Flags that several commands share, their bounds, and their form in the `config.json` of a run.
+"""Flags that several commands share, those of `policykd distill`, their bounds, and their form in `config.json`.
 
 A command's arguments are a frozen, keyword-only dataclass that inherits the groups it needs. Bounds are annotations
 (`pydantic.Field`), which `check_flags` enforces. `config.json` spells flags as a command line does: a schedule as
@@ -60,6 +60,14 @@ Settings = dict[str, JsonValue]
 
 
 @dataclass(frozen=True, kw_only=True)
+class GameArgs:
+    """The game to learn."""
+
+    game: str
+    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DebugArgs:
     """How much is printed about an error."""
 
@@ -76,39 +84,41 @@ class TrustArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherArgs:
+class TeacherArgs(TrustArgs):
     """The teacher to learn from."""
 
     teacher: Annotated[str, tyro.conf.arg(help=f"teacher: {TEACHER_HELP}")] = "auto"
     teacher_weights: Annotated[str, tyro.conf.arg(help=WEIGHTS_HELP)] = "equal"
-    trust_pickle: bool = False
-    """let SB3 itself load the teacher, which executes code in the file: only for your own archives"""
     allow_weak_teacher: bool = False
     """accept a teacher that may play no better than a random policy"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArgs:
+class RunArgs(DebugArgs):
     """The folder of a run."""
 
     name: str = ""
-    """name of the run's folder; by default made of the student's size, the seed and the time"""
+    """name of the run's folder; by default made of other settings, such as the seed"""
     folder: Path = Path("runs")
     """folder that holds all runs"""
     resume: bool = False
     """resume the run of this --name from its last checkpoint, or start it if there is none"""
-    debug: bool = False
-    """print the traceback of an error"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineArgs:
+class ThreadArgs:
+    """The cores to compute on."""
+
+    threads: NotNegative = 0
+    """CPU threads per batch and number of emulator processes; 0 takes as many as torch finds"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineArgs(ThreadArgs):
     """The hardware to compute on."""
 
     device: DeviceName = "auto"
     """device to compute on; auto takes cuda if available, else mps, else cpu"""
-    threads: NotNegative = 0
-    """CPU threads per batch and number of emulator processes; 0 takes as many as torch finds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +303,9 @@ _MAX_GIGABYTES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArgs:
+class TaskArgs(GameArgs):
     """What is distilled into what; first in the help text."""
 
-    game: str
-    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
     student: Size = "7%"
     """size in per cent of the NatureCNN's parameters, or a design with few multiply-accumulates (docs/students.md)"""
 

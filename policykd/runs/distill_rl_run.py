@@ -9,7 +9,7 @@ from torch import Tensor
 
 from policykd.agents.policy import sample
 from policykd.agents.sb3_student import from_sb3
-from policykd.agents.student import Size, make_student
+from policykd.agents.student import make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
@@ -29,6 +29,7 @@ from policykd.runs.config import (
     MachineArgs,
     Positive,
     RunArgs,
+    TaskArgs,
     TeacherArgs,
     check_flags,
     check_name,
@@ -51,7 +52,7 @@ NUM_SCALING_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRLConfig(MethodArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunArgs):
+class DistillRLConfig(MethodArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunArgs, TaskArgs):
     """Distils an Atari agent into a compact student inside reinforcement learning, and measures what that cost.
 
     Writes runs/GAME/NAME/ with config.json, TensorBoard curves, checkpoints/, student.safetensors + student.json,
@@ -59,14 +60,8 @@ class DistillRLConfig(MethodArgs, EvaluationArgs, MachineArgs, TeacherArgs, RunA
     for bit.
     """
 
-    game: str
-    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same"""
-    student: Size = "7%"
-    """size, see policykd distill --help"""
     num_envs: Positive = 16
     """environments that the student plays in parallel"""
-    name: str = ""
-    """name of the run's folder; by default made of the method, the student's size and the seed"""
 
 
 def check_config(config: DistillRLConfig) -> DistillRLConfig:

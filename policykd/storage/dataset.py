@@ -20,11 +20,10 @@ from policykd.agents.policy import Policy
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile, lock_folder
+from policykd.io.typed import MAX_RATIO, Arrays
 from policykd.replay import Replay
 from policykd.states import BlendedStates, DatasetStates, StateSource
 from policykd.storage.generations import (
-    MAX_RATIO,
-    Arrays,
     Generation,
     Manifest,
     Origin,
@@ -206,7 +205,7 @@ def write_dataset(
         folder: created if missing.
         info: description of the states.
         parts: any number of rows each, all with the same arrays (`StatesInfo.layout`). Always from the first row on:
-            the rows that are saved already are compared, and replaced from the first difference on.
+            the rows that are saved already are skipped.
         rows_per_shard: bounds the memory that is needed.
 
     Raises:
@@ -215,29 +214,30 @@ def write_dataset(
         OSError: no space left, no permission, or another process writes there; the shards so far stay.
         KeyboardInterrupt: a signal has arrived; the shards so far stay.
     """
+    other_import = f"{folder}: holds part of another import; use another folder, or remove it first"
     with lock_folder(folder):
         check_free(folder)
         previous = last(folder, "row")
         if not previous and has_generations(folder):
             raise BadFile(f"{folder}: its manifests are damaged; remove the folder and import again")
         if previous and previous.manifest.states != info:
-            raise ValueError(f"{folder}: holds part of another import; use another folder, or remove it first")
-        saved = list(previous.manifest.shards.items()) if previous else []
-        shards: dict[str, ShardEntry] = {}
+            raise ValueError(other_import)
+        try:
+            num_saved = sum(len(arrays["frames"]) for _, arrays in previous.read_shards()) if previous else 0
+        except BadFile as error:
+            print(f"warning: {error}; all shards are imported again", file=sys.stderr)
+            previous = None
+            num_saved = 0
+        shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
         num_rows = 0
         try:
             for arrays in _regrouped(parts, rows_per_shard):
-                # What an interrupted import saved is compared rather than trusted: the source may have changed.
-                if previous and saved:
-                    name, entry = saved.pop(0)
-                    if _is_saved(previous, name, arrays):
-                        shards[name] = entry
-                        num_rows += entry.num_rows
-                        continue
-                    previous = None
-                    saved = []
                 first_row = num_rows
                 num_rows += len(arrays["frames"])
+                if num_rows <= num_saved:
+                    continue
+                if first_row < num_saved:
+                    raise ValueError(other_import)
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
                 previous = commit(folder, previous, manifest, new_rows=arrays, first_row=first_row)
                 shards = previous.manifest.shards
@@ -245,10 +245,10 @@ def write_dataset(
             num_states = sum(shard.num_states for shard in shards.values())
             reason = f"{num_states:,} states are imported; run the same import again to continue it"
             raise KeyboardInterrupt(reason) from None
+        if num_rows < num_saved:
+            raise ValueError(other_import)
         if not shards:
             raise BadFile(f"{info.origin.source}: holds no states; use another source")
-        if saved:
-            previous = None  # fewer states are wanted than were imported before
         # One more generation, without new rows, marks the dataset as complete.
         manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info)
         return _as_dataset(commit(folder, previous, manifest))
@@ -259,20 +259,6 @@ def check_free(folder: Path) -> None:
     generation = last(folder, "row") if has_generations(folder) else None
     if generation and generation.manifest.is_complete:
         raise ValueError(f"{folder}: holds a dataset already; use another folder, or remove it first")
-
-
-def _is_saved(generation: Generation, name: str, arrays: Arrays) -> bool:
-    """Returns whether a shard of an interrupted import is intact and holds what the source gives now."""
-    try:
-        saved = generation.read_shard(name)
-        is_equal = saved.keys() == arrays.keys() and all(saved[k].tobytes() == arrays[k].tobytes() for k in saved)
-        reason = f"{generation.folder / name}: the source now gives other rows"
-    except BadFile as error:
-        is_equal = False
-        reason = str(error)
-    if not is_equal:
-        print(f"warning: {reason}; this shard and the following ones are imported again", file=sys.stderr)
-    return is_equal
 
 
 def save_dataset(replay: Replay, folder: Path, origin: Origin) -> Dataset:

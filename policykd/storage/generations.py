@@ -1,63 +1,47 @@
-"""Files of a generation: its manifest, which describes the states, and shards, which hold their arrays.
+"""A folder of generations: files that belong together, and a manifest that lists them by their sha256.
 
-The bounds make hostile sizes impossible: nothing that passes them can ask for more memory than its files can hold.
-Shards are compressed `.npz` files of plain numbers; their declared sizes are checked before anything is unpacked.
+`manifest-000012.json` is the manifest of generation 12. It is written last, so a generation is complete or absent
+whenever the process is killed or the disk fills up. No file of a complete generation is overwritten, and the previous
+generation is kept in case the newest is damaged. Nothing in the folder is a pickle: states are in shards, compressed
+`.npz` files of plain numbers. Sizes are bounded: no file can ask for more memory than its bytes can hold.
 """
 
-import gzip
 import hashlib
-import io
 import math
 import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 
-from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile, remove_stale_temp_files, replace_file, sync_folder
 from policykd.io.signals import deferred_signals
-from policykd.io.typed import MAX_JSON_BYTES, parse_json, read_bounded, to_json
+from policykd.io.typed import (
+    MAX_JSON_BYTES,
+    Arrays,
+    Layout,
+    pack_arrays,
+    parse_json,
+    read_bounded,
+    to_json,
+    unpack_arrays,
+)
 from policykd.replay import Replay
 
 FORMAT = 3
-"""1 and 2 were the separate formats of datasets and checkpoints"""
-Arrays = dict[str, np.ndarray]
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-"""dtype and shape of every array, by name"""
+MANIFEST = "manifest"
 
-MAX_RATIO = 1032
-"""maximum compression ratio of deflate: no file of n bytes holds more than n times as many zeros"""
-
-LEVEL = 3
-"""zlib level: 2.7 times as fast as zlib's default, for 1.75 times the bytes (2,000 states of Pong)"""
-
-UNREADABLE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-"""exceptions that reading a damaged `.npz` raises"""
-
-REQUIRED = ("frames", "num_past_frames")
-"""arrays that every shard of states has"""
-
-
-def _canonical(game: str) -> str:
-    if canonical_name(game) != game:
-        raise ValueError(f"not the canonical name of {canonical_name(game)}")
-    return game
-
+_NAME = re.compile(r"([a-z]+)-(\d{6,9})\.(json|npz|safetensors)")
 
 # Far above what is plausible, far below what overflows or could not be allocated.
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, Field(max_length=2000)]
-GameName = Annotated[str, AfterValidator(_canonical)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{6,9}\.(json|npz|safetensors)$")]
 """a name without folders, so that a manifest cannot refer to a file elsewhere"""
 DType = Literal["uint8", "float32", "float64"]
@@ -83,7 +67,7 @@ class Origin:
     """name of the recording or run"""
     preprocessing: Text = "policykd.envs"
     """how screens became frames"""
-    game: GameName | None = None
+    game: Text | None = None
     teacher: TeacherRef | None = None
     """None: the shards hold no outputs, or those of an unknown teacher"""
 
@@ -187,89 +171,6 @@ class Manifest:
     """false until an import has reached the end of its source"""
 
 
-def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Returns arrays as a compressed `.npz` file: always the same bytes for the same numbers."""
-    content = io.BytesIO()
-    # Not np.savez_compressed, which stores the current time and knows no compression level.
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    return content.getvalue()
-
-
-def unpack_arrays(content: bytes, path: Path, layout: Layout | None = None, num_rows: int = 0) -> Arrays:
-    """Returns the arrays of an `.npz` file.
-
-    Args:
-        content: of the file.
-        path: its name in error messages.
-        layout: dtypes and shapes (without rows) that the arrays may have; checked before memory is allocated for them.
-        num_rows: rows that every array must have, given a layout.
-
-    Raises:
-        BadFile: not an `.npz` of plain numbers, or arrays of another layout.
-    """
-    try:
-        if layout is not None:
-            _check_layout(_declared_arrays(content), layout, num_rows)
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except UNREADABLE as error:
-        raise BadFile(f"{path}: not a shard of this dataset ({error}); import or copy the dataset again") from error
-
-
-def _declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns name, dtype and shape of every array in an `.npz`, from the headers alone."""
-    declared = {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.namelist()
-        if len(members) != len(set(members)):
-            raise ValueError("two members have the same name")
-        # Only the headers are decompressed here, so a bomb costs nothing.
-        for member in members:
-            with archive.open(member) as stream:
-                declared[member.removesuffix(".npy")] = npy_header(stream)
-    return declared
-
-
-def npy_header(stream: IO[bytes] | gzip.GzipFile) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape of a `.npy`, and leaves the stream at its first number.
-
-    Raises:
-        ValueError: not a `.npy` of plain numbers.
-    """
-    read_header = np.lib.format.read_array_header_1_0
-    if np.lib.format.read_magic(stream) != (1, 0):
-        read_header = np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(stream)
-    # Objects would be unpickled; Fortran order would need the array twice.
-    if dtype.kind not in "buif" or fortran_order:
-        raise ValueError(f"it holds {dtype}{' in Fortran order' if fortran_order else ''}, not plain numbers")
-    return str(dtype), tuple(shape)
-
-
-def _check_layout(declared: Layout, layout: Layout, num_rows: int) -> None:
-    for name in REQUIRED:
-        if name not in declared:
-            raise ValueError(f"array {name!r} not found")
-    for name, (dtype, shape) in declared.items():
-        if name not in layout:
-            raise ValueError(f"unknown array {name!r}")
-        expected_dtype, row_shape = layout[name]
-        if (dtype, shape) != (expected_dtype, (num_rows, *row_shape)):
-            raise ValueError(f"{name}: expected {expected_dtype} {(num_rows, *row_shape)}, found {dtype} {shape}")
-
-
-MANIFEST = "manifest"
-NO_FILES: Mapping[str, bytes] = MappingProxyType({})
-NO_ROWS: Arrays = {}
-
-_NAME = re.compile(r"([a-z]+)-(\d{6,9})\.(json|npz|safetensors)")
-_OLD_MANIFESTS = ("checkpoint.json", "checkpoint-*.json", "manifest.json")
-"""of checkpoints of format 1 and 2, and of datasets of format 1"""
-
-
 class Damaged(BadFile):
     """One generation is damaged; the previous one may be intact."""
 
@@ -326,17 +227,10 @@ def has_generations(folder: Path) -> bool:
     """Returns whether a folder holds a generation, intact or damaged.
 
     Raises:
-        BadFile: it holds files of generations without their manifests, or those of an older format.
+        BadFile: it holds files of generations without their manifests.
     """
     if _numbers(folder):
         return True
-    # Not read: the formats differ in every file, and states are cheaper to import again than to convert.
-    for pattern in _OLD_MANIFESTS:
-        for old in sorted(folder.glob(pattern)):
-            raise BadFile(
-                f"{old}: written in an older format than this policykd reads ({FORMAT}); import the states again, or"
-                " finish the run with the policykd that started it"
-            )
     # A first commit that was killed leaves files of number 1 behind; the next commit replaces them.
     if any(_number(path.name) > 1 for path in _files(folder)):
         raise BadFile(
@@ -422,8 +316,8 @@ def commit(
     folder: Path,
     previous: Generation | None,
     manifest: Manifest,
-    files: Mapping[str, bytes] = NO_FILES,
-    new_rows: Arrays = NO_ROWS,
+    files: Mapping[str, bytes] | None = None,
+    new_rows: Arrays | None = None,
     first_row: int = 0,
 ) -> Generation:
     """Writes a generation, then removes all others except the previous one.
@@ -442,7 +336,7 @@ def commit(
     """
     # New names throughout, so that nothing of a complete generation is ever overwritten.
     number = 1 + max(_numbers(folder), default=0)
-    contents = {_name(*name.split("."), number=number): content for name, content in files.items()}
+    contents = {_name(*name.split("."), number=number): content for name, content in (files or {}).items()}
     entries = {name: FileEntry(_sha256(content), len(content)) for name, content in contents.items()}
     shards = dict(manifest.shards)
     if new_rows:

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Categorical, kl_divergence
 from policykd import losses
 from policykd.agents.policy import log_policy
 from policykd.losses import Batch, PolicyLoss, kl_divergence_B
-from policykd.methods import decoupled_kl, standardized_kl
+from policykd.methods import divergences
 from policykd.methods.divergences import standardize
 from policykd.schedules import Linear, Progress
 
@@ -34,8 +34,8 @@ SoftAndHard = as_formula(losses.SoftAndHard)
 LogitMSE = as_formula(losses.LogitMSE)
 LogitHuber = as_formula(losses.LogitHuber)
 ActionNLL = as_formula(losses.ActionNLL)
-DecoupledKL = as_formula(decoupled_kl.DecoupledKL)
-StandardizedKL = as_formula(standardized_kl.StandardizedKL)
+DecoupledKL = as_formula(divergences.DecoupledKL)
+StandardizedKL = as_formula(divergences.StandardizedKL)
 
 
 def scores(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -325,7 +325,7 @@ OPEN_AND_FIXED = [
     (losses.JensenShannon(teacher_share=0.2), losses.JensenShannon(0.01, teacher_share=0.2)),
     (losses.SoftAndHard(hard=0.3), losses.SoftAndHard(0.01, hard=0.3)),
     (losses.TwoSidedKL(4.0), losses.TwoSidedKL(4.0, 0.01)),
-    (decoupled_kl.DecoupledKL(4.0), decoupled_kl.DecoupledKL(4.0, 0.01)),
+    (divergences.DecoupledKL(4.0), divergences.DecoupledKL(4.0, 0.01)),
     (losses.LogitMSE(), losses.LogitMSE(0.01)),
     (losses.LogitHuber(), losses.LogitHuber(0.01)),
 ]

@@ -41,7 +41,8 @@ from policykd.io.typed import write_json
 from policykd.report import ReportOptions, compare_actions, render_film
 from policykd.report.compressors import ComparedMethods, newest_comparison
 from policykd.report.page import ActionComparison, RunFiles, read_run, run_page, verdict
-from policykd.runs.folder import RunResult
+from policykd.runs.config import Settings
+from policykd.runs.folder import Machine, RunRecord, RunResult, write_run_config
 
 INJECTED = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\"&"
 NAME = "<img src=x onerror=alert(1)> & co"
@@ -115,8 +116,9 @@ def run(
     """A finished run, with a comparison of compression methods next to it, whose texts all try to be markup."""
     folder = tmp_path_factory.mktemp("runs") / "Pong" / NAME
     save_student(student, folder, Provenance(game="Pong", teacher=teacher.record))
-    settings = {"game": "Pong", "loss": INJECTED, "teacher_weights": "equal"}
-    (folder / "config.json").write_text(json.dumps({"settings": settings, "machine": {"device": INJECTED}}))
+    settings: Settings = {"game": "Pong", "loss": INJECTED, "teacher_weights": "equal"}
+    machine = Machine(device=INJECTED, threads=1)
+    write_run_config(folder, RunRecord(subcommand="distill", settings=settings, machine=machine))
     with SummaryWriter(str(folder)) as board:
         for step in range(20, 100, 20):
             board.add_scalar("data/n_states", 16 * step, step)

@@ -25,19 +25,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from policykd.io.files import BadFile
+from policykd.io.typed import Arrays, pack_arrays
 from policykd.storage.dataset import open_dataset, write_dataset
-from policykd.storage.generations import (
-    Arrays,
-    Manifest,
-    Origin,
-    StatesInfo,
-    commit,
-    has_generations,
-    last,
-    newest,
-    pack_arrays,
-    recover,
-)
+from policykd.storage.generations import Manifest, Origin, StatesInfo, commit, has_generations, last, newest, recover
 
 CALLS = ((io, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"))
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25, stateful_step_count=20)
@@ -186,14 +176,6 @@ def test_a_foreign_manifest_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=re.escape(reason)) as error:
         newest(tmp_path, "round")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["checkpoint.json", "checkpoint-000012.json", "manifest.json"])
-def test_an_older_format_is_refused(name: str, tmp_path: Path) -> None:
-    """S11."""
-    (tmp_path / name).write_text('{"format": 1}')
-    with pytest.raises(BadFile, match=rf"{name}: written in an older format .* import the states again, or finish"):
-        has_generations(tmp_path)
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
