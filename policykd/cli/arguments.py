@@ -5,6 +5,7 @@ quantity is a number, or a schedule such as `linear:1:0` (`policykd.schedules`).
 """
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -54,34 +55,41 @@ def parse_args(kind: type[T], words: Sequence[str], *, prog: str | None = None, 
 def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) -> list[str]:
     """Returns a command line with `--loss NAME` and `--states NAME[:PATH]` as tyro's subcommands, in tyro's order.
 
-    Options such as `--loss.temperature 2` without `--loss` belong to the loss of `default`, or of the dataclass.
-
-    Raises:
-        ValueError: an unknown name, a missing path, or one too many.
+    Options such as `--loss.temperature 2` without `--loss` belong to the loss of `default`, or of the dataclass. A
+    ValueError names what is unknown.
     """
     # 1. Sort the words by where tyro wants them: flags, the two subcommands, and options of those.
-    choices = {field: _choices(kind, field) for field in ("loss", "states")}
-    flags: list[str] = []
-    subcommands: dict[str, list[str]] = {"loss": [], "states": []}
-    options: dict[str, list[str]] = {"loss": [], "states": []}
+    choices = {field: members for field in ("loss", "states") if (members := _choices(kind, field))}
+    expanded: list[str] = []
+    given: dict[str, str] = {}
+    options: dict[str, list[tuple[str, list[str]]]] = {field: [] for field in choices}
     remaining = iter(words)
     for word in remaining:
         flag, joined, value = word.partition("=")
-        field = re.split("[.:]", flag.removeprefix("--"))[0]
-        if not choices.get(field):
-            flags.append(word)
+        field = flag.removeprefix("--").partition(".")[0]
+        if field not in choices:
+            expanded.append(word)
         elif flag == f"--{field}":
-            given = value if joined else next(remaining, "")
-            subcommands[field] = _subcommand(field, given, choices[field])
-        elif flag.startswith(f"--{field}."):  # an option of the subcommand, which tyro reads only after it
-            options[field] += [word] if joined else [word, next(remaining, "")]
+            given[field] = value if joined else next(remaining, "")
+        else:  # an option of the subcommand, which tyro reads only after it
+            options[field].append((flag, [word] if joined else [word, next(remaining, "")]))
+    # 2. Subcommands, then their options; without a subcommand these belong to the default's.
+    tail: list[str] = []
+    for field, members in choices.items():
+        if field in given:
+            member, path = _member(field, given[field], members)
+        elif options[field]:
+            member, path = type(_default(default or kind, field)), ""
         else:
-            subcommands[field] = [word]
-    # 2. Options without a subcommand belong to the default's.
-    for field in ("loss", "states"):
-        if options[field] and not subcommands[field]:
-            subcommands[field] = [f"{field}:{_kebab(type(_default(default or kind, field)))}"]
-    return [*flags, *subcommands["loss"], *subcommands["states"], *options["loss"], *options["states"]]
+            continue
+        expanded += [f"{field}:{_kebab(member)}", *([f"--{field}.path", path] if path else [])]
+        names = {f"--{field}.{part.name.replace('_', '-')}" for part in fields(member)}
+        for flag, option in options[field]:
+            if flag not in names:
+                name = _kebab(member).removesuffix(f"-{field}")
+                raise ValueError(f"{flag}: unknown; --{field} {name} has {', '.join(sorted(names)) or 'no options'}")
+            tail += option
+    return [*expanded, *tail]
 
 
 def _default(kind: Any, field: str) -> object:
@@ -105,27 +113,25 @@ def _kebab(kind: Any) -> str:
     return re.sub("([a-z])(?=[A-Z])", r"\1-", kind.__name__).lower()
 
 
-def _subcommand(field: str, given: str, choices: dict[str, Any]) -> list[str]:
+def _member(field: str, given: str, members: dict[str, Any]) -> tuple[Any, str]:
+    """Returns the dataclass that NAME[:PATH] means, and the path."""
     # The path may contain colons itself; only the first one separates it from the name.
     name, has_path, path = given.partition(":")
-    takes_path = {name: any(f.name == "path" for f in fields(kind)) for name, kind in choices.items()}
+    takes_path = {name: any(f.name == "path" for f in fields(member)) for name, member in members.items()}
     if takes_path.get(name) and not path:
         raise ValueError(f"--{field} {name}: no path; give --{field} {name}:PATH, the folder of a dataset or a run")
-    if name not in choices or takes_path[name] != bool(path) or bool(has_path) != bool(path):
-        known = ", ".join(f"{name}:PATH" if takes_path[name] else name for name in choices)
+    if name not in members or takes_path[name] != bool(has_path):
+        known = ", ".join(f"{name}:PATH" if takes_path[name] else name for name in members)
         raise ValueError(f"--{field} {given}: invalid; give one of {known}; --{field}.NAME sets its options")
-    suffix = "-states" if field == "states" else ""
-    return [f"{field}:{name}{suffix}", *([f"--{field}.path", path] if path else [])]
+    return members[name], path
 
 
 def _first_sentence(complaint: str) -> str:
     """Returns the text of tyro's error box up to its first horizontal rule, on one line."""
     # The characters of the box itself: its sides, corners and horizontal rules.
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()]
-    body = [line for line in lines if line.strip("\u2500 ") and not line.startswith("\u2500")]
-    end = next((i for i, line in enumerate(lines) if i and line and not line.strip("\u2500")), len(lines))
-    kept = " ".join(line for line in lines[:end] if line in body)
-    return f"{' '.join(kept.split())}; --help lists the flags"
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()[1:]]
+    kept = itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)
+    return f"{' '.join(' '.join(kept).split())}; --help lists the flags"
 
 
 def _explained(sentence: str, words: Sequence[str]) -> str:

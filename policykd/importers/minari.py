@@ -65,10 +65,6 @@ def read_minari(data: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arra
     Args:
         data: folder with `metadata.json` and `main_data.hdf5`.
         game: what was played, where the metadata does not record it.
-
-    Raises:
-        BadFile: JPEG-coded images, other spaces than vectors or grey images and discrete actions, a damaged file.
-        ValueError: the metadata names another game.
     """
     metadata = read_json(_Metadata, data / "metadata.json", next_step=_NEXT_STEP)
     shape = metadata.observation_space.shape

@@ -49,12 +49,7 @@ class RunFiles:
 
 
 def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
-    """Returns the content of a run's folder; with `results` given, results.json is not read.
-
-    Raises:
-        BadFile: a file is damaged.
-        ValueError: the run is not finished.
-    """
+    """Returns the content of a run's folder; with `results` given, results.json is not read."""
     results = results or load_results(run)
     if results is None:
         raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")

@@ -16,7 +16,8 @@ from stable_baselines3.common.utils import obs_as_tensor, polyak_update
 from torch import Tensor, nn
 
 from policykd.agents.policy import sample
-from policykd.rl.teacher_mixin import TeacherMixin, check_temperature
+from policykd.losses import check_temperature
+from policykd.rl.teacher_mixin import TeacherMixin
 from policykd.schedules import Schedule
 
 LOG_INTERVAL = 1000
@@ -73,14 +74,7 @@ class QDagger(TeacherMixin, DQN):
         progress = 1.0 - self._current_progress_remaining
         return super().current_weight() if progress < self.distillation_end_fraction else 0.0
 
-    def learn_offline(
-        self,
-        num_steps: int,
-        num_updates: int,
-        *,
-        epsilon: float = 0.05,
-        print_line: Callable[[str], object] = lambda line: None,
-    ) -> None:
+    def learn_offline(self, num_steps: int, num_updates: int, *, epsilon: float = 0.05) -> None:
         """Trains on states that the teacher collects; continue with `learn(..., reset_num_timesteps=False)`.
 
         Curves are named `offline/` over updates counted up to 0, where `learn` starts. At the end the replay buffer is
@@ -91,7 +85,6 @@ class QDagger(TeacherMixin, DQN):
             num_updates: gradient steps, with the weight of a student that has not played yet.
             epsilon: fraction of random actions (Rusu et al., 2015), without which the Q-values of other actions are
                 never trained.
-            print_line: receives progress messages, such as `print`.
 
         Raises:
             FloatingPointError: training has diverged.
@@ -99,7 +92,7 @@ class QDagger(TeacherMixin, DQN):
         # As at the start of `learn`, so that schedules and the weight have their first values.
         self._setup_learn(num_steps, tb_log_name=f"{type(self).__name__}-offline")
         self._current_progress_remaining = 1.0
-        print_line(f"collecting {num_steps:,} steps of the teacher")
+        print(f"collecting {num_steps:,} steps of the teacher", flush=True)
         collect_with_teacher(self, self.teacher_log_policy, num_steps, epsilon=epsilon)
 
         # The target network follows as often per gradient step as it will in `learn`.
@@ -122,7 +115,7 @@ class QDagger(TeacherMixin, DQN):
                 polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
             if update % LOG_INTERVAL == 0 or is_last:
                 kl = curves.name_to_value["offline/teacher_kl"]
-                print_line(f"{update:,} of {num_updates:,} updates on the teacher's states: KL {kl:.3f} nats")
+                print(f"{update:,} of {num_updates:,} updates on the teacher's states: KL {kl:.3f} nats", flush=True)
                 curves.dump(update - num_updates)
 
         # The student starts with an empty buffer and with episodes of its own.

@@ -1,10 +1,9 @@
-"""Losses of student-driven distillation (Czarnecki et al., 2019), which `StudentDriven` in sb3_distillation.py uses.
+"""Distillation inside SB3's on-policy algorithms: PPO and A2C with a teacher.
 
-The student collects its own states, so its weights also decide which states it is trained on. A method therefore
-defines two things: the loss l(s) of one state, and whether an action is charged for the loss of the state that it leads
-to. Only if it is charged is the update the gradient of an objective; docs/rl.md has the derivation.
+Callbacks, logger, `save`, `predict` and the update itself stay SB3's. With a distillation weight of 0 an agent's
+parameters equal those of SB3's own algorithm bit for bit, although the distillation term is computed.
 
-Shape suffixes: B batch, A actions.
+Shape suffixes: B batch, A actions, N stored states.
 """
 
 from dataclasses import dataclass
@@ -21,12 +20,17 @@ from torch import Tensor, nn
 
 from policykd.losses import kl_divergence_B
 from policykd.rl.teacher_mixin import TeacherMixin, TeacherRolloutBuffer
-from policykd.schedules import Linear, Schedule
+from policykd.schedules import Linear, Schedule, check_bounds
 
 
 @dataclass(frozen=True)
 class StudentDrivenMethod:
-    """The loss of a state that the student collects; subclass it for a method of your own."""
+    """The loss of a state that the student collects (Czarnecki et al., 2019); subclass it for a method of your own.
+
+    The student's weights also decide which states it is trained on, so a method defines two things: the loss l(s) of a
+    state, and whether an action is charged for the loss of the state that it leads to. Only if it is charged is the
+    update the gradient of an objective; docs/rl.md has the derivation.
+    """
 
     charges_actions: ClassVar[bool] = True
     """whether an action is charged for the loss of the next state, which makes the update an objective's gradient"""
@@ -35,8 +39,7 @@ class StudentDrivenMethod:
     """factor of the environment's rewards; 0 trains on the teacher alone"""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.reward_weight < float("inf"):
-            raise ValueError(f"reward_weight must not be negative, not {self.reward_weight}; 0 is distillation alone")
+        check_bounds("reward_weight", self.reward_weight, 0.0)
 
     def loss_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
         """Returns l(s) of each state, nats `(batch,)`, from two log-policies `(batch, num_actions)`."""
@@ -67,8 +70,7 @@ class _CrossEntropyMethod(StudentDrivenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.entropy_weight <= 1.0:
-            raise ValueError(f"entropy_weight must lie in [0, 1], not {self.entropy_weight}; 1 makes l a KL divergence")
+        check_bounds("entropy_weight", self.entropy_weight, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Shape suffixes: B batch, A actions, N stored states.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -16,16 +15,14 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
-from policykd.losses import kl_divergence_B
-from policykd.schedules import Progress, Quantity, Schedule, check_bounds, follows_return, resolve
+from policykd.losses import check_temperature, kl_divergence_B
+from policykd.schedules import Progress, Quantity, Schedule, check_bounds, resolve
 
-ARRAY_SPACES = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 LABEL_BATCH_SIZE = 1024
 """states per call of the teacher"""
 
@@ -82,9 +79,8 @@ class TeacherMixin(BaseAlgorithm):
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         if not isinstance(env.action_space, spaces.Discrete):
             raise ValueError(f"distillation needs discrete actions, not {env.action_space}; give another environment")
-        if not isinstance(env.observation_space, ARRAY_SPACES):
-            kind = type(env.observation_space).__name__
-            raise ValueError(f"distillation needs one array, not {kind} observations; flatten the environment's")
+        if isinstance(env.observation_space, spaces.Dict):
+            raise ValueError("distillation needs one array, not Dict observations; flatten the environment's")
         return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,17 +89,11 @@ class TeacherMixin(BaseAlgorithm):
         Raises:
             FloatingPointError: losses, gradients, weights or outputs are not finite: training has diverged.
         """
-        env = self.get_env()
-        is_monitored = env and (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor)))
-        if follows_return(self.distillation_weight) and not is_monitored:
-            warnings.warn(
-                "nothing reports episodic returns, so a weight that follows the return stays constant; wrap the"
-                " environment in SB3's Monitor or VecMonitor",
-                stacklevel=2,
-            )
         try:
             super().learn(*args, **kwargs)  # type: ignore[safe-super]
-            self.check_weights()
+            # A sum per tensor: NaN and infinity survive it, and one synchronisation with the device is enough.
+            if not torch.stack([weight.detach().sum() for weight in self.policy.parameters()]).isfinite().all():
+                raise FloatingPointError(diverged("weights", self.num_timesteps))
         except ValueError as error:
             # torch.distributions reports NaN logits as a violated constraint.
             if "to satisfy the constraint" not in str(error):
@@ -127,11 +117,7 @@ class TeacherMixin(BaseAlgorithm):
 
     @torch.no_grad()
     def teacher_log_policy(self, obs: Tensor) -> Tensor:
-        """Returns the teacher's log softmax(outputs / temperature), float32 `(batch, num_actions)` on our device.
-
-        Raises:
-            ValueError: the agent was loaded without its teacher, or the teacher has another number of actions.
-        """
+        """Returns the teacher's log softmax(outputs / temperature), float32 `(batch, num_actions)` on our device."""
         if self.teacher is None:
             raise ValueError(f"this {type(self).__name__} was loaded without its teacher; load(path, env, teacher=...)")
         teacher_BA = self.teacher(obs).to(self.device, torch.float32)
@@ -141,13 +127,6 @@ class TeacherMixin(BaseAlgorithm):
             raise ValueError(f"the teacher's outputs are {found}, not {expected}; give one of this environment")
         # The clone leaves the teacher's inference mode, whose tensors autograd cannot save.
         return log_policy(teacher_BA, self.teacher_temperature).clone()
-
-    def check_weights(self) -> None:
-        """Raises FloatingPointError if a weight is not finite."""
-        # A sum per tensor: NaN and infinity survive it, and one synchronisation with the device is enough.
-        sums = torch.stack([weight.detach().sum() for weight in self.policy.parameters()])
-        if not sums.isfinite().all():
-            raise FloatingPointError(diverged("weights", self.num_timesteps))
 
     def distillation_B(self, student_log_BA: Tensor, teacher_log_BA: Tensor) -> Tensor:
         """Returns the distillation term of each state before its weight, nats `(batch,)`, from two log-policies."""
@@ -178,7 +157,6 @@ class TeacherMixin(BaseAlgorithm):
                 super().train(*args)  # type: ignore[misc]
         finally:
             hook.remove()
-        self.check_weights()
         losses = [loss for name, loss in self.logger.name_to_value.items() if name.endswith("loss")]
         if not np.isfinite(losses).all():
             raise FloatingPointError(diverged("losses", self.num_timesteps))
@@ -210,11 +188,7 @@ class _AddedTerm(torch.autograd.Function):
 
 @contextmanager
 def finite_steps(policy: nn.Module) -> Iterator[None]:
-    """Checks each gradient before the policy's optimizer uses it.
-
-    Raises:
-        FloatingPointError: the gradient is not finite; the weights stay unchanged.
-    """
+    """Checks each gradient before the policy's optimizer uses it."""
     optimizer: Any = policy.optimizer
     norms: list[Tensor] = []
 
@@ -262,9 +236,3 @@ def diverged(quantity: str, steps: int | None = None) -> str:
     """Returns the error message for a student of which some quantity is not finite."""
     when = "" if steps is None else f" after {steps:,} steps"
     return f"the student's {quantity} are not finite{when}: it has diverged; lower --learning-rate or --weight"
-
-
-def check_temperature(name: str, temperature: float) -> None:
-    """Raises ValueError if a temperature is not a positive number."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"{name} must be positive, not {temperature}; 1 for PPO and A2C, 0.01 for DQN")

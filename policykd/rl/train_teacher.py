@@ -33,8 +33,9 @@ from policykd.io.typed import write_json
 from policykd.rl.frame_buffer import FrameReplayBuffer
 from policykd.rl.qdagger import collect_with_teacher
 from policykd.rl.sb3_archive import InputScaling, centre_input, start_from, write_teacher
-from policykd.rl.training import RESUMABLE_CHANGES, Training, TrainingArgs, resume_run
+from policykd.rl.training import Training, TrainingArgs
 from policykd.runs.config import (
+    RESUMABLE_CHANGES,
     GameArgs,
     MachineArgs,
     NotNegative,
@@ -46,7 +47,16 @@ from policykd.runs.config import (
     check_name,
     to_settings,
 )
-from policykd.runs.folder import FINAL_EVALUATION, Machine, RunRecord, load_run_config, should_resume, write_run_config
+from policykd.runs.folder import (
+    FINAL_EVALUATION,
+    Machine,
+    RunRecord,
+    check_resumable,
+    load_run_config,
+    record_changes,
+    should_resume,
+    write_run_config,
+)
 
 AlgorithmFlag = Literal["ppo", "a2c", "dqn", "qrdqn"]
 ALGORITHMS: dict[AlgorithmFlag, Any] = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "qrdqn": QRDQN}
@@ -156,7 +166,8 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         teacher=start.record if start else None,
     )
     if started:
-        resume_run(run, started, record)
+        check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
+        record_changes(run, started, record)
     else:
         write_run_config(run, record)
 
@@ -179,11 +190,7 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
 
 
 def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
-    """Returns a new agent with the zoo's hyperparameters and those of the config.
-
-    Raises:
-        ValueError: an unknown hyperparameter, or an invalid value.
-    """
+    """Returns a new agent with the zoo's hyperparameters and those of the config."""
     # The zoo's for one environment, then the user's.
     settings = ZOO[config.algo] | _parse_hyperparams(config.hyperparams)
     if "buffer_size" in settings:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,11 @@ from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.rl.sb3_checkpoints import restore_training, save_training
 from policykd.runs.config import NotNegative, Positive
-from policykd.runs.folder import CHECKPOINTS, RunRecord, check_resumable, resume_command, write_run_config
+from policykd.runs.folder import CHECKPOINTS, resume_command
 from policykd.storage.generations import has_generations
 
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """bounds the work that an interrupted training repeats, however slow the machine is"""
-RESUMABLE_CHANGES = frozenset(
-    {
-        *("steps", "checkpoint_every", "eval_every", "eval_episodes", "device", "threads"),
-        *("name", "folder", "resume", "debug"),
-        "teacher",  # its content is compared, not the reference to it
-        "trust_pickle",  # only ever taken from the command line
-    }
-)
-"""settings that may differ when a training is resumed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +34,6 @@ class TrainingArgs:
     """agent steps between checkpoints; one per minute is written in any case"""
     eval_every: NotNegative = 250_000
     """agent steps between periodic evaluations (16 episodes, no-op starts, sampled actions); 0 for none"""
-
-
-def resume_run(run: Path, started: RunRecord, now: RunRecord) -> None:
-    """Checks that a run may be resumed as it is asked for now, and records the settings that have changed.
-
-    Raises:
-        ValueError: a setting that determines the weights differs, apart from the number of steps; or the teacher.
-    """
-    check_resumable(run, started, now, may_change=RESUMABLE_CHANGES)
-    if started.settings != now.settings:
-        # `policykd resume` takes them from config.json.
-        write_run_config(run, replace(started, settings=now.settings))
 
 
 class Training(BaseCallback):

@@ -140,11 +140,7 @@ class SeedArgs:
 
 
 def check_flags(args: Any) -> None:
-    """Checks every number of a dataclass against the bounds in its annotation.
-
-    Raises:
-        ValueError: a number outside its bounds; the line names the flag.
-    """
+    """Checks every number of a dataclass against the bounds in its annotation."""
     hints = get_type_hints(type(args), include_extras=True)
     for field in fields(args):
         value = getattr(args, field.name)
@@ -184,21 +180,13 @@ def check_name(name: str) -> None:
 
 
 def to_settings(config: object) -> Settings:
-    """Returns a config dataclass as JSON.
-
-    Raises:
-        ValueError: a schedule, a loss or a state source that has no spelled form, such as a lambda.
-    """
+    """Returns a config dataclass as JSON."""
     hints = get_type_hints(type(config))
     return {name: _encode(hints[name], value) for name, value in vars(config).items() if name in hints}
 
 
 def from_settings(kind: type[T], settings: Settings, name: str | Path) -> T:
-    """Returns the config that `to_settings` wrote; `name` is the file of the settings, for errors.
-
-    Raises:
-        BadFile: an unknown field, or an invalid value.
-    """
+    """Returns the config that `to_settings` wrote; `name` is the file of the settings, for errors."""
     try:
         config: T = _decode(kind, settings)
     except (ValueError, TypeError, KeyError) as error:
@@ -293,7 +281,7 @@ RESUMABLE_CHANGES = frozenset(
         *("eval_every", "eval_episodes"),
         "teacher",  # its content is compared, not the reference to it
         "trust_pickle",  # only ever taken from the command line
-        "rounds",  # may grow; compared separately
+        *("rounds", "steps", "checkpoint_every"),  # the budget; that of distill is compared separately
     }
 )
 """settings that may differ when a run is resumed"""

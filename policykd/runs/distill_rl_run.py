@@ -23,8 +23,9 @@ from policykd.io.files import lock_folder
 from policykd.io.machine import prepare_device
 from policykd.rl.methods import METHODS, MethodArgs, check_weight, make_model, with_method_defaults
 from policykd.rl.qdagger import QDagger
-from policykd.rl.training import Training, resume_run
+from policykd.rl.training import Training
 from policykd.runs.config import (
+    RESUMABLE_CHANGES,
     EvaluationArgs,
     MachineArgs,
     Positive,
@@ -40,9 +41,11 @@ from policykd.runs.folder import (
     Machine,
     RunRecord,
     RunResult,
+    check_resumable,
     load_results,
     load_run_config,
     load_run_teacher,
+    record_changes,
     should_resume,
     write_run_config,
 )
@@ -128,7 +131,8 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     machine = Machine(device=str(device), threads=torch.get_num_threads(), teacher_backend=teacher.backend)
     record = RunRecord(subcommand="distill-rl", settings=to_settings(config), machine=machine, teacher=teacher.record)
     if started:
-        resume_run(run, started, record)
+        check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
+        record_changes(run, started, record)
     if results:
         print(results.summary())
         return results
@@ -159,7 +163,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     with training.resume_hint():
         # Saved at its end, and not repeated by a resumed run.
         if isinstance(model, QDagger) and num_updates and not training.is_resumed:
-            model.learn_offline(_offline_steps(config), num_updates, print_line=lambda line: print(line, flush=True))
+            model.learn_offline(_offline_steps(config), num_updates)
             training.save()
         training.train()
         cost = TrainingCost(

@@ -29,11 +29,7 @@ class TrainingCost:
 def finish_run(
     run: Path, student: Student, teacher: Teacher, game: str, cost: TrainingCost, options: FinalEvaluationOptions
 ) -> RunResult:
-    """Saves a run's student, plays the final games and writes the last files into the run's folder.
-
-    Raises:
-        OSError: no space left or no permission; the run can be resumed.
-    """
+    """Saves a run's student, plays the final games and writes the last files into the run's folder."""
     # Weights before games: they are what the run was for, and the games take minutes.
     ensure_run_dir_exists(run)
     command = shlex.join(sys.argv)

@@ -62,12 +62,7 @@ class RunRecord:
 
 
 def should_resume(run: Path, *, resume: bool) -> bool:
-    """Returns whether a folder holds a run, which is then to be resumed.
-
-    Raises:
-        ValueError: it does, but to resume it was not asked for.
-        BadFile: it holds checkpoints without a config.
-    """
+    """Returns whether a folder holds a run, which is then to be resumed."""
     # A run writes its config before its first checkpoint, so one without the other is not a run to resume.
     if not (run / CONFIG).is_file():
         if (run / CHECKPOINTS).exists():
@@ -79,11 +74,7 @@ def should_resume(run: Path, *, resume: bool) -> bool:
 
 
 def load_run_config(run: Path) -> RunRecord:
-    """Returns what a run was started with.
-
-    Raises:
-        BadFile: not found, damaged, or written by another version of policykd.
-    """
+    """Returns what a run was started with."""
     step = "written by another version of policykd, or damaged; start a new run under another --name"
     return read_json(RunRecord, run / CONFIG, next_step=step)
 
@@ -98,9 +89,6 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
     On another machine or with other versions it is resumed with a warning, which is also written to `notes.log`: its
     results are then not bit for bit the same.
-
-    Raises:
-        ValueError: other settings, teacher or inputs; one line names each of them.
     """
     # Every difference is named at once, so that one attempt is enough to fix the command line.
     changed = [
@@ -124,11 +112,7 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
 
 def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> RunRecord:
-    """Returns the record of a run whose budget, the setting `key`, may have grown; if so, its files record that too.
-
-    Raises:
-        ValueError: a smaller budget.
-    """
+    """Returns the record of a run whose budget, the setting `key`, may have grown; if so, its files record that too."""
     before = started.settings[key]
     budget = now.settings[key]
     assert isinstance(before, int)
@@ -138,17 +122,21 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> Run
         raise ValueError(
             f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
         )
-    # Every changed setting: an interrupted resume must not forget what it was asked for. Where the run is, and how it
-    # was started, is not remembered.
-    changed = {name: value for name, value in now.settings.items() if name not in NOT_REMEMBERED}
-    settings = started.settings | changed
-    if settings != started.settings:
-        # With the teacher's record, so that a teacher that was moved is looked for at its new place.
-        started = replace(started, settings=settings, teacher=now.teacher)
-        write_run_config(run, started)
+    started = record_changes(run, started, now)
     if budget > before:
         add_note(run, f"lengthened from {before} to {budget} {key}")
     return started
+
+
+def record_changes(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
+    """Writes the settings and the teacher of a resumed run into its config, and returns the new record."""
+    # Every changed setting: an interrupted resume must not forget what it was asked for. Where the run is, and how it
+    # was started, is not remembered. A teacher that was moved is looked for at its new place.
+    changed = {name: value for name, value in now.settings.items() if name not in NOT_REMEMBERED}
+    record = replace(started, settings=started.settings | changed, teacher=now.teacher)
+    if record != started:
+        write_run_config(run, record)
+    return record
 
 
 def add_note(run: Path, line: str) -> None:
@@ -176,10 +164,6 @@ def load_run_teacher(args: TeacherArgs, started: RunRecord | None, game: str, se
     """Returns the teacher of a run, or the ensemble; from the Hub, at the commit that a resumed run started with.
 
     `started` is the config of a resumed run; `seed` is that of the episodes that weigh an ensemble's members.
-
-    Raises:
-        BadFile: not found, damaged, or of another game.
-        OSError: network or permissions.
     """
     return load_teachers(
         pin_teacher_revision(args.teacher, started),

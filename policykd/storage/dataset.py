@@ -291,12 +291,7 @@ def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
 def open_replay(
     states: StateSource, teacher: Teacher, game: str, *, room: int, num_envs: int, device: torch.device
 ) -> Replay | None:
-    """Returns a replay of the dataset that a state source names, or None if it names none.
-
-    Raises:
-        ValueError: stored states of another number of environments than the new ones.
-        BadFile: no dataset, or one of another game.
-    """
+    """Returns a replay of the dataset that a state source names, or None if it names none."""
     if not isinstance(states, DatasetStates | BlendedStates):
         return None
     dataset = open_dataset(states.path)

@@ -191,11 +191,7 @@ class Generation:
         return {**self.manifest.files, **self.manifest.shards}
 
     def read(self, name: str) -> bytes:
-        """Returns the content of one of the files.
-
-        Raises:
-            Damaged: missing, or not the content that was committed.
-        """
+        """Returns the content of one of the files."""
         path = self.folder / name
         entry = self.files[name]
         # The size first: a file that grew, by damage or by intent, is never read into memory.
@@ -209,11 +205,7 @@ class Generation:
         return self.read(next(name for name in self.manifest.files if name.startswith(f"{kind}-")))
 
     def read_shard(self, name: str) -> Arrays:
-        """Returns the arrays of a shard; those of states are checked against their description first.
-
-        Raises:
-            BadFile: missing, damaged, or other arrays than the manifest declares.
-        """
+        """Returns the arrays of a shard; those of states are checked against their description first."""
         layout = self.manifest.states.layout if self.manifest.states else None
         return unpack_arrays(self.read(name), self.folder / name, layout, self.manifest.shards[name].num_rows)
 
@@ -224,11 +216,7 @@ class Generation:
 
 
 def has_generations(folder: Path) -> bool:
-    """Returns whether a folder holds a generation, intact or damaged.
-
-    Raises:
-        BadFile: it holds files of generations without their manifests.
-    """
+    """Returns whether a folder holds a generation, intact or damaged."""
     if _numbers(folder):
         return True
     # A first commit that was killed leaves files of number 1 behind; the next commit replaces them.
@@ -282,10 +270,6 @@ def recover(folder: Path, unit: Unit) -> Generation:
     """Returns the newest intact generation, and removes the manifests of newer ones, which are damaged.
 
     The next commit then continues from it.
-
-    Raises:
-        BadFile: see `newest`.
-        OSError: no permission.
     """
     generation = newest(folder, unit)
     for number in _numbers(folder):
@@ -295,12 +279,7 @@ def recover(folder: Path, unit: Unit) -> Generation:
 
 
 def last(folder: Path, unit: Unit, *, max_position: int | None = None) -> Generation | None:
-    """Returns the last generation that was committed; only its manifest is verified.
-
-    Raises:
-        BadFile: it is of another kind.
-        ValueError: it is at a later position than the run that asks, so it belongs to another run.
-    """
+    """Returns the last generation that was committed; only its manifest is verified."""
     for number in _numbers(folder):
         try:
             generation = _read_generation(folder, number, unit)
@@ -330,9 +309,6 @@ def commit(
         files: kind and ending, such as `model.safetensors` -> content.
         new_rows: rows for one more shard, if any.
         first_row: number of the first new row.
-
-    Raises:
-        OSError: no space left or no permission; the previous generation stays intact.
     """
     # New names throughout, so that nothing of a complete generation is ever overwritten.
     number = 1 + max(_numbers(folder), default=0)

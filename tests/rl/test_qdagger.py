@@ -62,9 +62,10 @@ def test_no_episode_of_the_teachers_is_the_students() -> None:
     assert (np.abs(model.replay_buffer.observations[0]) <= 0.05).all()
 
 
-def test_offline_curves_end_at_zero_and_progress_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_curves_end_at_zero_and_progress_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(qdagger, "LOG_INTERVAL", 10)
-    lines: list[str] = []
     steps: list[int] = []
 
     class Steps(KVWriter):
@@ -77,8 +78,9 @@ def test_offline_curves_end_at_zero_and_progress_is_printed(monkeypatch: pytest.
 
     model = make()
     model.set_logger(Logger(None, [Steps()]))
-    model.learn_offline(201, 15, print_line=lines.append)
+    model.learn_offline(201, 15)
     assert steps == [-5, 0]
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "collecting 201 steps of the teacher"
     assert lines[-1].startswith("15 of 15 updates on the teacher's states: KL ")
 
@@ -91,5 +93,5 @@ def test_divergence_is_reported_before_the_weights_are_not_finite() -> None:
 
 
 def test_a_negative_student_temperature_is_refused() -> None:
-    with pytest.raises(ValueError, match="student_temperature must be positive, not -1"):
+    with pytest.raises(ValueError, match="student_temperature must be"):
         make(student_temperature=-1.0)

@@ -246,7 +246,7 @@ def test_with_the_entropy_off_the_losses_are_kl_divergences() -> None:
 
 
 def test_a_negative_reward_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="reward_weight must not be negative"):
+    with pytest.raises(ValueError, match="reward_weight must be at least 0"):
         NDistill(reward_weight=-1.0)
 
 

@@ -1,7 +1,6 @@
 """A resumable training: when it saves and evaluates, and what an interruption leaves."""
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation.evaluate import Evaluation
 from policykd.io.signals import handle_signals
 from policykd.rl import training as module
-from policykd.rl.training import Training, TrainingArgs, resume_run
-from policykd.runs.folder import Machine, RunRecord, load_run_config, write_run_config
+from policykd.rl.training import Training, TrainingArgs
 
 NEVER = 10**9
 
@@ -66,16 +64,6 @@ def test_an_interrupted_evaluation_is_repeated_and_its_training_is_not(
     curves = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in curves.Scalars("eval/mean_reward")] == [300, 600, 900]
     assert "train/value_loss" in curves.Tags()["scalars"]
-
-
-def test_a_resumed_run_records_its_new_length_and_refuses_other_settings(tmp_path: Path) -> None:
-    machine = Machine(device="cpu", threads=1)
-    started = RunRecord(subcommand="train-teacher", settings={"steps": 100, "seed": 0}, machine=machine)
-    write_run_config(tmp_path, started)
-    resume_run(tmp_path, started, replace(started, settings={"steps": 200, "seed": 0}))
-    assert load_run_config(tmp_path).settings == {"steps": 200, "seed": 0}
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
-        resume_run(tmp_path, started, replace(started, settings={"steps": 200, "seed": 1}))
 
 
 def test_a_slow_training_is_saved_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
