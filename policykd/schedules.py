@@ -9,9 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
-_NUM_PROBES = 101
-"""points of a run at which a schedule's bounds are checked before the run begins"""
-
 
 class Progress(float):
     """Fraction of the run that is done, from 0.0 to 1.0, with the returns that a schedule may follow.
@@ -194,8 +191,13 @@ def check_bounds(name: str, quantity: Quantity | None, minimum: float, maximum: 
     Raises:
         ValueError: a value outside [minimum, maximum], or not finite.
     """
-    # Now, not in the round that reaches the value: a run would end after hours.
-    for value in _values_over_a_run(quantity):
+    if quantity is None:
+        return
+    # Now, not in the round that reaches the value: a run would end after hours. Both ends of the student's return.
+    probes = [
+        Progress(i / 100, student_return, teacher_return=1.0) for i in range(101) for student_return in (0.0, 1.0)
+    ]
+    for value in (resolve(quantity, progress) for progress in probes):
         if not (minimum <= value <= maximum and math.isfinite(value)):
             bounds = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
             at = f" in {format_schedule(quantity)}" if isinstance(quantity, Schedule) else ""
@@ -267,17 +269,6 @@ def _format_number(number: float) -> str:
 
 def _with_returns(progress: float) -> Progress:
     return progress if isinstance(progress, Progress) else Progress(progress)
-
-
-def _values_over_a_run(quantity: Quantity | None) -> Iterator[float]:
-    if quantity is None:
-        return
-    if not callable(quantity):
-        yield float(quantity)
-        return
-    for i in range(_NUM_PROBES):
-        for student_return in (0.0, 1.0):  # both ends of what a schedule that follows the return may give
-            yield float(quantity(Progress(i / (_NUM_PROBES - 1), student_return, teacher_return=1.0)))
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

@@ -132,12 +132,7 @@ class TrainState:
 
 
 def make_train_state(
-    student: nn.Module,
-    envs: object,
-    config: "DistillConfig",
-    *,
-    loss_fn: object = None,
-    replay: Replay | None = None,
+    student: nn.Module, envs: object, config: "DistillConfig", *, loss_fn: object = None, replay: Replay | None = None
 ) -> TrainState:
     """Returns the state at the start of a run; the student is trained in place, on the device that it is on.
 

@@ -99,7 +99,7 @@ def test_a_missing_package_is_one_line(
         (["none-such"], "none-such: file or folder not found"),
         (["RUN", "--out", "film.mp4"], "--out film.mp4: give a name that ends in .gif or .webp"),
         (["RUN", "--out", "none-such/film.gif"], "folder not found; create it first"),
-        (["RUN", "--out", "film.gif", "--steps", "100000"], "the pictures take 68.1 GB of memory, the maximum is 2 GB"),
+        (["RUN", "--out", "film.gif", "--steps", "100000"], "the pictures take more than 2 GB of memory"),
         (["RUN", "--scale", "17"], "--scale must be at least 1 and at most 16, not 17"),
         (["RUN", "--every", "0"], "--every must be at least 1, not 0"),
         (["RUN", "--every", "500", "--steps", "30"], "--every must be at most the number of steps, 30"),

@@ -18,7 +18,7 @@ from policykd.io.files import write_atomically
 from policykd.io.machine import prepare_device
 from policykd.runs.config import DebugArgs, NotNegative, Positive, SeedArgs, TrustArgs, check_name
 from policykd.states import DatasetStates
-from policykd.storage.dataset import label_preloaded, open_replay
+from policykd.storage.dataset import label, open_replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,8 @@ def run(args: CompressArgs) -> None:
     ).policy
     assert isinstance(teacher, Teacher)
     states = DatasetStates(args.states or args.run, held_out=args.held_out)
-    replay = open_replay(states, teacher, game, room=0, num_envs=1, device=device)
-    assert replay is not None
-    label_preloaded(replay, teacher)
+    replay = open_replay(states, teacher, game, room=0, num_envs=1).to(device)
+    label(replay, teacher)
     # One environment, which is never stepped: the loop reads the shapes of observations and actions from it.
     settings = ComparisonSettings(
         game, teacher.sha256, str(states.path.resolve()), args.updates, args.batch_size, args.seed

@@ -22,8 +22,8 @@ from policykd.viewer import animation, colours, window
 
 ANIMATION_FORMATS: dict[str, animation.AnimationFormat] = {".gif": "GIF", ".webp": "WEBP"}
 DEFAULT_STEPS_IN_FILE = 300
-MAX_PICTURE_BYTES = 2_000_000_000
-"""memory of all pictures of an animation before they are encoded"""
+MAX_SCALED_PICTURES = 6_000
+"""pictures of an animation times scale squared: 1,500 of the usual size, 2 GB before they are encoded"""
 Scale = Annotated[int, Field(ge=1, le=16)]
 """a WebP has at most 16,383 pixels along each side"""
 
@@ -83,10 +83,13 @@ def run(args: WatchArgs) -> None:
                 return
             except window.NoWindow as error:
                 reason = str(error).partition("; ")[0]
-    # A file holds the whole film in memory first, so its length and size are checked before anything is played.
+    # A file holds the whole film in memory first, so its length is checked before anything is played.
     num_steps = args.steps or DEFAULT_STEPS_IN_FILE
     settings = replace(settings, num_steps=num_steps, steps_per_picture=args.every)
-    _check_animation(players, settings)
+    if args.every > num_steps:
+        raise ValueError(f"--every must be at most the number of steps, {num_steps}")
+    if num_steps / args.every * args.scale**2 > MAX_SCALED_PICTURES:
+        raise ValueError("the pictures take more than 2 GB of memory; lower --steps or --scale, or raise --every")
     if reason:
         print(f"{reason}, so {num_steps / animation.STEPS_PER_SECOND:.0f} seconds of play are written to a file")
     # Next to the run that is watched, if it is one.
@@ -119,13 +122,3 @@ def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:
 def _as_player(named: policies.NamedPolicy) -> animation.Player:
     colour = colours.STUDENT if isinstance(named.policy, Student) else colours.TEACHER
     return animation.Player(named.name, named.policy, sampling_temperature(named.policy), colour)
-
-
-def _check_animation(players: list[animation.Player], settings: animation.VideoSettings) -> None:
-    """Raises ValueError for an animation of one picture, or one that does not fit into memory, before it is played."""
-    if settings.steps_per_picture > settings.num_steps:
-        raise ValueError(f"--every must be at most the number of steps, {settings.num_steps}")
-    num_bytes = animation.video_bytes(players, settings)
-    if num_bytes > MAX_PICTURE_BYTES:
-        excess = f"{num_bytes / 1e9:,.1f} GB of memory, the maximum is {MAX_PICTURE_BYTES / 1e9:g} GB"
-        raise ValueError(f"the pictures take {excess}; lower --steps or --scale, or raise --every")

@@ -148,11 +148,7 @@ class QDagger(TeacherMixin, DQN):
 
 @torch.no_grad()
 def collect_with_teacher(
-    model: OffPolicyAlgorithm,
-    teacher_log_policy: Callable[[Any], Tensor],
-    num_steps: int,
-    *,
-    epsilon: float = 0.0,
+    model: OffPolicyAlgorithm, teacher_log_policy: Callable[[Any], Tensor], num_steps: int, *, epsilon: float = 0.0
 ) -> None:
     """Fills a model's replay buffer with a teacher's steps, after the model's `_setup_learn`.
 

@@ -108,10 +108,7 @@ def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = Inpu
     for name in state:
         source = name.replace("_target.", ".", 1)
         policy[name] = stored.setdefault(state[source].data_ptr(), plain[source].contiguous())
-    replaced = {
-        "policy.pth": policy,
-        "policy.optimizer.pth": {**model.policy.optimizer.state_dict(), "state": {}},
-    }
+    replaced = {"policy.pth": policy, "policy.optimizer.pth": {**model.policy.optimizer.state_dict(), "state": {}}}
     # Written again member by member, without timestamps.
     archive = io.BytesIO()
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(archive, "w") as out:

@@ -39,14 +39,7 @@ from policykd.losses import (
 from policykd.methods.divergences import DecoupledKL, StandardizedKL
 from policykd.methods.state_weights import StateWeighting, weigh_states
 from policykd.schedules import Quantity, check_bounds, follows_return, format_schedule, parse_schedule
-from policykd.states import (
-    BlendedStates,
-    DatasetStates,
-    MixedStates,
-    StudentStates,
-    TeacherStates,
-    student_acts_alone,
-)
+from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates, student_acts_alone
 
 T = TypeVar("T")
 

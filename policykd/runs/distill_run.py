@@ -25,7 +25,6 @@ from policykd.io.machine import prepare_device
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
-from policykd.replay import Replay
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return, to_settings
 from policykd.runs.folder import (
     CHECKPOINTS,
@@ -145,10 +144,13 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
 
         # 4. Restore the last checkpoint, train, and log every round.
         if state.replay.num_preloaded:
-            from policykd.storage.dataset import label_preloaded
+            from policykd.storage.dataset import label
 
-            label_preloaded(state.replay, teacher)
-        _restore(job, state, is_resumed=started is not None)
+            label(state.replay, teacher)
+        if has_generations(run / CHECKPOINTS):
+            restore_checkpoint(state, run / CHECKPOINTS)
+        elif started:
+            print(f"warning: {run}: no checkpoint yet; the run starts from the beginning", file=sys.stderr)
         with closing(RunLogger(run, state.round)) as logger:
             _train(job, state, loss_fn, logger)
             seconds = logger.seconds()
@@ -212,25 +214,19 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
         from policykd.methods.auxiliary import AuxiliaryLosses
 
         loss_fn = AuxiliaryLosses(config.policy_loss, config.auxiliary, student, teacher, seed=config.seed)
-    replay = _stored_states(job)
+    # A dataset to start with, with room for the states that the run adds: buffers are allocated once.
+    replay = None
+    if isinstance(config.states, DatasetStates | BlendedStates):
+        from policykd.storage.dataset import open_replay
+
+        room = 0 if config.is_offline else config.rounds * config.states_per_round
+        replay = open_replay(config.states, teacher, config.game, room=room, num_envs=config.num_envs).to(job.device)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)
     if depends_on_return(config):
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
     return state, loss_fn
-
-
-def _stored_states(job: _Job) -> Replay | None:
-    """Returns a replay of the dataset that the run starts with; None without a dataset."""
-    config = job.config
-    if not isinstance(config.states, DatasetStates | BlendedStates):
-        return None
-    from policykd.storage.dataset import open_replay
-
-    # Room for the states that the run adds, so that the buffers are allocated once.
-    room = 0 if config.is_offline else config.rounds * config.states_per_round
-    return open_replay(config.states, job.teacher, config.game, room=room, num_envs=config.num_envs, device=job.device)
 
 
 def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:
@@ -241,15 +237,6 @@ def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:
     if not isinstance(config.loss, LogitMSE | LogitHuber):
         return 1.0
     return config.loss.temperature or config.temperature or teacher.temperature
-
-
-def _restore(job: _Job, state: TrainState, *, is_resumed: bool) -> None:
-    """Restores the newest intact checkpoint, if there is one."""
-    folder = job.run / CHECKPOINTS
-    if has_generations(folder):
-        restore_checkpoint(state, folder)
-    elif is_resumed:
-        print(f"warning: {job.run}: no checkpoint yet; the run starts from the beginning", file=sys.stderr)
 
 
 def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> None:

@@ -31,7 +31,7 @@ _ARRAYS = ("timesteps", "results", "ep_lengths", "num_updates")
 _DATA_METRICS = ("teacher_entropy", "state_weight")
 """metrics of the new states that describe these states, not the student"""
 
-Row = dict[str, JsonValue]
+LogLine = dict[str, JsonValue]
 
 
 class RunLogger:
@@ -123,7 +123,7 @@ class RunLogger:
             raise OSError(error.errno, reason, str(self.folder / "events.out.tfevents")) from error
 
 
-def metrics_row(r: Round, temperature: float) -> Row:
+def metrics_row(r: Round, temperature: float) -> LogLine:
     """Returns a round as a line of `metrics.jsonl`: everything but the times.
 
     The loss function's metrics keep their names (`kl`); on new states they are prefixed (`new_kl`).
@@ -177,14 +177,14 @@ def _new_state_metrics(r: Round) -> dict[str, float]:
     return {name if name in _DATA_METRICS else f"new_{name}": value for name, value in r.new_states.items()}
 
 
-def _read_lines(path: Path) -> list[Row]:
+def _read_lines(path: Path) -> list[LogLine]:
     try:
         return [from_json(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except ValueError as error:
         raise BadFile(f"{path}: damaged ({error}); start a new run under another --name") from error
 
 
-def _to_lines(rows: Sequence[Row]) -> bytes:
+def _to_lines(rows: Sequence[LogLine]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 

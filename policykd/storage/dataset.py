@@ -8,7 +8,6 @@ are such generations as well, so any run can be read as a dataset. docs/states.m
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile, lock_folder
 from policykd.io.typed import MAX_RATIO, Arrays
 from policykd.replay import Replay
-from policykd.states import BlendedStates, DatasetStates, StateSource
+from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.generations import (
     Generation,
     Manifest,
@@ -193,6 +192,7 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
         if not teacher_BA.isfinite().all():
             raise FloatingPointError("the teacher's outputs on stored states are not finite; use another teacher")
         replay.teacher_NA[rows_B] = teacher_BA
+    print(f"{replay.num_states:,} stored states, {len(rows):,} of them labelled now", flush=True)
     return len(rows)
 
 
@@ -289,11 +289,9 @@ def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
 
 
 def open_replay(
-    states: StateSource, teacher: Teacher, game: str, *, room: int, num_envs: int, device: torch.device
-) -> Replay | None:
-    """Returns a replay of the dataset that a state source names, or None if it names none."""
-    if not isinstance(states, DatasetStates | BlendedStates):
-        return None
+    states: DatasetStates | BlendedStates, teacher: Teacher, game: str, *, room: int, num_envs: int
+) -> Replay:
+    """Returns a replay of the dataset that a state source names."""
     dataset = open_dataset(states.path)
     if isinstance(states, BlendedStates) and dataset.info.num_envs != num_envs:
         raise ValueError(
@@ -304,13 +302,4 @@ def open_replay(
     num_held_out = max(1, round(held_out * dataset.num_rows)) if held_out else 0
     replay = load_dataset(states.path, teacher, game=game, num_held_out=num_held_out, room=room)
     replay.num_preloaded = len(replay)
-    return replay.to(device)
-
-
-def label_preloaded(replay: Replay, teacher: Teacher) -> None:
-    """Labels the states of a dataset that this teacher has not labelled yet, and prints how many those were."""
-    if replay.num_preloaded:
-        began = time.perf_counter()
-        num_labelled = label(replay, teacher)
-        seconds = time.perf_counter() - began
-        print(f"a dataset of {replay.num_states:,} states, {num_labelled:,} labelled in {seconds:.0f} s", flush=True)
+    return replay

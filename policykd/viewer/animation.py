@@ -88,25 +88,17 @@ def render_video(players: Sequence[Player], settings: VideoSettings) -> Iterator
 
     Raises the errors of `play`.
     """
-    draw = _scoreboard(players, settings)
+    draw = Scoreboard(
+        [player.name for player in players],
+        [player.colour for player in players],
+        action_names(settings.game),
+        settings.scale,
+    )
     title = f"{canonical_name(settings.game)}   seed {settings.seed}   {PROTOCOL_TITLES[settings.protocol]}"
     games = [play(player, settings.game, seed=settings.seed, protocol=settings.protocol) for player in players]
     for i, moments in enumerate(islice(zip(*games, strict=True), settings.num_steps)):
         if i % settings.steps_per_picture == 0:
             yield draw(moments, f"{title}   {i / STEPS_PER_SECOND:.1f} s")
-
-
-def video_bytes(players: Sequence[Player], settings: VideoSettings) -> int:
-    """Returns the memory that the pictures of a film take before they are encoded, in bytes."""
-    width, height = _scoreboard(players, settings).size()
-    num_pictures = -(-settings.num_steps // settings.steps_per_picture)
-    return num_pictures * width * height * 3
-
-
-def _scoreboard(players: Sequence[Player], settings: VideoSettings) -> Scoreboard:
-    names = [player.name for player in players]
-    colours = [player.colour for player in players]
-    return Scoreboard(names, colours, action_names(settings.game), settings.scale)
 
 
 def encode_animation(
