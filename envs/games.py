@@ -4,8 +4,6 @@ import difflib
 import functools
 import re
 
-from ale_py import roms
-
 RANDOM_AND_HUMAN_SCORES: dict[str, tuple[float, float]] = {
     "Alien": (227.8, 7127.7),
     "Amidar": (5.8, 1719.5),
@@ -72,6 +70,8 @@ the same 57 rows as DQN Zoo's `atari_data.py`)"""
 @functools.cache
 def _rom_ids() -> dict[str, str]:
     """Returns ALE's id of every game that it ships, keyed without case or underscores: mspacman -> ms_pacman."""
+    from ale_py import roms  # takes a quarter of a second to import
+
     return {rom_id.replace("_", ""): rom_id for rom_id in roms.get_all_rom_ids()}
 
 

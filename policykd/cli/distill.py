@@ -8,7 +8,6 @@ from pathlib import Path
 from policykd.cli.arguments import parse_args
 from policykd.io.typed import read_json
 from policykd.runs.config import DistillRunConfig, from_settings
-from policykd.runs.distill_run import distill_run
 from policykd.runs.folder import RunRecord, pin_teacher_revision
 
 
@@ -46,6 +45,8 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
 
 def run(args: DistillArgs) -> None:
     """Runs the distillation."""
+    from policykd.runs.distill_run import distill_run  # not for --help
+
     # --config is no setting of a run: what it named is in the other fields.
     distill_run(DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)}))
 

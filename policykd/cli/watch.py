@@ -1,14 +1,12 @@
 """`policykd watch`: shows policies playing, in a window or as an animation."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from PIL import Image
 from pydantic import Field
 
 from policykd.agents.student import Student
@@ -79,7 +77,9 @@ def run(args: WatchArgs) -> None:
         reason = "no screen found"
         if window.has_screen():
             try:
-                _show(animation.render_video(players, settings), f"{game}: {names}")
+                with needs_extra("watch"):
+                    pictures = animation.render_video(players, settings)
+                    window.show(pictures, title=f"{game}: {names}", pictures_per_second=animation.STEPS_PER_SECOND)
                 return
             except window.NoWindow as error:
                 reason = str(error).partition("; ")[0]
@@ -98,11 +98,6 @@ def run(args: WatchArgs) -> None:
     content = animation.encode_animation(pictures, args.every, ANIMATION_FORMATS[out.suffix.lower()])
     write_atomically(out, content)
     print(f"{out}: {names} on {game}, {len(content) / 1e6:.1f} MB")
-
-
-def _show(pictures: Iterator[Image.Image], title: str) -> None:
-    with needs_extra("watch"):
-        window.show(pictures, title=title, pictures_per_second=animation.STEPS_PER_SECOND)
 
 
 def _load_policies(args: WatchArgs, game: str) -> list[policies.NamedPolicy]:

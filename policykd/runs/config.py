@@ -352,15 +352,15 @@ def check_config(config: DistillRunConfig) -> None:
         raise ValueError(
             f"--states-per-round {config.states_per_round} is not a multiple of --num-envs {config.num_envs}"
         )
-    if isinstance(config.learning_rate, int | float) and not config.learning_rate > 0.0:
-        raise ValueError(f"--learning-rate must be positive, not {config.learning_rate}")
     # An option without effect is more likely a mistake than meant.
-    default_weight = DistillRunConfig.min_state_weight
-    if config.state_weighting == "none" and config.min_state_weight != default_weight:
+    if config.state_weighting == "none" and config.min_state_weight != DistillRunConfig.min_state_weight:
         raise ValueError("--min-state-weight needs --state-weighting entropy, gap or disagreement; leave it out")
     _check_return_schedules(config)
     if config.is_offline:
-        _check_offline(config)
+        for name in ("states_per_round", "num_envs", "replay_window_rounds"):
+            if getattr(config, name) != getattr(DistillRunConfig, name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: --states dataset:PATH collects no states; leave it out")
 
 
 def _check_return_schedules(config: DistillRunConfig) -> None:
@@ -376,14 +376,6 @@ def _check_return_schedules(config: DistillRunConfig) -> None:
             "--eval-every: a schedule that follows the return needs episodes that the student plays alone; give it"
             " less than --rounds, or --states student"
         )
-
-
-def _check_offline(config: DistillRunConfig) -> None:
-    """Raises ValueError for settings of a collection that an offline run does not have."""
-    if config.states_per_round != DistillRunConfig.states_per_round or config.num_envs != DistillRunConfig.num_envs:
-        raise ValueError("--states dataset:PATH collects no states; leave out --states-per-round and --num-envs")
-    if config.replay_window_rounds:
-        raise ValueError("--states dataset:PATH collects no states; leave out --replay-window-rounds")
 
 
 def depends_on_return(config: DistillRunConfig) -> bool:

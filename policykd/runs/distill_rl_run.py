@@ -105,18 +105,8 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     started = load_run_config(run) if should_resume(run, resume=config.resume) else None
     # A finished run is shown again, but not lengthened: its learning rate has reached 0.
     results = load_results(run)
-    finished_steps = (results.num_states_labelled or 0) - _offline_steps(config) if results else config.steps
-    if finished_steps < config.steps:
-        raise ValueError(
-            f"{run}: is finished, at {finished_steps:,} steps; for --steps {config.steps} give another --name"
-        )
-    # Before config.json remembers what was asked for.
     if results:
-        num_episodes = min(protocol.num_episodes for protocol in results.student.protocols.values())
-        if num_episodes < config.eval_episodes:
-            raise ValueError(
-                f"{run}: is finished, with {num_episodes} episodes per protocol; policykd evaluate {run} plays more"
-            )
+        _check_budget(run, config, results)
 
     # The teacher, the environments, and frames for the student's input scaling.
     teacher = load_run_teacher(config, started, config.game, config.seed)
@@ -175,6 +165,18 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
             num_episodes=config.eval_episodes, seed=config.seed, threads=torch.get_num_threads()
         )
         return finish_run(run, from_sb3(model, student).to(device), teacher, config.game, cost, options)
+
+
+def _check_budget(run: Path, config: DistillRLConfig, results: RunResult) -> None:
+    """Raises ValueError if a finished run is asked for more than it has."""
+    steps = (results.num_states_labelled or 0) - _offline_steps(config)
+    if steps < config.steps:
+        raise ValueError(f"{run}: is finished, at {steps:,} steps; for --steps {config.steps} give another --name")
+    num_episodes = results.num_episodes
+    if num_episodes < config.eval_episodes:
+        raise ValueError(
+            f"{run}: is finished, with {num_episodes} episodes per protocol; policykd evaluate {run} plays more"
+        )
 
 
 @torch.no_grad()

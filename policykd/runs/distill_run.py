@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from policykd.agents.student import Student, make_student
@@ -111,7 +110,9 @@ def check_device(config: DistillRunConfig, device: torch.device) -> None:
 
 def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, threads: int) -> RunResult:
     """Does the steps of a run in order; each of them is skipped or repeated on resume as its result requires."""
-    from policykd.envs.atari import make_atari  # emulators and OpenCV: not before the settings are checked
+    # Emulators, OpenCV and the report: not before the settings are checked.
+    from policykd.envs.atari import make_atari
+    from policykd.runs.finish import TrainingCost, finish_run
 
     # 1. Load the teacher and start the environments.
     started = load_run_config(run) if should_resume(run, resume=config.resume) else None
@@ -130,7 +131,9 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
             may_change = RESUMABLE_CHANGES - ({"eval_every"} if depends_on_return(config) else set())
             check_resumable(run, started, record, may_change=may_change)
             started = lengthen_run(run, started, record, "rounds")
-            if result := _finished(job):
+            result = load_results(run)
+            num_updates = config.rounds * config.updates_per_round
+            if result and (result.num_updates or 0) >= num_updates and result.num_episodes >= config.eval_episodes:
                 print(result.summary())
                 return result
 
@@ -156,7 +159,10 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
             seconds = logger.seconds()
 
         # 5. Save the student, play the final games, write the results and the report.
-        return _finish(job, state, seconds)
+        cost = TrainingCost(state.replay.num_states, state.num_updates, seconds)
+        options = FinalEvaluationOptions(num_episodes=config.eval_episodes, seed=config.seed, threads=threads)
+        assert isinstance(state.student, Student)
+        return finish_run(run, state.student, teacher, config.game, cost, options)
 
 
 def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
@@ -185,15 +191,6 @@ def _record(job: _Job) -> RunRecord:
         teacher=job.teacher.record,
         inputs=inputs,
     )
-
-
-def _finished(job: _Job) -> RunResult | None:
-    """Returns the results of a run that has reached its budget, also of the final evaluation; else None."""
-    result = load_results(job.run)
-    if result is None or (result.num_updates or 0) < job.config.rounds * job.config.updates_per_round:
-        return None
-    num_episodes = min(protocol.num_episodes for protocol in result.student.protocols.values())
-    return result if num_episodes >= job.config.eval_episodes else None
 
 
 def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
@@ -272,8 +269,8 @@ def _evaluate_if_due(job: _Job, state: TrainState, logger: RunLogger) -> None:
         return
     # A resumed run may be past this evaluation already, and a schedule still needs its returns.
     if not logger.has_evaluation(state.num_updates):
-        student = _as_student(state.student)
-        evaluation = periodic_evaluation(student, config.game, seed=config.seed, num_workers=job.threads)
+        assert isinstance(state.student, Student)
+        evaluation = periodic_evaluation(state.student, config.game, seed=config.seed, num_workers=job.threads)
         logger.add_evaluation(evaluation, job.teacher.reported_return)
     state.student_returns = logger.evaluation_returns(state.num_updates)
 
@@ -286,17 +283,3 @@ def _progress_line(r: Round) -> str:
     if episodes:
         parts.append(f"score={sum(e.episodic_return for e in episodes) / len(episodes):.1f}")
     return ", ".join(parts)
-
-
-def _finish(job: _Job, state: TrainState, seconds: dict[str, float]) -> RunResult:
-    """Saves the student, plays the final games, and writes everything that a finished run has."""
-    from policykd.runs.finish import TrainingCost, finish_run
-
-    cost = TrainingCost(state.replay.num_states, state.num_updates, seconds)
-    options = FinalEvaluationOptions(num_episodes=job.config.eval_episodes, seed=job.config.seed, threads=job.threads)
-    return finish_run(job.run, _as_student(state.student), job.teacher, job.config.game, cost, options)
-
-
-def _as_student(module: nn.Module) -> Student:
-    assert isinstance(module, Student)
-    return module

@@ -211,6 +211,11 @@ class RunResult(FinalEvaluation):
     command: str = ""
     """command line that wrote the results"""
 
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of the student under every protocol."""
+        return min(protocol.num_episodes for protocol in self.student.protocols.values())
+
     def summary(self) -> str:
         """Returns the table of `results.md`, and below it what the run took."""
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.wall_seconds.items())

@@ -204,15 +204,11 @@ class Generation:
         """Returns the content of the file of one kind, such as `model`."""
         return self.read(next(name for name in self.manifest.files if name.startswith(f"{kind}-")))
 
-    def read_shard(self, name: str) -> Arrays:
-        """Returns the arrays of a shard; those of states are checked against their description first."""
-        layout = self.manifest.states.layout if self.manifest.states else None
-        return unpack_arrays(self.read(name), self.folder / name, layout, self.manifest.shards[name].num_rows)
-
     def read_shards(self) -> Iterator[tuple[str, Arrays]]:
-        """Yields name and arrays of every shard, in order."""
-        for name in self.manifest.shards:
-            yield name, self.read_shard(name)
+        """Yields name and arrays of every shard in order; states are checked against their description first."""
+        layout = self.manifest.states.layout if self.manifest.states else None
+        for name, shard in self.manifest.shards.items():
+            yield name, unpack_arrays(self.read(name), self.folder / name, layout, shard.num_rows)
 
 
 def has_generations(folder: Path) -> bool:
@@ -325,7 +321,9 @@ def commit(
     generation = Generation(folder, replace(manifest, number=number, files=entries, shards=shards))
 
     # The manifest is written last: without it the other files do not count.
-    contents[_name(number=number)] = _seal(generation.manifest)
+    # Its first line is the sha256 of the other lines, so that every flipped bit is noticed.
+    lines = to_json(generation.manifest)[1:]
+    contents[_name(number=number)] = b'{"sha256": "%s",' % _sha256(lines).encode() + lines
     with deferred_signals():
         for name, content in contents.items():
             replace_file(folder / name, content)
@@ -341,12 +339,6 @@ def commit(
 
 def _all_names(generation: Generation | None) -> set[str]:
     return {*generation.files, _name(number=generation.manifest.number)} if generation else set()
-
-
-def _seal(manifest: Manifest) -> bytes:
-    """Returns JSON whose first line is the sha256 of the other lines, so that every flipped bit is noticed."""
-    lines = to_json(manifest)[1:]
-    return b'{"sha256": "%s",' % _sha256(lines).encode() + lines
 
 
 def _read_generation(folder: Path, number: int, unit: Unit | None) -> Generation:

@@ -86,7 +86,6 @@ def test_invalid_settings_are_one_line(wrong: dict[str, Any]) -> None:
         ({"rounds": 0}, "^--rounds must be at least 1, not 0"),
         ({"seed": 2**32}, "--seed must be at least 0 and at most 4294967295"),
         ({"name": "../x"}, "--name must be the name of a folder"),
-        ({"learning_rate": 0.0}, "--learning-rate must be positive"),
         ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, not nan"),
         ({"states_per_round": 100}, "--states-per-round 100 is not a multiple of --num-envs 16"),
         ({"rounds": 10**9}, "GB of memory"),
