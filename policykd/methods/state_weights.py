@@ -1,14 +1,14 @@
-"""Weighted states and weighted sums of losses.
+"""Weighted states.
 
 A state's weight lies in [0, 1] and is a constant to the gradient. A batch of half the weight has half the gradient,
 which Adam undoes: what counts is how states weigh relative to each other. Shape suffixes: B batch, A actions.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from policykd.agents.policy import entropy, log_policy
@@ -19,37 +19,8 @@ StateWeighting = Literal["none", "entropy", "gap", "disagreement"]
 """the weightings that a command offers"""
 
 
-class StateWeight(Protocol):
-    """Weight of each state, from what teacher and student would do there."""
-
-    def __call__(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float, /) -> Tensor:
-        """Returns the weight per state, `(batch,)`; the arguments are those of `PolicyLoss.per_state`."""
-        ...
-
-
-@dataclass(frozen=True)
-class WeightedSum(PolicyLoss):
-    """Sum of several losses, each with its weight."""
-
-    losses: tuple[PolicyLoss, ...]
-    weights: tuple[Quantity, ...]
-    """one weight per loss; they need not add up to 1"""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.losses, tuple) or not isinstance(self.weights, tuple):
-            raise ValueError("losses and weights must be tuples, so that their schedules are found")
-        if not 0 < len(self.losses) == len(self.weights):
-            raise ValueError(f"{len(self.losses)} losses and {len(self.weights)} weights; give one weight per loss")
-        for weight in self.weights:
-            check_bounds("weight", weight, 0.0, 1e6)
-
-    def per_state(self, student_BA: Tensor, teacher_BA: Tensor, temperature: float, progress: float) -> Tensor:
-        """Returns sum_i weight_i loss_i per state."""
-        terms = [
-            resolve(weight, progress) * loss.per_state(student_BA, teacher_BA, temperature, progress)
-            for loss, weight in zip(self.losses, self.weights, strict=True)
-        ]
-        return torch.stack(terms).sum(dim=0)
+StateWeight = Callable[[Tensor, Tensor, float, float], Tensor]
+"""weight of each state, `(batch,)`, from the arguments of `PolicyLoss.per_state`"""
 
 
 @dataclass(frozen=True)

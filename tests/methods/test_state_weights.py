@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from policykd.losses import ActionNLL, Batch, ForwardKL, LogitMSE, PolicyLoss, TwoSidedKL
+from policykd.losses import Batch, ForwardKL, LogitMSE, PolicyLoss, TwoSidedKL
 from policykd.methods.state_weights import (
     ByDisagreement,
     ByEntropy,
     ByGap,
     StateWeight,
     WeightedStates,
-    WeightedSum,
     weigh_states,
 )
 from policykd.schedules import Linear, Progress
@@ -126,8 +125,7 @@ def test_a_weight_of_ones_own_is_a_constant_to_the_gradient_too() -> None:
     [
         WeightedStates(ForwardKL(), ByEntropy()),
         WeightedStates(LogitMSE(), ByGap()),
-        WeightedSum((ForwardKL(), ActionNLL()), (2.0, 0.5)),
-        WeightedSum((WeightedStates(TwoSidedKL(), ByGap()),), (1.0,)),
+        WeightedStates(TwoSidedKL(), ByDisagreement()),
     ],
     ids=repr,
 )
@@ -142,23 +140,11 @@ def test_a_weighted_loss_is_a_loss(loss: PolicyLoss) -> None:
     assert torch.autograd.gradcheck(lambda s: loss.per_state(s, teacher_BA, 1.0, 0.0), (student_BA.requires_grad_(),))
 
 
-def test_a_sum_is_the_sum() -> None:
-    student_BA, teacher_BA = scores(8, 6), scores(8, 6, seed=1)
-    expected_B = 2.0 * ForwardKL().per_state(student_BA, teacher_BA, 1.0, 0.0) + 0.5 * ActionNLL().per_state(
-        student_BA, teacher_BA, 1.0, 0.0
-    )
-    both = WeightedSum((ForwardKL(), ActionNLL()), (2.0, 0.5))
-    torch.testing.assert_close(both.per_state(student_BA, teacher_BA, 1.0, 0.0), expected_B)
-    for losses, weights in [((ForwardKL(),), (1.0, 2.0)), ((), ())]:
-        with pytest.raises(ValueError, match="give one weight per loss"):
-            WeightedSum(losses, weights)
-
-
 def test_the_teachers_temperature_reaches_what_is_inside() -> None:
     student_BA = scores(8, 6)
     teacher_BA = scores(8, 6, seed=1, scale=0.01)
-    open_loss = WeightedSum((ForwardKL(), TwoSidedKL(4.0), ForwardKL(1.0)), (1.0, Linear(1.0, 0.0), 1.0))
-    fixed_loss = WeightedSum((ForwardKL(0.01), TwoSidedKL(4.0, 0.01), ForwardKL(1.0)), (1.0, 0.25, 1.0))
+    open_loss = TwoSidedKL(4.0)
+    fixed_loss = TwoSidedKL(4.0, 0.01)
     for left_open, fixed in (
         (open_loss, fixed_loss),
         (WeightedStates(open_loss, ByEntropy()), WeightedStates(fixed_loss, ByEntropy(0.01))),

@@ -99,8 +99,8 @@ def test_invalid_settings_are_one_line(wrong: dict[str, Any]) -> None:
             {"loss": SoftAndHard(hard=ReturnGap(0.5)), "eval_every": 0, "states": TeacherStates()},
             "--eval-every: a schedule that follows",
         ),
-        ({"states": DatasetStates(Path("x")), "num_envs": 8}, "leave out --states-per-round and --num-envs"),
-        ({"states": DatasetStates(Path("x")), "replay_window_rounds": 1}, "leave out --replay-window-rounds"),
+        ({"states": DatasetStates(Path("x")), "num_envs": 8}, "--num-envs: --states dataset:PATH collects no states"),
+        ({"states": DatasetStates(Path("x")), "replay_window_rounds": 1}, "--replay-window-rounds: --states dataset"),
     ],
 )
 def test_a_config_that_no_run_can_have_is_refused(changes: dict[str, Any], reason: str) -> None:
