@@ -194,15 +194,11 @@ def _check_supported(active: tuple[str, ...], student: Student, teacher: Teacher
             " SB3 archive, without --trust-pickle"
         )
     if "attention" in active:
-        if not (isinstance(teacher.net, ConvNet) and isinstance(student.net, FrameNet)):
+        are_convolutions = isinstance(teacher.net, ConvNet) and isinstance(student.net, FrameNet)
+        if not are_convolutions or _map_sizes(student) != _NATURE_CNN_MAP_SIZES:
             raise ValueError(
-                f"the auxiliary loss attention needs a teacher and a student with convolutions, unlike {who}; leave it"
-                " out"
-            )
-        if (sizes := _map_sizes(student)) != _NATURE_CNN_MAP_SIZES:
-            raise ValueError(
-                f"the auxiliary loss attention needs a student whose maps are {_NATURE_CNN_MAP_SIZES} pixels wide like"
-                f" the teacher's, not {sizes}; leave it out"
+                "the auxiliary loss attention needs a teacher and a student with convolutions whose maps are"
+                f" {_NATURE_CNN_MAP_SIZES} pixels wide, unlike this student or {who}; leave it out"
             )
     if "shift" in active and not isinstance(student.net, FrameNet):
         raise ValueError("the auxiliary loss shift needs a student of images, not of vectors; leave it out")

@@ -32,18 +32,11 @@ class FrameReplayBuffer(ReplayBuffer):
         gamma: float = 0.99,
         **kwargs: Any,
     ) -> None:
-        """Allocates the ring.
+        """Allocates the ring of `buffer_size` steps over all environments.
 
-        Args:
-            buffer_size: number of steps kept, over all environments.
-            observation_space: stacks of frames `(stack, height, width)`, or vectors.
-            action_space: discrete.
-            n_steps: number of rewards summed before the bootstrap (Sutton, 1988; Hessel et al., 2018).
-            gamma: discount of those rewards.
-            **kwargs: SB3's `device`, `n_envs` and `optimize_memory_usage`, which is ignored.
-
-        Raises:
-            ValueError: the ring is shorter than a sample.
+        Observations are stacks of frames `(stack, height, width)`, or vectors; actions are discrete. `n_steps` rewards
+        are summed before the bootstrap (Sutton, 1988; Hessel et al., 2018), discounted by `gamma`. The other arguments
+        are SB3's; `optimize_memory_usage` is ignored.
         """
         # SB3 would allocate the arrays that this class replaces: give it a single step per environment.
         kwargs |= {"optimize_memory_usage": False, "handle_timeout_termination": False}

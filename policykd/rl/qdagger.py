@@ -74,7 +74,7 @@ class QDagger(TeacherMixin, DQN):
         progress = 1.0 - self._current_progress_remaining
         return super().current_weight() if progress < self.distillation_end_fraction else 0.0
 
-    def learn_offline(self, num_steps: int, num_updates: int, *, epsilon: float = 0.05) -> None:
+    def learn_offline(self, num_steps: int, num_updates: int) -> None:
         """Trains on states that the teacher collects; continue with `learn(..., reset_num_timesteps=False)`.
 
         Curves are named `offline/` over updates counted up to 0, where `learn` starts. At the end the replay buffer is
@@ -83,8 +83,6 @@ class QDagger(TeacherMixin, DQN):
         Args:
             num_steps: agent steps of the teacher over all environments; the replay buffer keeps the last of them.
             num_updates: gradient steps, with the weight of a student that has not played yet.
-            epsilon: fraction of random actions (Rusu et al., 2015), without which the Q-values of other actions are
-                never trained.
 
         Raises:
             FloatingPointError: training has diverged.
@@ -93,7 +91,8 @@ class QDagger(TeacherMixin, DQN):
         self._setup_learn(num_steps, tb_log_name=f"{type(self).__name__}-offline")
         self._current_progress_remaining = 1.0
         print(f"collecting {num_steps:,} steps of the teacher", flush=True)
-        collect_with_teacher(self, self.teacher_log_policy, num_steps, epsilon=epsilon)
+        # Without random actions (Rusu et al., 2015) the Q-values of other actions would never be trained.
+        collect_with_teacher(self, self.teacher_log_policy, num_steps, epsilon=0.05)
 
         # The target network follows as often per gradient step as it will in `learn`.
         assert isinstance(self.train_freq, TrainFreq)

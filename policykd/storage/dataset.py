@@ -173,13 +173,12 @@ def _check_rows(replay: Replay, arrays: Arrays, path: Path) -> None:
 
 
 @torch.inference_mode()
-def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
+def label(replay: Replay, teacher: Policy) -> int:
     """Labels the states of a replay that have no teacher outputs yet, and returns how many those were.
 
     Args:
         replay: on the teacher's device.
         teacher: its raw outputs are stored.
-        batch_size: states per forward pass.
 
     Raises:
         FloatingPointError: an output is not finite.
@@ -187,7 +186,7 @@ def label(replay: Replay, teacher: Policy, *, batch_size: int = 1024) -> int:
     is_missing_N = replay.teacher_NA[: len(replay)].isnan().any(dim=1)
     is_missing_N[replay.context_only_rows] = False  # never drawn, so never labelled
     rows = is_missing_N.nonzero().squeeze(1)
-    for rows_B in rows.split(batch_size):
+    for rows_B in rows.split(1024):
         teacher_BA = teacher(replay.gather(rows_B)).to(replay.teacher_NA.device)
         if not teacher_BA.isfinite().all():
             raise FloatingPointError("the teacher's outputs on stored states are not finite; use another teacher")

@@ -115,7 +115,7 @@ def test_label_fills_in_only_what_is_missing(breakout: tuple[Replay, Tensor], tm
     save_dataset(breakout[0], tmp_path, Origin("random play", game="Breakout"))
     replay = load_dataset(tmp_path, stub(4, (4, 84, 84)))
     teacher = make_student("1%", 4)
-    assert label(replay, teacher, batch_size=100) == len(breakout[1])
+    assert label(replay, teacher) == len(breakout[1])
     with torch.inference_mode():
         torch.testing.assert_close(replay.teacher_NA, teacher(breakout[1]), rtol=0, atol=1e-5)
     assert label(replay, teacher) == 0
