@@ -66,11 +66,13 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
     remaining = iter(words)
     for word in remaining:
         flag, joined, value = word.partition("=")
-        field = flag.removeprefix("--").partition(".")[0]
+        field = re.split("[.:]", flag.removeprefix("--"))[0]
         if field not in choices:
             expanded.append(word)
         elif flag == f"--{field}":
             given[field] = value if joined else next(remaining, "")
+        elif flag.startswith(f"{field}:"):  # as --help spells it
+            given[field] = flag.removeprefix(f"{field}:").removesuffix(f"-{field}")
         else:  # an option of the subcommand, which tyro reads only after it
             options[field].append((flag, [word] if joined else [word, next(remaining, "")]))
     # 2. Subcommands, then their options; without a subcommand these belong to the default's.

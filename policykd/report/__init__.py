@@ -25,7 +25,7 @@ MAX_FILM_BYTES = 1_500_000
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What teacher and student play for a report."""
+    """Length and seed of what teacher and student play for a report."""
 
     seed: int = 0
     """seed of the states and the film"""

@@ -43,7 +43,7 @@ class Method:
     learning_rate: float = 1e-3
     """initial learning rate"""
     student_temperature: float = 1.0
-    """of the student itself: the network of QDagger's student gives Q-values, which are played at 0.01"""
+    """divisor of the student's outputs: those of QDagger's student are Q-values, which are played at 0.01"""
     loss: type[StudentDrivenMethod] | None = None
     flags: Mapping[str, float] = field(default_factory=dict)
     """name -> default"""

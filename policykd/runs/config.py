@@ -70,7 +70,7 @@ class DebugArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class TrustArgs:
-    """Whether code in the user's own files may be executed."""
+    """Permission to execute code in the user's own files."""
 
     trust_pickle: bool = False
     """let SB3 itself load a teacher, which executes code in the file: only for your own archives"""
@@ -279,13 +279,13 @@ RESUMABLE_CHANGES = frozenset(
 )
 """settings that may differ when a run is resumed"""
 _GIGABYTES_PER_STATE = 7.2e-6
-"""of the replay buffer: one new 84 x 84 frame, and the teacher's outputs"""
+"""size of the replay buffer: one new 84 x 84 frame, and the teacher's outputs"""
 _MAX_GIGABYTES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArgs(GameArgs):
-    """What is distilled into what; first in the help text."""
+    """The game and the size of the student; first in the help text."""
 
     student: Size = "7%"
     """size in per cent of the NatureCNN's parameters, or a design with few multiply-accumulates (docs/students.md)"""
@@ -316,7 +316,7 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
 
     @property
     def is_offline(self) -> bool:
-        """Whether no states are collected."""
+        """True if no states are collected."""
         return isinstance(self.states, DatasetStates)
 
     @property

@@ -48,7 +48,7 @@ from policykd.train_state import TrainState, make_train_state
 
 @dataclass(frozen=True)
 class _Job:
-    """What all steps of one run need."""
+    """Objects that all steps of one run need."""
 
     run: Path
     """the run's folder"""

@@ -56,7 +56,7 @@ class TeacherRef:
 
     algorithm: Text
     sha256: Text
-    """of its archive"""
+    """hash of its archive"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StatesInfo:
 
     obs_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=4)]
     dtype: DType
-    """of a frame"""
+    """type of a frame's numbers"""
     origin: Origin
     stack: Annotated[int, Field(ge=1, le=64)] = 1
     """frames that an observation stacks along its first axis; 1: an observation is one frame"""

@@ -66,6 +66,7 @@ def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (["--states", "teacher", "--states.epsilon", "0.05"], ["states:teacher-states", "--states.epsilon", "0.05"]),
         (["--states=blended:a/b"], ["states:blended-states", "--states.path", "a/b"]),
         (["--seed", "1"], ["--seed", "1"]),
+        (["states:mixed-states", "loss:action-nll"], ["loss:action-nll", "states:mixed-states"]),
         (
             ["--states", "student", "--loss=reverse-kl", "--seed", "1"],
             ["--seed", "1", "loss:reverse-kl", "states:student-states"],

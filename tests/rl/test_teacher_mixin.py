@@ -48,8 +48,8 @@ BOX = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
 def test_invalid_arguments_are_refused_in_one_line(algorithm: Any) -> None:
     for settings, message in (
         ({"teacher": None}, f"{algorithm.__name__} has no teacher"),
-        ({"teacher_temperature": 0.0}, "teacher_temperature must be .*, not 0"),
-        ({"teacher_temperature": float("nan")}, "teacher_temperature must be .*, not nan"),
+        ({"teacher_temperature": 0.0}, "_temperature must be .*, not 0"),
+        ({"teacher_temperature": float("nan")}, "_temperature must be .*, not nan"),
         ({"distillation_weight": -1.0}, "distillation_weight must be at least 0, not -1"),
         ({"distillation_weight": float("nan")}, "distillation_weight must be at least 0, not nan"),
     ):
