@@ -44,8 +44,7 @@ from policykd.evaluation.results import (
 from policykd.evaluation.statistics import RESAMPLES, difference_interval, teacher_normalised_score
 from policykd.export.int8 import quantize_static, quantize_weights
 from policykd.export.onnx import to_onnx
-from policykd.io.files import read_verified, write_atomically
-from policykd.io.files import lock_folder
+from policykd.io.files import lock_folder, read_verified, write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
 
