@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from policykd.agents.policy import check_outputs
 from policykd.io.typed import one_line
 
 ATARI_OBS_SHAPE = (4, 84, 84)
@@ -304,12 +305,8 @@ class UserNet(nn.Module):
             raise ValueError(f"{name} fails on two blank observations {self.obs_shape} ({reason}); fix it") from error
         finally:
             module.train(is_training)
-        expected = (2, num_actions)
-        if not isinstance(outputs, Tensor) or outputs.dtype != torch.float32 or tuple(outputs.shape) != expected:
-            found = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"{name} returns {found} for two observations, expected torch.float32 {expected}; return logits alone"
-            )
+        if check_outputs(outputs, 2, num_actions, name).dtype != torch.float32:
+            raise ValueError(f"{name} returns {outputs.dtype}, expected torch.float32")
 
     def forward(self, obs: Tensor) -> Tensor:
         """Returns logits, float32 `(batch, num_actions)`: the module's outputs divided by `divisor`.

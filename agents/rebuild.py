@@ -196,7 +196,12 @@ def _network(
     if layers.kernels:
         net, state = _conv_net(archive, kwargs, layers, activation)
     else:
-        net, state = _mlp(archive, layers, activation)
+        state = {}
+        obs_size = layers.dense[0][0].shape[1]
+        if archive.data.obs_shape not in (None, (obs_size,)):
+            raise _unexpected(archive, f"observations {archive.data.obs_shape}, as in its `data`", (obs_size,))
+        with torch.device("meta"):
+            net = MLP(obs_size, layers.widths[:-1], layers.widths[-1], activation=activation)
     for i, (weight, bias) in enumerate(layers.dense):
         state |= {f"dense.{i}.weight": weight, f"dense.{i}.bias": bias}
     # The network's own shapes are the last check: layers that do not fit each other, or another kernel than SB3's.
@@ -239,12 +244,3 @@ def _conv_net(
     for i, (kernel, bias) in enumerate(layers.kernels, start=1):
         state |= {f"conv{i}.weight": kernel, f"conv{i}.bias": bias}
     return net, state
-
-
-def _mlp(archive: Archive, layers: _Layers, activation: type[nn.Module]) -> tuple[MLP, dict[str, Tensor]]:
-    shape = archive.data.obs_shape
-    obs_size = layers.dense[0][0].shape[1]
-    if shape not in (None, (obs_size,)):
-        raise _unexpected(archive, f"observations {shape}, as in its `data`", (obs_size,))
-    with torch.device("meta"):
-        return MLP(obs_size, layers.widths[:-1], layers.widths[-1], activation=activation), {}

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from policykd.agents.policy import Policy
+from policykd.agents.policy import Policy, check_outputs
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import RANDOM_AND_HUMAN_SCORES, canonical_name
 from policykd.envs.vector import VectorEnv
@@ -103,22 +103,18 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
     user's names, for the error message.
 
     Raises:
-        BadFile: they differ; the message has both.
+        ValueError: they differ; the message has both.
     """
     shape = getattr(policy, "shape", policy)  # a student's shape has both
-    if hasattr(shape, "num_actions"):
-        found = (shape.num_actions, tuple(getattr(shape, "obs_shape", envs.obs_shape)))
-    else:
-        outputs = policy(torch.zeros((1, *envs.obs_shape), dtype=torch.uint8 if len(envs.obs_shape) == 3 else None))
-        if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or not outputs.isfinite().all():
-            raise BadFile(
-                f"{ref}: returns {outputs!r:.80} for one blank observation, expected a finite tensor"
-                f" (1, {envs.num_actions}); fix it first"
-            )
-        found = (outputs.shape[1], envs.obs_shape)
-    if found != (envs.num_actions, envs.obs_shape):
+    if not hasattr(shape, "num_actions"):  # a function
+        blank = torch.zeros((1, *envs.obs_shape), dtype=torch.uint8 if len(envs.obs_shape) == 3 else torch.float32)
+        if not check_outputs(policy(blank), 1, envs.num_actions, ref).isfinite().all():
+            raise BadFile(f"{ref} returns NaN or infinity for a blank observation; fix it first")
+        return
+    obs_shape = tuple(getattr(shape, "obs_shape", envs.obs_shape))
+    if (shape.num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
         raise BadFile(
-            f"{ref}: {found[0]} actions and observations {found[1]}, but {game} has {envs.num_actions} and"
+            f"{ref}: {shape.num_actions} actions and observations {obs_shape}, but {game} has {envs.num_actions} and"
             f" {envs.obs_shape}; it was made for another game"
         )
 

@@ -152,7 +152,7 @@ def test_a_users_module_is_saved_and_loaded(tmp_path: Path) -> None:
         (None, ValueError, r"a student of your own module; load it with load_student\(path, module=MyNet\(\)\)"),
         (nn.Linear(2, 2), ValueError, r"load it with load_student\(path, module=MyNet\(\)\)"),
         (MyNet(width=4), BadFile, r"not the tensors of this MyNet .*size mismatch"),
-        (MyNet(num_actions=5), ValueError, r"MyNet returns torch.float32 \(2, 5\) for two observations, expected"),
+        (MyNet(num_actions=5), ValueError, r"MyNet returns a tensor float32 \(2, 5\), expected"),
     ]:
         with pytest.raises(error, match=reason) as raised:
             load_student(tmp_path, module=module)
@@ -190,7 +190,7 @@ def test_a_module_that_is_not_a_policy_is_refused() -> None:
     """X02, before anything is learned."""
     with pytest.raises(ValueError, match=r"^Linear fails on two blank observations \(4, 84, 84\) \(mat1 .*fix it"):
         Student.of(nn.Linear(3, 6), 6)
-    with pytest.raises(ValueError, match=r"^Flatten returns torch.uint8 \(2, 28224\) for two observations, expected"):
+    with pytest.raises(ValueError, match=r"^Flatten returns a tensor uint8 \(2, 28224\), expected"):
         Student.of(nn.Flatten(), 6)
     student = Student.of(MyNet(), 6)
     with pytest.raises(ValueError, match="expected uint8 frames"):

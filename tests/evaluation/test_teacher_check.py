@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_with_expected_and_found(pong: Teacher) -> 
         check_fits(pong, atari, "mine", "Breakout")
     with pytest.raises(ValueError, match=r"mine: 2 actions and observations \(4,\), but Breakout has 4"):
         check_fits(make_student((8,), 2, (4,)), atari, "mine", "Breakout")
-    with pytest.raises(ValueError, match=r"mine: 3 actions and observations \(4,\), but CartPole has 2 and \(4,\)"):
+    with pytest.raises(ValueError, match=r"mine returns a tensor float32 \(1, 3\), expected \(1, 2\)"):
         check_fits(always(1, 3), cart_pole, "mine", "CartPole")
     check_fits(make_student("1%", 4), atari, "mine", "Breakout")
     check_fits(always(1, 2), cart_pole, "mine", "CartPole")
@@ -194,13 +194,13 @@ def test_what_does_not_fit_is_refused_with_expected_and_found(pong: Teacher) -> 
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (lambda obs: np.zeros((1, 2)), r"returns array.* expected a finite tensor \(1, 2\)"),
-        (lambda obs: torch.zeros(2), r"returns tensor\(\[0., 0.\]\) for one blank"),
-        (lambda obs: torch.full((1, 2), float("nan")), "returns tensor.*nan.*expected a finite tensor"),
+        (lambda obs: np.zeros((1, 2)), r"returns ndarray, expected a tensor \(1, 2\)"),
+        (lambda obs: torch.zeros(2), r"returns a tensor float32 \(2,\)"),
+        (lambda obs: torch.full((1, 2), float("nan")), "returns NaN or infinity"),
     ],
 )
 def test_a_callable_with_invalid_outputs_is_refused(policy: Policy, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"mine: .*{expected}"):
+    with pytest.raises(ValueError, match=f"mine {expected}"):
         check_fits(policy, GymnasiumEnvs("CartPole-v1", 1, 0), "mine", "CartPole")
 
 
