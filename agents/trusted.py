@@ -100,13 +100,13 @@ def load_with_sb3(path: Path, members: Mapping[str, io.BytesIO]) -> tuple[Sb3Pol
             warnings.filterwarnings("error", message="Could not deserialize")
             model = actor_class.load(_archive_of(members), device="cpu", custom_objects=_replacements(data))
         _remove_critic(model.policy)
-        net = Sb3PolicyNet(model.policy, algorithm, tuple(model.observation_space.shape), int(model.action_space.n))
+        net = policy_of_model(model)
     except Exception as error:  # the file's code may raise anything
         raise BadFile(
             f"{path}: SB3 cannot load it ({type(error).__name__}: {one_line(str(error))}); its classes must be"
             " importable: put their module on PYTHONPATH"
         ) from error
-    return net.eval(), algorithm
+    return net, algorithm
 
 
 def _algorithm(path: Path, data: Sb3Data) -> Sb3Algorithm:

@@ -209,13 +209,13 @@ def _c_artifact(source: ExportSource, path: Path) -> Artifact:
 def _sb3_artifact(source: ExportSource, path: Path) -> Artifact:
     from stable_baselines3 import PPO
 
-    from policykd.agents.trusted import Sb3PolicyNet
+    from policykd.agents.trusted import policy_of_model
 
     assert isinstance(source.policy, Student)
     # PPO.load executes the pickles in an archive: this one was written a moment ago.
     source.policy.to_sb3().save(path)
     model = PPO.load(path, device="cpu")
-    policy = Sb3PolicyNet(model.policy.eval(), "PPO", source.net.obs_shape, source.net.num_actions)
+    policy = policy_of_model(model)
     details = {"needs": "stable_baselines3 and policykd; opens with PPO.load"}
     return Artifact(path, lambda obs: outputs_of(policy, obs), manifest=details, gives_log_probabilities=True)
 
