@@ -247,8 +247,6 @@ class Student(nn.Module):
             obs = np.moveaxis(obs, -1, -3)
         if obs.shape[-len(expected) :] != expected or obs.ndim > len(expected) + 1:
             raise ValueError(f"observation has shape {obs.shape}, expected {expected} or a batch of them")
-        if len(expected) == 3 and obs.dtype != np.uint8:
-            raise ValueError(f"observation is {obs.dtype}, expected uint8 frames from 0 to 255")
         if len(expected) == 1 and not np.isfinite(obs).all():
             raise ValueError("observation is NaN or infinite, expected finite numbers")
         batch = torch.from_numpy(np.ascontiguousarray(obs)).view(-1, *expected)
