@@ -102,7 +102,7 @@ def test_json_of_others_is_read_in_one_place() -> None:
 
 
 def test_two_calls_from_the_loop_to_the_gradient() -> None:
-    """The generator of distill() calls Trainer.step, which calls Trainer._gradients, which asks autograd for the gradient."""
+    """The loop calls Trainer.step, which calls Trainer._gradients, which asks autograd for the gradient."""
 
     def calls(path: str, function: str) -> set[str]:
         tree = ast.parse((ROOT / path).read_text())

@@ -52,9 +52,8 @@ from policykd.runs.folder import (
     Machine,
     RunRecord,
     check_resumable,
-    load_run_config,
+    load_started_run,
     record_changes,
-    should_resume,
     write_run_config,
 )
 
@@ -148,7 +147,7 @@ def train_teacher(config: TrainTeacherConfig) -> Card:
 
 def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device) -> Card:
     # 1. The model, with the scaling of its input and the weights of another teacher if asked for.
-    started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    started = load_started_run(run, resume=config.resume)
     model = make_model(config, envs, device)
     start = load_teacher(config.start_from, game=config.game).to(device) if config.start_from else None
     scaling = measure_scaling(config.game, config.seed) if config.centre else InputScaling()

@@ -43,10 +43,9 @@ from policykd.runs.folder import (
     RunResult,
     check_resumable,
     load_results,
-    load_run_config,
     load_run_teacher,
+    load_started_run,
     record_changes,
-    should_resume,
     write_run_config,
 )
 
@@ -102,7 +101,7 @@ def distill_rl_run(config: DistillRLConfig) -> RunResult:
 
 
 def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources: ExitStack) -> RunResult:
-    started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    started = load_started_run(run, resume=config.resume)
     # A finished run is shown again, but not lengthened: its learning rate has reached 0.
     results = load_results(run)
     if results:

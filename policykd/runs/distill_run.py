@@ -33,10 +33,9 @@ from policykd.runs.folder import (
     check_resumable,
     lengthen_run,
     load_results,
-    load_run_config,
     load_run_teacher,
+    load_started_run,
     resume_command,
-    should_resume,
     write_run_config,
 )
 from policykd.runs.records import RunLogger
@@ -115,7 +114,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
     from policykd.runs.finish import TrainingCost, finish_run
 
     # 1. Load the teacher and start the environments.
-    started = load_run_config(run) if should_resume(run, resume=config.resume) else None
+    started = load_started_run(run, resume=config.resume)
     teacher = _load_teacher(config, started, device)
     # An offline run never steps its environment: it only has the shapes of observations and actions.
     num_envs = 1 if config.is_offline else config.num_envs
@@ -130,7 +129,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
             # Evaluations may move to other rounds, unless a schedule follows the returns that they measure.
             may_change = RESUMABLE_CHANGES - ({"eval_every"} if depends_on_return(config) else set())
             check_resumable(run, started, record, may_change=may_change)
-            started = lengthen_run(run, started, record, "rounds")
+            started = lengthen_run(run, started, record)
             result = load_results(run)
             num_updates = config.rounds * config.updates_per_round
             if result and (result.num_updates or 0) >= num_updates and result.num_episodes >= config.eval_episodes:

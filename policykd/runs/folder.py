@@ -61,16 +61,16 @@ class RunRecord:
     """command line"""
 
 
-def should_resume(run: Path, *, resume: bool) -> bool:
-    """Returns whether a folder holds a run, which is then to be resumed."""
+def load_started_run(run: Path, *, resume: bool) -> RunRecord | None:
+    """Returns what the run in a folder was started with if it is to be resumed; None if the folder holds no run."""
     # A run writes its config before its first checkpoint, so one without the other is not a run to resume.
     if not (run / CONFIG).is_file():
         if (run / CHECKPOINTS).exists():
             raise BadFile(f"{run}: holds checkpoints but no {CONFIG}; give another --name")
-        return False
+        return None
     if not resume:
         raise ValueError(f"{run}: holds a run already; resume it with --resume, or give another --name")
-    return True
+    return load_run_config(run)
 
 
 def load_run_config(run: Path) -> RunRecord:
@@ -111,20 +111,18 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
         add_note(run, warning)
 
 
-def lengthen_run(run: Path, started: RunRecord, now: RunRecord, key: str) -> RunRecord:
-    """Returns the record of a run whose budget, the setting `key`, may have grown; if so, its files record that too."""
-    before = started.settings[key]
-    budget = now.settings[key]
+def lengthen_run(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
+    """Returns the record of a run whose number of rounds may have grown; if so, its files record that too."""
+    before = started.settings["rounds"]
+    budget = now.settings["rounds"]
     assert isinstance(before, int)
     assert isinstance(budget, int)
     # Schedules stretch over the budget, so rounds that are done cannot be taken back.
     if budget < before:
-        raise ValueError(
-            f"{run}: cannot resume with fewer {key} ({key} was {before}, is {budget}); give another --name"
-        )
+        raise ValueError(f"{run}: cannot resume with fewer rounds ({before} before, {budget} now); give another --name")
     started = record_changes(run, started, now)
     if budget > before:
-        add_note(run, f"lengthened from {before} to {budget} {key}")
+        add_note(run, f"lengthened from {before} to {budget} rounds")
     return started
 
 

@@ -110,7 +110,7 @@ def test_other_settings_are_refused(
         distill_run(replace(again, loss=LogitMSE()))
     with pytest.raises(ValueError, match=r"teacher was PPO bundled:ppo .*, is DQN bundled:dqn"):
         distill_run(replace(again, teacher="bundled:dqn"))
-    with pytest.raises(ValueError, match=r"fewer rounds \(rounds was 3, is 2\)"):
+    with pytest.raises(ValueError, match=r"fewer rounds \(3 before, 2 now\)"):
         distill_run(replace(again, rounds=2, eval_every=1))
     assert distill_run(replace(again, eval_every=1, eval_episodes=1, overlap=False)).num_updates == 6
 

@@ -19,9 +19,9 @@ from policykd.runs.folder import (
     ensure_run_dir_exists,
     lengthen_run,
     load_run_config,
+    load_started_run,
     pin_teacher_revision,
     resume_command,
-    should_resume,
     write_run_config,
 )
 
@@ -45,12 +45,11 @@ def check(run: Path, now: RunRecord) -> None:
 
 def test_a_run_is_resumed_on_request(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert not should_resume(run, resume=True)
+    assert load_started_run(run, resume=True) is None
     write_run_config(run, RECORD)
-    assert load_run_config(run) == RECORD
-    assert should_resume(run, resume=True)
+    assert load_started_run(run, resume=True) == load_run_config(run) == RECORD
     with pytest.raises(ValueError, match="holds a run already; resume it with --resume"):
-        should_resume(run, resume=False)
+        load_started_run(run, resume=False)
 
 
 def test_every_changed_setting_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,12 +89,12 @@ def test_another_machine_is_a_warning_and_a_note(tmp_path: Path, capsys: pytest.
 
 def test_a_budget_may_grow(tmp_path: Path) -> None:
     write_run_config(tmp_path, RECORD)
-    assert lengthen_run(tmp_path, RECORD, RECORD, "rounds") == RECORD
-    longer = lengthen_run(tmp_path, RECORD, changed(rounds=5, resume=True), "rounds")
+    assert lengthen_run(tmp_path, RECORD, RECORD) == RECORD
+    longer = lengthen_run(tmp_path, RECORD, changed(rounds=5, resume=True))
     assert longer == load_run_config(tmp_path) == changed(rounds=5)
     assert "lengthened from 3 to 5 rounds" in (tmp_path / NOTES).read_text()
-    with pytest.raises(ValueError, match=r"fewer rounds \(rounds was 5, is 4\)"):
-        lengthen_run(tmp_path, longer, changed(rounds=4), "rounds")
+    with pytest.raises(ValueError, match=r"fewer rounds \(5 before, 4 now\)"):
+        lengthen_run(tmp_path, longer, changed(rounds=4))
 
 
 def test_every_changed_setting_is_remembered(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_every_changed_setting_is_remembered(tmp_path: Path) -> None:
         changed(eval_episodes=100, teacher="copy.zip", trust_pickle=True),
         teacher=replace(TEACHER, ref="copy.zip", revision=""),
     )
-    lengthen_run(tmp_path, RECORD, moved, "rounds")
+    lengthen_run(tmp_path, RECORD, moved)
     resumed = load_run_config(tmp_path)
     assert resumed.settings == changed(eval_episodes=100, teacher="copy.zip").settings
     assert pin_teacher_revision("copy.zip", resumed) == "copy.zip"
@@ -124,7 +123,7 @@ def test_a_damaged_or_old_config_is_one_line(content: str, tmp_path: Path) -> No
 def test_checkpoints_without_a_config_are_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(BadFile, match=r"checkpoints but no config\.json; give another --name"):
-        should_resume(tmp_path, resume=True)
+        load_started_run(tmp_path, resume=True)
 
 
 def test_a_run_that_was_moved_away_is_noticed(tmp_path: Path) -> None:
