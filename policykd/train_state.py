@@ -206,6 +206,6 @@ def _check_fits(config: "DistillConfig", envs: VectorEnv, replay: Replay) -> Non
         )
     if replay.num_envs != envs.num_envs or replay.num_preloaded % envs.num_envs:
         raise ValueError(
-            f"the {replay.num_preloaded} stored states come from {replay.num_envs} environments; collect in as many,"
-            f" not {envs.num_envs}"
+            f"the {replay.num_preloaded} stored states come from {replay.num_envs} environments; collect in as many"
+            f" (--num-envs {replay.num_envs}), not {envs.num_envs}"
         )

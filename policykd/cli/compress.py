@@ -86,7 +86,7 @@ def run(args: CompressArgs) -> None:
     ).policy
     assert isinstance(teacher, Teacher)
     states = DatasetStates(args.states or args.run, held_out=args.held_out)
-    replay = open_replay(states, teacher, game, room=0, num_envs=1).to(device)
+    replay = open_replay(states, teacher, game).to(device)
     label(replay, teacher)
     # One environment, which is never stepped: the loop reads the shapes of observations and actions from it.
     settings = ComparisonSettings(

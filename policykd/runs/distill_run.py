@@ -216,7 +216,7 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
         from policykd.storage.dataset import open_replay
 
         room = 0 if config.is_offline else config.rounds * config.states_per_round
-        replay = open_replay(config.states, teacher, config.game, room=room, num_envs=config.num_envs).to(job.device)
+        replay = open_replay(config.states, teacher, config.game, room=room).to(job.device)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)

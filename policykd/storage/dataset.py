@@ -287,16 +287,9 @@ def _regrouped(parts: Iterable[Arrays], num_rows: int) -> Iterator[Arrays]:
         yield {key: np.concatenate([p[key] for p in held]) for key in held[0]}
 
 
-def open_replay(
-    states: DatasetStates | BlendedStates, teacher: Teacher, game: str, *, room: int, num_envs: int
-) -> Replay:
+def open_replay(states: DatasetStates | BlendedStates, teacher: Teacher, game: str, *, room: int = 0) -> Replay:
     """Returns a replay of the dataset that a state source names."""
     dataset = open_dataset(states.path)
-    if isinstance(states, BlendedStates) and dataset.info.num_envs != num_envs:
-        raise ValueError(
-            f"{states.path}: collected in {dataset.info.num_envs} environments; pass --num-envs"
-            f" {dataset.info.num_envs}, and --states-per-round a multiple of it"
-        )
     held_out = states.held_out if isinstance(states, DatasetStates) else 0.0
     num_held_out = max(1, round(held_out * dataset.num_rows)) if held_out else 0
     replay = load_dataset(states.path, teacher, game=game, num_held_out=num_held_out, room=room)
