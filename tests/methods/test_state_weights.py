@@ -125,7 +125,7 @@ def test_a_weight_of_ones_own_is_a_constant_to_the_gradient_too() -> None:
     [
         WeightedStates(ForwardKL(), ByEntropy()),
         WeightedStates(LogitMSE(), ByGap()),
-        WeightedStates(TwoSidedKL(), ByDisagreement()),
+        WeightedStates(TwoSidedKL(), ByGap()),
     ],
     ids=repr,
 )
