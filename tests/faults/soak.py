@@ -29,6 +29,9 @@ ARGS = (
     " --num-envs 4 --eval-every 3 --eval-episodes 2 --name r --resume"
 )
 
+MIN_CYCLES = 2
+"""of each of the two runs one, however slow the machine is"""
+
 
 def held(folder: Path) -> dict[str, int]:
     """Returns what the process holds: kB of memory, files, threads, children, and temporary files on the disk."""
@@ -72,7 +75,7 @@ def stop(*args: object, **how: object) -> NoReturn:
 
 
 def main() -> None:
-    """Loops until the time is up."""
+    """Loops until the time is up, and at least `MIN_CYCLES` times."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, required=True)
@@ -85,7 +88,7 @@ def main() -> None:
     num_finished = 0
     flickers = (atari.make_atari, getattr(finish, "final_evaluation"))  # noqa: B009
     signal.signal(signal.SIGALRM, stop_in_time)
-    for pong in itertools.cycle([True, False]):
+    for num_cycles, pong in enumerate(itertools.cycle([True, False]), start=1):
         runs = args.folder / str(pong)
         make_atari, final_evaluation = (make_pong, stop) if pong else flickers
         setattr(atari, "make_atari", make_atari)  # noqa: B010  # other rules than the module's, for this cycle
@@ -98,7 +101,7 @@ def main() -> None:
             shutil.rmtree(runs)
             num_finished += 1
         print(json.dumps({**line, "finished": num_finished}), flush=True)
-        if time.monotonic() - began > args.seconds:
+        if num_cycles >= MIN_CYCLES and time.monotonic() - began > args.seconds:
             break
 
 

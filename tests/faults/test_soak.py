@@ -1,4 +1,4 @@
-"""A process that starts, stops and goes on for half an hour holds at the end what it held after its first minutes."""
+"""A process that starts, stops and resumes runs for half an hour holds at its end what it held at its beginning."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 SECONDS = float(os.environ.get("POLICYKD_SOAK_SECONDS", 1800))
-"""of the long form"""
-MOST_KB_A_CYCLE = 250.0
-"""of memory that a linear fit to the second half may gain; the allocator takes and gives back 50 MB now and then"""
+"""duration of the long form"""
+MAX_KB_PER_CYCLE = 250.0
+"""growth of memory in a linear fit to the second half; the allocator takes and returns 50 MB now and then"""
 
 
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(SECONDS, marks=pytest.mark.faults)])
@@ -29,13 +29,13 @@ def test_a_soak_leaks_nothing(seconds: float, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     cycles = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cycles) >= min(100, seconds / 4)
+    assert len(cycles) >= (100 if seconds >= 600 else 2)
     for what, most in (("files", 1), ("threads", 1), ("children", 0), ("temporary", 0)):  # one may be ending just then
         counts = [cycle[what] for cycle in cycles]
         assert max(counts) - min(counts) <= most, (what, counts)
     half = [cycle["rss"] for cycle in cycles[len(cycles) // 2 :]]
     if seconds >= 600:
         slope = np.polyfit(range(len(half)), half, 1)[0]
-        assert slope < MOST_KB_A_CYCLE, (slope, half)
+        assert slope < MAX_KB_PER_CYCLE, (slope, half)
     else:
         assert half[-1] - half[0] < 40_000, half  # still warming up
