@@ -91,7 +91,7 @@ class Archive:
     sha256: str
     """see `read_members`"""
     tensors: Mapping[str, Tensor]
-    """the policy's state dict: dense, finite, float32"""
+    """the policy's state dict: dense, finite, read as float32"""
     data: Sb3Data
 
 
@@ -108,7 +108,7 @@ def read_archive(path: str | Path) -> Archive:
         tensors = read_state_dict(members["policy.pth"])
     except _BROKEN as error:
         raise BadFile(
-            f"{path}: policy.pth is truncated, or not a state dict of dense, finite float32 tensors"
+            f"{path}: policy.pth is truncated, or not a state dict of dense, finite numbers"
             f" ({one_line(str(error))}); {_GET_AGAIN}, or --trust-pickle if it is your own"
         ) from error
     return Archive(path, sha256, tensors, data)

@@ -20,13 +20,28 @@ CHUNK = 256 << 10
 _MAX_PICKLE = 64 << 10
 """bytes of the description; a QR-DQN's has 4,000"""
 _MARK = object()
-_DICT, _TENSOR, _FLOATS = "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"
+_DICT = "collections OrderedDict"
+_TENSOR = "torch._utils _rebuild_tensor_v2"
+_DTYPES = {
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch DoubleStorage": torch.float64,
+}
+"""kinds of storages; all are read as float32, as SB3's own load copies them"""
+
+
+class _StorageKey(NamedTuple):
+    """Name of a record of numbers, and their type."""
+
+    record: str
+    dtype: torch.dtype
 
 
 class _View(NamedTuple):
     """Position of a tensor's numbers in a storage."""
 
-    key: str
+    storage: _StorageKey
     offset: int
     size: tuple[int, ...]
     strides: tuple[int, ...]
@@ -65,7 +80,7 @@ def read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo) -> io.B
 
 
 def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
-    """Returns the dense, finite, float32 tensors that `torch.save` wrote.
+    """Returns the dense and finite tensors that `torch.save` wrote, as float32.
 
     Raises:
         ValueError, LookupError, TypeError: anything else, with the reason alone.
@@ -87,20 +102,20 @@ def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
         if sum(m.file_size for m in records.values()) > len(pth.getbuffer()):
             raise ValueError("its records overlap")
         views = _read_description(archive.read(records["data.pkl"]))
-        keys = {view.key for view in views.values()}
-        storages = {key: _storage(archive, records[f"data/{key}"]) for key in keys}
+        keys = {view.storage for view in views.values()}
+        storages = {key: _storage(archive, records[f"data/{key.record}"], key.dtype) for key in keys}
     return _tensors(views, storages)
 
 
-def _storage(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
-    """Returns the numbers of a record."""
+def _storage(archive: zipfile.ZipFile, record: zipfile.ZipInfo, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers of a record as float32."""
     content = read_member(archive, record).getbuffer()
-    if len(content) == 0 or len(content) % 4:
+    if len(content) == 0 or len(content) % dtype.itemsize:
         raise ValueError("the numbers of a tensor are missing")
-    return torch.frombuffer(content, dtype=torch.float32)
+    return torch.frombuffer(content, dtype=dtype).float()
 
 
-def _tensors(views: dict[str, _View], storages: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(views: dict[str, _View], storages: dict[_StorageKey, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors, once each is dense and finite and they do not overlap."""
     tensors: dict[_View, Tensor] = {}
     for name, view in views.items():
@@ -108,7 +123,7 @@ def _tensors(views: dict[str, _View], storages: dict[str, Tensor]) -> dict[str, 
             raise ValueError(f"{name!r:.80} has no shape of integers")
         if view in tensors:  # PPO saves its CNN under three names
             continue
-        storage = storages[view.key]
+        storage = storages[view.storage]
         if not _is_dense(view) or view.offset + math.prod(view.size) > storage.numel():
             raise ValueError(f"{name!r:.80} claims shape {view.size} over fewer numbers")
         tensor = storage.as_strided(view.size, view.strides, view.offset)
@@ -186,7 +201,7 @@ def _interpret(pickled: bytes) -> object:  # noqa: C901 -- one case per opcode
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                if argument not in (_DICT, _TENSOR, _FLOATS):
+                if argument not in (_DICT, _TENSOR, *_DTYPES):
                     raise ValueError(f"{argument!r:.80}")
                 stack.append(argument)
             case "BINPERSID":
@@ -210,12 +225,12 @@ def _pop_to_mark(stack: list[Any]) -> tuple[Any, ...]:
     return tuple(items[::-1])
 
 
-def _storage_key(description: Any) -> str:
+def _storage_key(description: Any) -> _StorageKey:
     """Returns the key of a storage, described as ('storage', torch.FloatStorage, key, device, numel)."""
     word, kind, key, _device, _numel = description
-    if word != "storage" or kind != _FLOATS or type(key) is not str:
+    if word != "storage" or kind not in _DTYPES or type(key) is not str:
         raise ValueError("another kind of storage")
-    return key
+    return _StorageKey(key, _DTYPES[kind])
 
 
 def _call(function: Any, arguments: Any) -> dict[str, Any] | _View:
@@ -224,10 +239,13 @@ def _call(function: Any, arguments: Any) -> dict[str, Any] | _View:
         return {}
     if function != _TENSOR:
         raise ValueError("a call")
-    key, offset, size, strides, _requires_grad, hooks, *_metadata = arguments
-    if type(key) is not str or type(size) is not tuple or type(strides) is not tuple or hooks != {}:
+    storage, offset, size, strides, _requires_grad, hooks, *metadata = arguments
+    if type(storage) is not _StorageKey or type(size) is not tuple or type(strides) is not tuple or hooks != {}:
         raise ValueError("another kind of tensor")
-    return _View(key, offset, size, strides)
+    # Bits of a lazy view, such as {"neg": True}: its numbers have the other sign than those in the record.
+    if any(bits != {} for bits in metadata):
+        raise ValueError("a lazily negated or conjugated tensor")
+    return _View(storage, offset, size, strides)
 
 
 def _set_items(stack: list[Any], items: tuple[Any, ...]) -> None:

@@ -100,14 +100,15 @@ def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = Inpu
     # SB3's own archive, in memory.
     buffer = io.BytesIO()
     model.save(buffer, exclude=TRAINING_ONLY)
-    # Equal tensors are stored once: a target network is written as its network, since no training follows.
+    # Equal tensors are stored once: a target network is written as its network, since no training follows. In half
+    # precision, which halves the file; SB3 and policykd read it as float32, and the card's games are played with that.
     state = model.policy.state_dict()
     plain = fold_input_normalization(model.policy, scaling)
     stored: dict[int, Tensor] = {}
     policy: dict[str, Tensor] = {}
     for name in state:
         source = name.replace("_target.", ".", 1)
-        policy[name] = stored.setdefault(state[source].data_ptr(), plain[source].contiguous())
+        policy[name] = stored.setdefault(state[source].data_ptr(), plain[source].half().contiguous())
     replaced = {"policy.pth": policy, "policy.optimizer.pth": {**model.policy.optimizer.state_dict(), "state": {}}}
     # Written again member by member, without timestamps.
     archive = io.BytesIO()

@@ -54,7 +54,17 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not a state dict": (lambda p: write(p, [DATA, ("policy.pth", pth([1]))]), "not a state dict"),
     "an empty state dict": (lambda p: write(p, [DATA, ("policy.pth", pth({}))]), "not a state dict"),
     "a list of weights": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": [torch.zeros(3)]}))]), "not a state dict"),
-    "half precision": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.zeros(3).half()}))]), "HalfStorage"),
+    "integers": (lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.zeros(3).long()}))]), "LongStorage"),
+    "half precision that is infinite": (
+        lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.full((3,), 1e9).half()}))]), "infinite"
+    ),
+    "a number beyond float32": (
+        lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.full((3,), 1e300, dtype=torch.float64)}))]), "infinite"
+    ),
+    "a negative bit": (
+        lambda p: write(p, [DATA, ("policy.pth", pth({"w": torch.ones(3, dtype=torch.cfloat).conj().imag}))]),
+        "lazily negated",
+    ),
     "of before torch 1.6": (
         lambda p: write(p, [DATA, ("policy.pth", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")]), "not a zip"
     ),
@@ -70,6 +80,17 @@ def test_a_bad_file_is_one_line_that_names_it(case: str, tmp_path: Path) -> None
         read_archive(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_as_sb3_loads_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = torch.linspace(-3.0, 5.0, 40).to(dtype)
+    write(tmp_path / "agent.zip", [DATA, ("policy.pth", pth({"a": weights.view(5, 8), "b": weights[:8].clone()}))])
+    tensors = read_archive(tmp_path / "agent.zip").tensors
+    layer = torch.nn.Linear(8, 5)
+    layer.load_state_dict({"weight": weights.view(5, 8), "bias": weights[:5]})  # copies into float32
+    assert tensors["a"].dtype == torch.float32
+    assert torch.equal(tensors["a"], layer.weight)
 
 
 def test_tensors_are_those_of_torch(tmp_path: Path) -> None:

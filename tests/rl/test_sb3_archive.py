@@ -67,11 +67,11 @@ def test_a_centred_agent_is_the_plain_archive_it_is_written_as(
 
     teacher = load_teacher(archive)
     found = teacher(frames) if "DQN" in algorithm else teacher(frames).log_softmax(dim=-1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)  # weights are stored in half precision
     assert teacher.algorithm == algorithm
     opened = ALGORITHMS[algorithm][0].load(archive, device="cpu", custom_objects={"buffer_size": 1})
-    torch.testing.assert_close(scores(opened, algorithm, frames), expected, atol=1e-5, rtol=1e-4)
-    assert archive.stat().st_size < (9_400_000 if algorithm == "QRDQN" else 7_000_000)
+    torch.testing.assert_close(scores(opened, algorithm, frames), found, atol=1e-5, rtol=1e-4)
+    assert archive.stat().st_size < (4_700_000 if algorithm == "QRDQN" else 3_500_000)
     with zipfile.ZipFile(archive) as members:
         assert len(members.read("policy.optimizer.pth")) < 3_000
 
