@@ -56,6 +56,8 @@ class DistillConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_bounds("learning_rate", self.learning_rate, 0.0)
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate must be positive, not 0: nothing would be learned")
         check_temperature("temperature", self.temperature)
         if follows_return(self.learning_rate):
             raise ValueError("learning_rate must not follow the student's return; use a schedule of the run's progress")

@@ -368,6 +368,8 @@ def test_a_finished_run_is_lengthened_in_python() -> None:
 def test_what_does_not_fit_is_refused_in_one_line(problem: Problem) -> None:
     with pytest.raises(ValueError, match="learning_rate must not follow the student's return"):
         DistillConfig(learning_rate=ReturnGap(1e-3))
+    with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
+        DistillConfig(learning_rate=0.0)
     state = problem.make_state(SMALL)
     with pytest.raises(ValueError, match="state is that of another student"):
         distill(identity_teacher, make_student((16,), 4, (4,)), state.envs, SMALL, state=state)
