@@ -33,7 +33,7 @@ GAMES = [
 ]
 
 
-USUAL = {"BeamRider", "Breakout", "Pong", "Seaquest"}
+USUAL = {"BeamRider", "Breakout", "Pong"}
 """lives and FIRE, memory that outlasts a game, and neither; the others in `make slow`"""
 
 

@@ -9,7 +9,7 @@ from examples.distill_pong import Args, main
 
 def test_the_example_gives_the_same_weights_as_distill(capsys: pytest.CaptureFixture[str]) -> None:
     """More updates than are drawn at once, and rounds in which both act."""
-    args = Args(rounds=4, states_per_round=160, updates_per_round=260, batch_size=16, eval_episodes=0)
+    args = Args(student="0.1%", rounds=6, states_per_round=160, updates_per_round=260, batch_size=16, eval_episodes=0)
     found = main(args).state_dict()
     student = policykd.make_student(args.student, 6, seed=args.seed)
     config = policykd.DistillConfig(
