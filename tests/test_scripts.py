@@ -116,7 +116,9 @@ def test_states_of_a_run_train_another_student_without_collecting(
     words = "--game Pong --threads 1 --rounds 3 --updates-per-round 30 --batch-size 128 --student 1% --loss forward-kl"
     more = f"--eval-episodes 1 --eval-every 0 --states.held-out 0.1 --states dataset:{finished}"
     run = distill(f"{words} {more}", tmp_path)
-    assert "4,608 stored states, 0 of them labelled now" in capsys.readouterr().out  # the same teacher's outputs are stored with them
+    assert (
+        "4,608 stored states, 0 of them labelled now" in capsys.readouterr().out
+    )  # the same teacher's outputs are stored with them
     rounds = rounds_of(run)
     assert [r["num_states"] for r in rounds] == [4608] * 3
     assert rounds[-1]["new_kl"] < 0.95 * rounds[0]["new_kl"]

@@ -8,6 +8,7 @@ import tyro
 
 from policykd.cli.main import load_command
 from policykd.io.machine import DeviceName
+from policykd.runs.budget import BudgetName
 from policykd.runs.config import DebugArgs, TrustArgs, from_settings
 from policykd.runs.folder import load_run_config
 
@@ -27,6 +28,8 @@ class ResumeArgs(DebugArgs, TrustArgs):
     """folder of the run, FOLDER/GAME/NAME"""
     rounds: int | None = None
     """rounds in total, at least as many as before (distill)"""
+    budget: BudgetName | None = None
+    """a larger budget than before (distill)"""
     steps: int | None = None
     """agent steps in total, at least as many as before (distill-rl, train-teacher)"""
     eval_episodes: int | None = None

@@ -220,11 +220,12 @@ def evaluate_on_atari(
         return evaluate(policy, envs, num_episodes, deterministic=deterministic, seed=seed)
 
 
-def periodic_evaluation(student: Student, game: str, *, seed: int, num_workers: int = 0) -> Evaluation:
-    """Returns the 16 games that a run plays with its student every few rounds: no-op starts, sampled actions."""
-    return evaluate_on_atari(
-        student, game, "noop_sampled", 16, seed=seed, options=AtariOptions(num_workers=num_workers)
-    )
+def periodic_evaluation(
+    student: Student, game: str, *, seed: int, num_episodes: int = 16, num_workers: int = 0
+) -> Evaluation:
+    """Returns the games that a run plays with its student every few rounds: no-op starts, sampled actions."""
+    options = AtariOptions(num_workers=num_workers)
+    return evaluate_on_atari(student, game, "noop_sampled", num_episodes, seed=seed, options=options)
 
 
 def derived_seed(seed: int, stream: int) -> int:

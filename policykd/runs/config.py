@@ -38,6 +38,7 @@ from policykd.losses import (
 )
 from policykd.methods.divergences import DecoupledKL, StandardizedKL
 from policykd.methods.state_weights import StateWeighting, weigh_states
+from policykd.runs.budget import BudgetName, stage_ends
 from policykd.schedules import Quantity, check_bounds, follows_return, format_schedule, parse_schedule
 from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates, student_acts_alone
 
@@ -274,7 +275,7 @@ RESUMABLE_CHANGES = frozenset(
         *("eval_every", "eval_episodes"),
         "teacher",  # its content is compared, not the reference to it
         "trust_pickle",  # only ever taken from the command line
-        *("rounds", "steps", "checkpoint_every"),  # the budget; that of distill is compared separately
+        *("rounds", "budget", "steps", "checkpoint_every"),  # the length; that of distill is compared separately
     }
 )
 """settings that may differ when a run is resumed"""
@@ -309,6 +310,10 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
     """weights of auxiliary losses, in addition to that of the policies (docs/auxiliary_losses.md)"""
     num_envs: Positive = 16
     """environments that collect states in parallel"""
+    budget: BudgetName = "none"
+    """none trains for --rounds; the others evaluate the student after --rounds, and double the length of the run until
+    the student is within a tolerance of its teacher's score or no longer improves: quick 5 %, at most 4 times --rounds;
+    standard 2 %, 8 times; full 1 %, 32 times"""
 
     def __post_init__(self) -> None:
         """Takes a folder as text too; leaves the checks to `check_config`, which knows the flags' names."""
@@ -320,15 +325,24 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
         return isinstance(self.states, DatasetStates)
 
     @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """Numbers of rounds after which the run may end."""
+        return stage_ends(self.budget, self.rounds)
+
+    @property
     def policy_loss(self) -> PolicyLoss:
         """The loss with the states weighted."""
         return weigh_states(self.loss, self.state_weighting, self.min_state_weight)
 
-    def loop_config(self, threads: int) -> DistillConfig:
-        """Returns the settings of the loop alone, with the number of threads resolved."""
+    def loop_config(self, threads: int, *, rounds: int = 0) -> DistillConfig:
+        """Returns the settings of the loop alone, up to a number of rounds; by default the most that the run may take.
+
+        `threads` is the resolved number.
+        """
         # By name: the run's config inherits all fields of the loop's, so a new one needs no line here.
-        names = {field.name for field in fields(DistillConfig)} - {"threads"}
-        return DistillConfig(threads=threads, **{name: getattr(self, name) for name in names})
+        names = {field.name for field in fields(DistillConfig)} - {"threads", "rounds"}
+        settings = {name: getattr(self, name) for name in names}
+        return DistillConfig(threads=threads, rounds=rounds or self.stage_ends[-1], **settings)
 
 
 def check_config(config: DistillRunConfig) -> None:
@@ -345,7 +359,8 @@ def check_config(config: DistillRunConfig) -> None:
     check_bounds("--min-state-weight", config.min_state_weight, 0.0, 1.0)
     to_settings(config)  # refuses functions of the user's, which config.json cannot hold
     # ... then those that depend on each other. The buffer is allocated at once, so its size is known now.
-    if (gigabytes := config.rounds * config.states_per_round * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
+    num_states = config.stage_ends[-1] * config.states_per_round
+    if (gigabytes := num_states * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
         raise ValueError(f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory; lower one of them")
     # Every environment takes the same number of steps per round.
     if config.states_per_round % config.num_envs:
@@ -355,6 +370,8 @@ def check_config(config: DistillRunConfig) -> None:
     # An option without effect is more likely a mistake than meant.
     if config.state_weighting == "none" and config.min_state_weight != DistillRunConfig.min_state_weight:
         raise ValueError("--min-state-weight needs --state-weighting entropy, gap or disagreement; leave it out")
+    if config.budget != "none" and config.eval_every != DistillRunConfig.eval_every:
+        raise ValueError(f"--eval-every: --budget {config.budget} evaluates where the run may end; leave it out")
     _check_return_schedules(config)
     if config.is_offline:
         for name in ("states_per_round", "num_envs", "replay_window_rounds"):
@@ -368,7 +385,7 @@ def _check_return_schedules(config: DistillRunConfig) -> None:
     if not depends_on_return(config):
         return
     # The return of a student is measured by periodic evaluations, or by collected episodes that are all its own.
-    has_periodic_evaluations = 0 < config.eval_every < config.rounds
+    has_periodic_evaluations = config.budget == "none" and 0 < config.eval_every < config.rounds
     # States that depend on the return themselves might never be left to the student.
     acts_alone = not follows_return(config.states) and student_acts_alone(config.states, 1.0)
     if not has_periodic_evaluations and not acts_alone:

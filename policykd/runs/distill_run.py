@@ -24,6 +24,7 @@ from policykd.io.machine import prepare_device
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
 from policykd.losses import LogitHuber, LogitMSE, LossFn
+from policykd.runs.budget import StageResult, Stop, decide
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return, to_settings
 from policykd.runs.folder import (
     CHECKPOINTS,
@@ -43,6 +44,10 @@ from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import Origin, TeacherRef, has_generations
 from policykd.train_state import TrainState, make_train_state
+
+NUM_PERIODIC_EPISODES = 16
+NUM_STAGE_EPISODES = 32
+"""episodes that decide whether a run with a budget continues"""
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
             check_resumable(run, started, record, may_change=may_change)
             started = lengthen_run(run, started, record)
             result = load_results(run)
-            num_updates = config.rounds * config.updates_per_round
-            if result and (result.num_updates or 0) >= num_updates and result.num_episodes >= config.eval_episodes:
+            if result and _has_ended(result, config) and result.num_episodes >= config.eval_episodes:
                 print(result.summary())
                 return result
 
@@ -154,11 +158,11 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
         elif started:
             print(f"warning: {run}: no checkpoint yet; the run starts from the beginning", file=sys.stderr)
         with closing(RunLogger(run, state.round)) as logger:
-            _train(job, state, loss_fn, logger)
+            stop = _train(job, state, loss_fn, logger)
             seconds = logger.seconds()
 
         # 5. Save the student, play the final games, write the results and the report.
-        cost = TrainingCost(state.replay.num_states, state.num_updates, seconds)
+        cost = TrainingCost(state.replay.num_states, state.num_updates, seconds, stop)
         options = FinalEvaluationOptions(num_episodes=config.eval_episodes, seed=config.seed, threads=threads)
         assert isinstance(state.student, Student)
         return finish_run(run, state.student, teacher, config.game, cost, options)
@@ -215,12 +219,12 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     if isinstance(config.states, DatasetStates | BlendedStates):
         from policykd.storage.dataset import open_replay
 
-        room = 0 if config.is_offline else config.rounds * config.states_per_round
+        room = 0 if config.is_offline else config.stage_ends[-1] * config.states_per_round
         replay = open_replay(config.states, teacher, config.game, room=room).to(job.device)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)
-    if depends_on_return(config):
+    if depends_on_return(config) or config.budget != "none":
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
     return state, loss_fn
 
@@ -235,8 +239,43 @@ def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:
     return config.loss.temperature or config.temperature or teacher.temperature
 
 
-def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> None:
-    """Runs the loop; saves and logs every round, and evaluates every few."""
+def _has_ended(result: RunResult, config: DistillRunConfig) -> bool:
+    """Returns whether a run's results are those of the whole budget, which may have grown since."""
+    if result.stop:
+        return result.stop.budget == config.budget
+    return (result.num_updates or 0) >= config.stage_ends[-1] * config.updates_per_round
+
+
+def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> Stop | None:
+    """Trains stage by stage until the rule of the budget ends the run, and returns the reason; one stage without it."""
+    config = job.config
+    for number, end in enumerate(config.stage_ends, start=1):
+        # A resumed run may be past this stage: then the rule has let it continue.
+        if state.round <= end:
+            _train_stage(job, state, loss_fn, logger, end)
+            if config.budget != "none":
+                stages = [_stage_result(job, state, logger, n) for n in config.stage_ends[:number]]
+                if stop := decide(stages, config.budget, config.rounds):
+                    print(stop)
+                    return stop
+    return None
+
+
+def _stage_result(job: _Job, state: TrainState, logger: RunLogger, num_rounds: int) -> StageResult:
+    """Returns how the student played after a number of rounds; the present student plays now if it has not yet."""
+    num_updates = num_rounds * job.config.updates_per_round
+    if not logger.has_evaluation(num_updates):
+        assert num_rounds == state.round
+        _evaluate(job, state, logger, NUM_STAGE_EPISODES)
+    returns = logger.evaluation_returns(num_updates)
+    teacher_return = state.teacher_return
+    assert teacher_return is not None  # checked when the state was made
+    score = (sum(returns) / len(returns) - state.random_return) / (teacher_return - state.random_return)
+    return StageResult(score, logger.round_metric(num_rounds, "new_kl"))
+
+
+def _train_stage(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger, end: int) -> None:
+    """Runs the loop up to a number of rounds; saves and logs every round, and evaluates every few."""
     config = job.config
     teacher_ref = TeacherRef(algorithm=job.teacher.algorithm, sha256=job.teacher.sha256)
     origin = Origin(source=f"the run {job.run.absolute().name}", game=config.game, teacher=teacher_ref)
@@ -248,10 +287,9 @@ def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> 
     # A run that was stopped between a checkpoint and its evaluation evaluates first.
     _evaluate_if_due(job, state, logger)
     # All training happens in this loop; a round is the unit that is logged, saved and repeated after a crash.
-    rounds = distill(
-        job.teacher, state.student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, state=state
-    )
-    with tqdm(rounds, total=config.rounds, initial=state.round, unit="round", desc=config.game) as bar:
+    loop_config = config.loop_config(job.threads, rounds=end)
+    rounds = distill(job.teacher, state.student, job.envs, loop_config, loss_fn=loss_fn, state=state)
+    with tqdm(rounds, total=end, initial=state.round, unit="round", desc=config.game) as bar:
         for r in bar:
             with deferred_signals():  # so that logs and checkpoint belong to the same round
                 logger.add_round(r, temperature)
@@ -264,14 +302,25 @@ def _evaluate_if_due(job: _Job, state: TrainState, logger: RunLogger) -> None:
     """Evaluates the student every `eval_every` rounds; schedules may follow these returns."""
     config = job.config
     is_due = config.eval_every and state.round and state.round % config.eval_every == 0
-    if not is_due:
+    if not is_due or config.budget != "none":
         return
     # A resumed run may be past this evaluation already, and a schedule still needs its returns.
     if not logger.has_evaluation(state.num_updates):
-        assert isinstance(state.student, Student)
-        evaluation = periodic_evaluation(state.student, config.game, seed=config.seed, num_workers=job.threads)
-        logger.add_evaluation(evaluation, job.teacher.reported_return)
+        _evaluate(job, state, logger, NUM_PERIODIC_EPISODES)
     state.student_returns = logger.evaluation_returns(state.num_updates)
+
+
+def _evaluate(job: _Job, state: TrainState, logger: RunLogger, num_episodes: int) -> None:
+    """Plays and logs games of the student."""
+    assert isinstance(state.student, Student)
+    evaluation = periodic_evaluation(
+        state.student,
+        job.config.game,
+        seed=job.config.seed,
+        num_episodes=num_episodes,
+        num_workers=job.threads,
+    )
+    logger.add_evaluation(evaluation, job.teacher.reported_return)
 
 
 def _progress_line(r: Round) -> str:

@@ -13,6 +13,7 @@ from policykd.io.files import write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import write_json
 from policykd.report import ReportOptions, write_report
+from policykd.runs.budget import Stop
 from policykd.runs.folder import FINAL_EVALUATION, RESULTS, RunResult, ensure_run_dir_exists
 from policykd.viewer.animation import play_to_gif
 
@@ -24,6 +25,7 @@ class TrainingCost:
     num_states_labelled: int
     num_updates: int
     wall_seconds: dict[str, float]
+    stop: Stop | None = None
 
 
 def finish_run(
@@ -39,6 +41,7 @@ def finish_run(
         **vars(final),
         num_states_labelled=cost.num_states_labelled,
         num_updates=cost.num_updates,
+        stop=cost.stop,
         wall_seconds=cost.wall_seconds | {"evaluate": final.evaluation_seconds},
         versions=versions(),
         command=command,

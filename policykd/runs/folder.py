@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from policykd.agents.card import TeacherRecord
 from policykd.agents.teacher import Teacher, load_teachers
@@ -16,6 +16,7 @@ from policykd.evaluation.teacher_check import TeacherCheck, measured_return
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
+from policykd.runs.budget import Stop, stage_ends
 from policykd.runs.config import Settings, TeacherArgs, changed_settings
 
 CONFIG = "config.json"
@@ -112,18 +113,29 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
 
 def lengthen_run(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
-    """Returns the record of a run whose number of rounds may have grown; if so, its files record that too."""
-    before = started.settings["rounds"]
-    budget = now.settings["rounds"]
-    assert isinstance(before, int)
-    assert isinstance(budget, int)
+    """Returns the record of a run whose budget may have grown; if so, its files record that too."""
+    before, after = _max_rounds(started.settings), _max_rounds(now.settings)
     # Schedules stretch over the budget, so rounds that are done cannot be taken back.
-    if budget < before:
-        raise ValueError(f"{run}: cannot resume with fewer rounds ({before} before, {budget} now); give another --name")
+    if after < before:
+        raise ValueError(f"{run}: cannot resume with fewer rounds ({before} before, {after} now); give another --name")
+    # The stages that are done must be those of the new budget too.
+    budgets = {started.settings["budget"], now.settings["budget"]}
+    if "none" in budgets and len(budgets) > 1:
+        raise ValueError(f"{run}: was started with --budget {started.settings['budget']}; give another --name")
+    if "none" not in budgets and started.settings["rounds"] != now.settings["rounds"]:
+        raise ValueError(f"{run}: --rounds is the length of its first stage; leave it out, and raise --budget instead")
     started = record_changes(run, started, now)
-    if budget > before:
-        add_note(run, f"lengthened from {before} to {budget} rounds")
+    if after > before:
+        add_note(run, f"lengthened from {before} to {after} rounds")
     return started
+
+
+def _max_rounds(settings: Settings) -> int:
+    """Returns the number of rounds that a run may take."""
+    budget: Any = settings["budget"]
+    rounds = settings["rounds"]
+    assert isinstance(rounds, int)
+    return stage_ends(budget, rounds)[-1]
 
 
 def record_changes(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
@@ -202,6 +214,8 @@ class RunResult(FinalEvaluation):
     """states that the teacher has labelled; None in results that do not record it"""
     num_updates: int | None = None
     """gradient updates"""
+    stop: Stop | None = None
+    """why a run with a budget ended"""
     wall_seconds: dict[str, float] = field(default_factory=dict)
     """by phase: collect, label, train (which overlap), rounds (all of them), evaluate"""
     versions: dict[str, str] = field(default_factory=dict)
@@ -218,7 +232,8 @@ class RunResult(FinalEvaluation):
         """Returns the table of `results.md`, and below it what the run took."""
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.wall_seconds.items())
         counts = f"{self.num_states_labelled or 0:,} states, {self.num_updates or 0:,} updates"
-        return f"{results_table(self)}\n\n{counts}; {spent}\n"
+        reason = f"{self.stop}\n\n" if self.stop else ""
+        return f"{results_table(self)}\n\n{reason}{counts}; {spent}\n"
 
 
 def load_results(run: Path) -> RunResult | None:

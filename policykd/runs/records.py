@@ -6,6 +6,7 @@ Metrics and times are two files. `metrics.jsonl` is bit for bit the same however
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,10 @@ class RunLogger:
         """Returns the episodic returns of the periodic evaluation after that many gradient updates."""
         row = [int(n) for n in self._evaluations["num_updates"]].index(num_updates)
         return [float(r) for r in self._evaluations["results"][row]]
+
+    def round_metric(self, num_rounds: int, name: str) -> float:
+        """Returns a metric of the last of the first `num_rounds` rounds, NaN if the round does not have it."""
+        return float(self._rounds[num_rounds - 1].get(name, math.nan))  # type: ignore[arg-type]
 
     def add_evaluation(self, evaluation: Evaluation, teacher_return: float | None) -> None:
         """Writes a periodic evaluation after the last round to TensorBoard and `evaluations.npz`."""

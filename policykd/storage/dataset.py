@@ -204,11 +204,11 @@ def write_dataset(
         folder: created if missing.
         info: description of the states.
         parts: any number of rows each, all with the same arrays (`StatesInfo.layout`). Always from the first row on:
-            the rows that are saved already are skipped.
+            the rows that are saved already are compared and skipped.
         rows_per_shard: bounds the memory that is needed.
 
     Raises:
-        ValueError: the folder holds a dataset, or part of another import.
+        ValueError: the folder holds a dataset, or part of an import of other rows.
         BadFile: no states.
         OSError: no space left, no permission, or another process writes there; the shards so far stay.
         KeyboardInterrupt: a signal has arrived; the shards so far stay.
@@ -228,15 +228,18 @@ def write_dataset(
             previous = None
             num_saved = 0
         shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
+        saved = previous.read_shards() if previous else iter(())
         num_rows = 0
         try:
             for arrays in _regrouped(parts, rows_per_shard):
                 first_row = num_rows
                 num_rows += len(arrays["frames"])
-                if num_rows <= num_saved:
-                    continue
+                # A source that has changed since would give a dataset of two halves that do not belong together.
                 if first_row < num_saved:
-                    raise ValueError(other_import)
+                    _, stored = next(saved)
+                    if not all(np.array_equal(arrays[key], stored[key], equal_nan=key == "teacher") for key in arrays):
+                        raise ValueError(other_import)
+                    continue
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
                 previous = commit(folder, previous, manifest, new_rows=arrays, first_row=first_row)
                 shards = previous.manifest.shards

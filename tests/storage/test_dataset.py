@@ -337,6 +337,17 @@ def test_an_interrupted_import_continues_to_the_same_bytes(num_parts: int, tmp_p
         write_dataset(folder, INFO, [points(10)])
 
 
+def test_an_interrupted_import_of_a_source_that_changed_is_refused(tmp_path: Path) -> None:
+    """The first half of one source and the second of another would be a dataset that nobody collected."""
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "d", INFO, cut(4), rows_per_shard=20)
+    before = contents(tmp_path / "d")
+    for changed in ([points(130, 1)], [points(30)]):
+        with pytest.raises(ValueError, match="holds part of another import; use another folder, or remove it first"):
+            write_dataset(tmp_path / "d", INFO, changed, rows_per_shard=20)
+    assert contents(tmp_path / "d") == before
+
+
 def test_a_damaged_shard_of_an_interrupted_import_is_written_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
