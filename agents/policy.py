@@ -6,7 +6,7 @@ Suffixes name dimensions: B batch, A actions, C H W an image.
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 
@@ -66,6 +66,23 @@ def check_outputs(outputs: object, batch_size: int, num_actions: int, who: str) 
         found = f"{str(outputs.dtype).removeprefix('torch.')} {tuple(outputs.shape)}"
         raise ValueError(f"{who} returns a tensor {found}, expected {expected}: a number per observation and action")
     return outputs
+
+
+def device_of(policy: object, *, default: torch.device | str) -> torch.device:
+    """Returns the device of a policy's weights: of a module, a teacher's network or an ensemble's first member.
+
+    `default` is that of a policy whose device is not known, such as a function.
+    """
+    if isinstance(policy, nn.Module):
+        weights = next(policy.parameters(), None)
+        return torch.device(default) if weights is None else weights.device
+    # A policy that wraps another, a teacher, an ensemble.
+    for inner in ("policy", "net"):
+        if (wrapped := getattr(policy, inner, None)) is not None:
+            return device_of(wrapped, default=default)
+    if members := getattr(policy, "teachers", None):
+        return device_of(members[0], default=default)
+    return torch.device(getattr(policy, "device", default))
 
 
 def policy_temperature(algorithm: str) -> float:

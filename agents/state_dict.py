@@ -103,6 +103,8 @@ def read_state_dict(pth: io.BytesIO) -> dict[str, Tensor]:
             raise ValueError("its records overlap")
         views = _read_description(archive.read(records["data.pkl"]))
         keys = {view.storage for view in views.values()}
+        if len({key.record for key in keys}) < len(keys):
+            raise ValueError("a record of numbers has two types")
         storages = {key: _storage(archive, records[f"data/{key.record}"], key.dtype) for key in keys}
     return _tensors(views, storages)
 

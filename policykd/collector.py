@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from policykd.agents.policy import Policy, check_outputs
+from policykd.agents.policy import Policy, check_outputs, device_of
 from policykd.envs.vector import Episode
 from policykd.schedules import Progress, schedule_values
 from policykd.states import DatasetStates, student_acts_alone
@@ -108,6 +108,7 @@ class Collector:
         replay = state.replay
         states = self.config.states
         alone = student_acts_alone(states, progress)
+        teacher_device = device_of(self.teacher, default=replay.device)
         first = len(replay) - replay.num_held_out
         num_nonfinite = 0
         label_seconds = 0.0
@@ -121,9 +122,11 @@ class Collector:
             if self._stopped.is_set():
                 break
             # 1. Label: raw outputs go into the buffer; rows that are not finite only serve as context.
-            obs = state.obs.to(replay.device, copy=True)  # a teacher may write into its input
+            # Teacher and student get copies, since they may write into their input.
+            obs = state.obs.to(replay.device)
             asked = time.perf_counter()
-            raw_BA = check_outputs(self.teacher(obs), len(obs), state.envs.num_actions, "the teacher")
+            raw_BA = self.teacher(obs.to(teacher_device, copy=True))
+            raw_BA = check_outputs(raw_BA, len(obs), state.envs.num_actions, "the teacher").to(replay.device)
             teacher_BA = raw_BA.cpu()
             finite_B = teacher_BA.isfinite().all(dim=1)
             replay.add(obs, state.episode_starts_B, raw_BA, finite_B)
@@ -132,7 +135,7 @@ class Collector:
             label_seconds += time.perf_counter() - asked
 
             # 2. Act: the state source chooses between teacher and student.
-            step = state.envs.step(states(obs, teacher_BA, acting, progress, state.action_generator))
+            step = state.envs.step(states(obs.clone(), teacher_BA, acting, progress, state.action_generator))
             state.obs = step.obs
             state.episode_starts_B = step.starts_B
             episodes += step.episodes

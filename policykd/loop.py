@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class DistillConfig:
     batch_size: int = 256
     """states per gradient step"""
     learning_rate: Quantity = 2e-3
-    """peak learning rate of Adam: 2 % linear warm-up, then cosine decay to 0; or a schedule of your own"""
+    """peak learning rate: 2 % linear warm-up, then cosine decay to 0; or a schedule of your own"""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam, or muon (Jordan et al., 2024), which needs fewer states and updates for the same KL"""
     states: StateSource = field(default_factory=MixedStates)
     """who acts while states are collected: by default teacher, then student (DAgger)"""
     replay_window_rounds: int = 0
@@ -122,7 +125,7 @@ def distill(
             own environments. By default it is made of `student` and `envs`.
 
     Raises:
-        TypeError: a teacher that cannot be called, or environments that are no vector.
+        TypeError: a teacher that cannot be called, or environments that are not a vector environment.
         ValueError: settings, environments, networks or stored states that do not fit each other.
         FloatingPointError: too many teacher outputs or updates of a round are not finite.
     """

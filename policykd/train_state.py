@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from policykd.agents.policy import check_outputs
 from policykd.agents.student import Student
 from policykd.envs.vector import Episode, VectorEnv, as_vector_env
+from policykd.optimizer import Muon
 from policykd.replay import BATCHES_PER_DRAW, DrawRange, Replay, to_device
 from policykd.schedules import Progress
 from policykd.states import BlendedStates, DatasetStates
@@ -162,9 +163,13 @@ def make_train_state(
     action_seed, batch_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
     loss_module = loss_fn.to(device) if isinstance(loss_fn, nn.Module) else None
     parameters = [*student.parameters(), *(loss_module.parameters() if loss_module else ())]
-    optimizer = torch.optim.Adam(parameters, fused=True, capturable=device.type == "cuda")
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros((), device=device)  # a tensor, so that a captured CUDA graph reads its current value
+    # The rate is a tensor, so that a captured CUDA graph reads its current value.
+    lr = torch.zeros((), device=device)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "muon":
+        optimizer = Muon(parameters, lr)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda")
     return TrainState(
         student=student,
         envs=vector_env,

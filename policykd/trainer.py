@@ -29,7 +29,7 @@ _GRAPH_WARM_UP = 3
 
 
 class Trainer:
-    """Takes gradient steps on the student with Adam.
+    """Takes gradient steps on the student.
 
     On a CPU each batch is cut into as many parts as `config.threads`; their gradients are added in order, so the bits
     depend on the number of threads alone. Torch's own threads are best left at one: they stall when an emulator needs
@@ -78,7 +78,7 @@ class Trainer:
         Args:
             rows_B: states in the replay buffer, int64 `(batch,)`.
             random_B: random bits for the loss function, int64 `(batch,)`.
-            learning_rate: Adam's.
+            learning_rate: of the optimizer.
         """
         for group in self.state.optimizer.param_groups:
             group["lr"].fill_(learning_rate)
@@ -126,14 +126,15 @@ class Trainer:
         return gradients, torch.stack([share_of_mean.detach(), *shares])
 
     def _apply(self, parts: list[tuple[tuple[Tensor, ...], Tensor]]) -> None:
-        """Adds the parts up in order and lets Adam take the step, unless it is not finite."""
+        """Adds the parts up in order and lets the optimizer take the step, unless it is not finite."""
         # Always in the order of the parts, not of their completion: floating-point addition is not associative.
         for parameter, *gradients in zip(self.parameters, *(g for g, _ in parts), strict=True):
             parameter.grad = sum(gradients[1:], start=gradients[0])
         measured_M = sum((m for _, m in parts[1:]), start=parts[0][1])
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         skipped = (~(norm.isfinite() & measured_M[0].isfinite())).float()
-        # Fused Adam leaves weights and moments alone where found_inf is 1: a skipped update without a synchronisation.
+        # Where found_inf is 1 an optimizer leaves weights and moments alone: an update is skipped without waiting for
+        # the device.
         self.state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.state.optimizer.step()
         row_M = torch.cat([norm[None], skipped[None], measured_M])

@@ -67,14 +67,15 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
     for word in remaining:
         flag, joined, value = word.partition("=")
         field = re.split("[.:]", flag.removeprefix("--"))[0]
-        if field not in choices:
-            expanded.append(word)
-        elif flag == f"--{field}":
+        if field in choices and flag == f"--{field}":
             given[field] = value if joined else next(remaining, "")
-        elif flag.startswith(f"{field}:"):  # as --help spells it
+        elif field in choices and flag.startswith(f"{field}:"):  # as --help spells it
             given[field] = flag.removeprefix(f"{field}:").removesuffix(f"-{field}")
-        else:  # an option of the subcommand, which tyro reads only after it
+        elif field in choices and flag.startswith(f"--{field}."):  # an option, which tyro reads after its subcommand
+            flag = flag.replace("_", "-")
             options[field].append((flag, [word] if joined else [word, next(remaining, "")]))
+        else:
+            expanded.append(word)
     # 2. Subcommands, then their options; without a subcommand these belong to the default's.
     tail: list[str] = []
     for field, members in choices.items():

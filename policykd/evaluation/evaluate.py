@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policykd.agents.policy import Policy, as_policy, check_outputs, greedy, sample
+from policykd.agents.policy import Policy, as_policy, check_outputs, device_of, greedy, sample
 from policykd.agents.student import Student
 from policykd.envs.vector import as_vector_env
 from policykd.io.signals import check_interrupted
 
 MAX_STEPS = 27_000
 """agent steps at which ALE itself ends a game (108,000 frames); a longer episode elsewhere is taken to be endless"""
+
+NUM_PERIODIC_EPISODES = 16
 
 ProtocolName = Literal["noop_sampled", "sticky_greedy"]
 
@@ -139,7 +141,7 @@ def evaluate(
     # A generator continues where an earlier evaluation left it.
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     temperature = sampling_temperature(policy)
-    device = _device_of(policy)
+    device = device_of(policy, default="cpu")
     # The number of episodes that each environment still has to play.
     shares_B = torch.tensor([(num_episodes + i) // envs.num_envs for i in range(envs.num_envs)])
     returns: list[float] = []
@@ -221,7 +223,7 @@ def evaluate_on_atari(
 
 
 def periodic_evaluation(
-    student: Student, game: str, *, seed: int, num_episodes: int = 16, num_workers: int = 0
+    student: Student, game: str, *, seed: int, num_episodes: int = NUM_PERIODIC_EPISODES, num_workers: int = 0
 ) -> Evaluation:
     """Returns the games that a run plays with its student every few rounds: no-op starts, sampled actions."""
     options = AtariOptions(num_workers=num_workers)
@@ -231,23 +233,9 @@ def periodic_evaluation(
 def derived_seed(seed: int, stream: int) -> int:
     """Returns a seed of environments that is never the one of the collected states, which use `seed` itself.
 
-    Stream 1 is evaluation, 2 the teacher check.
+    Stream 1 is evaluation, 2 the teacher check, 3 the evaluations that decide when a run ends.
     """
     return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
-
-
-def _device_of(policy: object) -> torch.device:
-    """Returns the device of a policy's weights: of a module, a teacher's network or an ensemble's first member."""
-    if isinstance(policy, nn.Module):
-        weights = next(policy.parameters(), None)
-        return torch.device("cpu") if weights is None else weights.device
-    if isinstance(policy, TemperedPolicy):
-        return _device_of(policy.policy)
-    if (net := getattr(policy, "net", None)) is not None:
-        return _device_of(net)
-    if members := getattr(policy, "teachers", None):
-        return _device_of(members[0])
-    return torch.device(getattr(policy, "device", "cpu"))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """When a run ends: after a fixed number of rounds, or once its student is as good as its teacher.
 
-With a budget, training proceeds in stages, each twice as long as all before it together. The learning rate has decayed
-to 0 at the end of a stage, so the student can be evaluated there, and the run ends or continues with the next one.
+With a budget, training proceeds in stages, each as long as all before it together. At the end of a stage the default
+learning rate has decayed to 0, so the student can be evaluated there, and the run ends or continues with the next one.
 """
 
 from collections.abc import Sequence

@@ -335,14 +335,14 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
         return weigh_states(self.loss, self.state_weighting, self.min_state_weight)
 
     def loop_config(self, threads: int, *, rounds: int = 0) -> DistillConfig:
-        """Returns the settings of the loop alone, up to a number of rounds; by default the most that the run may take.
+        """Returns the settings of the loop alone, for a number of rounds (by default, of the first stage).
 
         `threads` is the resolved number.
         """
         # By name: the run's config inherits all fields of the loop's, so a new one needs no line here.
         names = {field.name for field in fields(DistillConfig)} - {"threads", "rounds"}
         settings = {name: getattr(self, name) for name in names}
-        return DistillConfig(threads=threads, rounds=rounds or self.stage_ends[-1], **settings)
+        return DistillConfig(threads=threads, rounds=rounds or self.rounds, **settings)
 
 
 def check_config(config: DistillRunConfig) -> None:
@@ -361,7 +361,10 @@ def check_config(config: DistillRunConfig) -> None:
     # ... then those that depend on each other. The buffer is allocated at once, so its size is known now.
     num_states = config.stage_ends[-1] * config.states_per_round
     if (gigabytes := num_states * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
-        raise ValueError(f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory; lower one of them")
+        length = "" if config.budget == "none" else f" for up to {config.stage_ends[-1]:,} rounds"
+        raise ValueError(
+            f"--rounds times --states-per-round takes {gigabytes:,.0f} GB of memory{length}; lower one of them"
+        )
     # Every environment takes the same number of steps per round.
     if config.states_per_round % config.num_envs:
         raise ValueError(
@@ -371,7 +374,10 @@ def check_config(config: DistillRunConfig) -> None:
     if config.state_weighting == "none" and config.min_state_weight != DistillRunConfig.min_state_weight:
         raise ValueError("--min-state-weight needs --state-weighting entropy, gap or disagreement; leave it out")
     if config.budget != "none" and config.eval_every != DistillRunConfig.eval_every:
-        raise ValueError(f"--eval-every: --budget {config.budget} evaluates where the run may end; leave it out")
+        raise ValueError(
+            f"--eval-every {config.eval_every}: --budget {config.budget} evaluates where the run may end; leave it at"
+            f" {DistillRunConfig.eval_every}"
+        )
     _check_return_schedules(config)
     if config.is_offline:
         for name in ("states_per_round", "num_envs", "replay_window_rounds"):
@@ -391,7 +397,7 @@ def _check_return_schedules(config: DistillRunConfig) -> None:
     if not has_periodic_evaluations and not acts_alone:
         raise ValueError(
             "--eval-every: a schedule that follows the return needs episodes that the student plays alone; give it"
-            " less than --rounds, or --states student"
+            " less than --rounds, without a --budget, or --states student"
         )
 
 

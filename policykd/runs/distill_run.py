@@ -16,10 +16,10 @@ from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.envs.vector import VectorEnv
-from policykd.evaluation.evaluate import periodic_evaluation
+from policykd.evaluation.evaluate import NUM_PERIODIC_EPISODES, derived_seed, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher
-from policykd.io.files import lock_folder
+from policykd.io.files import BadFile, lock_folder
 from policykd.io.machine import prepare_device
 from policykd.io.signals import deferred_signals
 from policykd.loop import Round, distill
@@ -39,13 +39,12 @@ from policykd.runs.folder import (
     resume_command,
     write_run_config,
 )
-from policykd.runs.records import RunLogger
+from policykd.runs.records import EVALUATIONS, RunLogger
 from policykd.states import BlendedStates, DatasetStates
 from policykd.storage.checkpoints import restore_checkpoint, save_checkpoint
 from policykd.storage.generations import Origin, TeacherRef, has_generations
 from policykd.train_state import TrainState, make_train_state
 
-NUM_PERIODIC_EPISODES = 16
 NUM_STAGE_EPISODES = 32
 """episodes that decide whether a run with a budget continues"""
 
@@ -219,12 +218,17 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     if isinstance(config.states, DatasetStates | BlendedStates):
         from policykd.storage.dataset import open_replay
 
-        room = 0 if config.is_offline else config.stage_ends[-1] * config.states_per_round
+        room = 0 if config.is_offline else config.rounds * config.states_per_round
         replay = open_replay(config.states, teacher, config.game, room=room).to(job.device)
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)
-    if depends_on_return(config) or config.budget != "none":
+    if config.budget != "none" and (state.teacher_return is None or state.teacher_return <= state.random_return):
+        raise ValueError(
+            f"--budget {config.budget}: the teacher's return is not known, or no better than a random policy's"
+            f" ({state.teacher_return} against {state.random_return}); give --rounds alone"
+        )
+    if depends_on_return(config):
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
     return state, loss_fn
 
@@ -249,6 +253,10 @@ def _has_ended(result: RunResult, config: DistillRunConfig) -> bool:
 def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> Stop | None:
     """Trains stage by stage until the rule of the budget ends the run, and returns the reason; one stage without it."""
     config = job.config
+    print(
+        f"{job.run}: {config.game} from {job.teacher.algorithm} {job.teacher.ref}; watch it with: tensorboard --logdir"
+        f" {config.folder}"
+    )
     for number, end in enumerate(config.stage_ends, start=1):
         # A resumed run may be past this stage: then the rule has let it continue.
         if state.round <= end:
@@ -256,7 +264,6 @@ def _train(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogger) -> 
             if config.budget != "none":
                 stages = [_stage_result(job, state, logger, n) for n in config.stage_ends[:number]]
                 if stop := decide(stages, config.budget, config.rounds):
-                    print(stop)
                     return stop
     return None
 
@@ -265,8 +272,12 @@ def _stage_result(job: _Job, state: TrainState, logger: RunLogger, num_rounds: i
     """Returns how the student played after a number of rounds; the present student plays now if it has not yet."""
     num_updates = num_rounds * job.config.updates_per_round
     if not logger.has_evaluation(num_updates):
-        assert num_rounds == state.round
-        _evaluate(job, state, logger, NUM_STAGE_EPISODES)
+        if num_rounds != state.round:
+            raise BadFile(
+                f"{job.run / EVALUATIONS}: lacks the evaluation after {num_rounds} rounds, by which the budget is"
+                " decided; start a new run under another --name"
+            )
+        _evaluate(job, state, logger)
     returns = logger.evaluation_returns(num_updates)
     teacher_return = state.teacher_return
     assert teacher_return is not None  # checked when the state was made
@@ -280,10 +291,6 @@ def _train_stage(job: _Job, state: TrainState, loss_fn: LossFn, logger: RunLogge
     teacher_ref = TeacherRef(algorithm=job.teacher.algorithm, sha256=job.teacher.sha256)
     origin = Origin(source=f"the run {job.run.absolute().name}", game=config.game, teacher=teacher_ref)
     temperature = config.temperature or job.teacher.temperature
-    print(
-        f"{job.run}: {config.game} from {job.teacher.algorithm} {job.teacher.ref}; watch it with: tensorboard --logdir"
-        f" {config.folder}"
-    )
     # A run that was stopped between a checkpoint and its evaluation evaluates first.
     _evaluate_if_due(job, state, logger)
     # All training happens in this loop; a round is the unit that is logged, saved and repeated after a crash.
@@ -306,18 +313,20 @@ def _evaluate_if_due(job: _Job, state: TrainState, logger: RunLogger) -> None:
         return
     # A resumed run may be past this evaluation already, and a schedule still needs its returns.
     if not logger.has_evaluation(state.num_updates):
-        _evaluate(job, state, logger, NUM_PERIODIC_EPISODES)
+        _evaluate(job, state, logger)
     state.student_returns = logger.evaluation_returns(state.num_updates)
 
 
-def _evaluate(job: _Job, state: TrainState, logger: RunLogger, num_episodes: int) -> None:
-    """Plays and logs games of the student."""
+def _evaluate(job: _Job, state: TrainState, logger: RunLogger) -> None:
+    """Plays and logs games of the student; those that decide whether a run ends are not those of its final result."""
     assert isinstance(state.student, Student)
+    config = job.config
+    is_stage = config.budget != "none"
     evaluation = periodic_evaluation(
         state.student,
-        job.config.game,
-        seed=job.config.seed,
-        num_episodes=num_episodes,
+        config.game,
+        seed=derived_seed(config.seed, 3) if is_stage else config.seed,
+        num_episodes=NUM_STAGE_EPISODES if is_stage else NUM_PERIODIC_EPISODES,
         num_workers=job.threads,
     )
     logger.add_evaluation(evaluation, job.teacher.reported_return)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 from policykd.agents.card import TeacherRecord
 from policykd.agents.teacher import Teacher, load_teachers
@@ -16,7 +16,7 @@ from policykd.evaluation.teacher_check import TeacherCheck, measured_return
 from policykd.io.files import BadFile, write_atomically
 from policykd.io.machine import versions
 from policykd.io.typed import read_json, write_json
-from policykd.runs.budget import Stop, stage_ends
+from policykd.runs.budget import BudgetName, Stop, stage_ends
 from policykd.runs.config import Settings, TeacherArgs, changed_settings
 
 CONFIG = "config.json"
@@ -63,7 +63,12 @@ class RunRecord:
 
 
 def load_started_run(run: Path, *, resume: bool) -> RunRecord | None:
-    """Returns what the run in a folder was started with if it is to be resumed; None if the folder holds no run."""
+    """Returns what the run in a folder was started with if it is to be resumed; None if the folder holds no run.
+
+    Raises:
+        ValueError: the folder holds a run, and `resume` is not set.
+        BadFile: its config is missing or damaged.
+    """
     # A run writes its config before its first checkpoint, so one without the other is not a run to resume.
     if not (run / CONFIG).is_file():
         if (run / CHECKPOINTS).exists():
@@ -90,6 +95,9 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
     On another machine or with other versions it is resumed with a warning, which is also written to `notes.log`: its
     results are then not bit for bit the same.
+
+    Raises:
+        ValueError: other settings, teacher or dataset; the line names each of them.
     """
     # Every difference is named at once, so that one attempt is enough to fix the command line.
     changed = [
@@ -113,29 +121,38 @@ def check_resumable(run: Path, started: RunRecord, now: RunRecord, *, may_change
 
 
 def lengthen_run(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
-    """Returns the record of a run whose budget may have grown; if so, its files record that too."""
+    """Returns the record of a run that may have been given more rounds; if so, its files record that too.
+
+    Raises:
+        ValueError: fewer rounds, or a budget whose first stages are not those of the run.
+    """
     before, after = _max_rounds(started.settings), _max_rounds(now.settings)
     # Schedules stretch over the budget, so rounds that are done cannot be taken back.
     if after < before:
         raise ValueError(f"{run}: cannot resume with fewer rounds ({before} before, {after} now); give another --name")
     # The stages that are done must be those of the new budget too.
-    budgets = {started.settings["budget"], now.settings["budget"]}
+    budgets = {_budget(started.settings), _budget(now.settings)}
     if "none" in budgets and len(budgets) > 1:
-        raise ValueError(f"{run}: was started with --budget {started.settings['budget']}; give another --name")
+        raise ValueError(f"{run}: was started with --budget {_budget(started.settings)}; give another --name")
     if "none" not in budgets and started.settings["rounds"] != now.settings["rounds"]:
         raise ValueError(f"{run}: --rounds is the length of its first stage; leave it out, and raise --budget instead")
     started = record_changes(run, started, now)
     if after > before:
-        add_note(run, f"lengthened from {before} to {after} rounds")
+        at_most = "" if _budget(now.settings) == "none" else "at most "
+        add_note(run, f"lengthened from {at_most}{before} to {at_most}{after} rounds")
     return started
 
 
 def _max_rounds(settings: Settings) -> int:
     """Returns the number of rounds that a run may take."""
-    budget: Any = settings["budget"]
     rounds = settings["rounds"]
     assert isinstance(rounds, int)
-    return stage_ends(budget, rounds)[-1]
+    return stage_ends(_budget(settings), rounds)[-1]
+
+
+def _budget(settings: Settings) -> BudgetName:
+    """Returns a run's budget; the config of a run from before there were budgets has none."""
+    return cast(BudgetName, settings.get("budget", "none"))
 
 
 def record_changes(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:

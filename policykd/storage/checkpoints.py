@@ -89,6 +89,8 @@ def restore_checkpoint(state: TrainState, folder: Path) -> None:
     """
     generation = recover(folder, "round")
     progress = parse_json(RunProgress, generation.read_kind("progress"), folder)
+    num_rows = sum(shard.num_rows for shard in generation.manifest.shards.values())
+    state.replay.reserve(len(state.replay) + num_rows)
     for _, arrays in generation.read_shards():
         state.replay.extend(arrays)
     tensors = load_tensors(generation.read_kind("model"))

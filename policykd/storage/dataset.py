@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from policykd.agents.policy import Policy
+from policykd.agents.policy import Policy, check_outputs
 from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.io.files import BadFile, lock_folder
@@ -68,7 +68,7 @@ def open_dataset(path: str | Path) -> Dataset:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such folder; use that of a dataset or of a run")
+        raise ValueError(f"{path}: folder not found; give that of a dataset or of a run")
     folder = next((folder for folder in (path, path / "checkpoints") if has_generations(folder)), None)
     if not folder:
         raise BadFile(f"{path}: not a dataset, and not a run with checkpoints; use another folder")
@@ -181,13 +181,16 @@ def label(replay: Replay, teacher: Policy) -> int:
         teacher: its raw outputs are stored.
 
     Raises:
+        ValueError: the outputs are not one number per state and action.
         FloatingPointError: an output is not finite.
     """
     is_missing_N = replay.teacher_NA[: len(replay)].isnan().any(dim=1)
     is_missing_N[replay.context_only_rows] = False  # never drawn, so never labelled
     rows = is_missing_N.nonzero().squeeze(1)
     for rows_B in rows.split(1024):
-        teacher_BA = teacher(replay.gather(rows_B)).to(replay.teacher_NA.device)
+        outputs = teacher(replay.gather(rows_B))
+        teacher_BA = check_outputs(outputs, len(rows_B), replay.teacher_NA.shape[1], "the teacher")
+        teacher_BA = teacher_BA.to(replay.teacher_NA.device)
         if not teacher_BA.isfinite().all():
             raise FloatingPointError("the teacher's outputs on stored states are not finite; use another teacher")
         replay.teacher_NA[rows_B] = teacher_BA
@@ -237,7 +240,7 @@ def write_dataset(
                 # A source that has changed since would give a dataset of two halves that do not belong together.
                 if first_row < num_saved:
                     _, stored = next(saved)
-                    if not all(np.array_equal(arrays[key], stored[key], equal_nan=key == "teacher") for key in arrays):
+                    if _bytes(stored) != _bytes(arrays):
                         raise ValueError(other_import)
                     continue
                 manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info, is_complete=False)
@@ -254,6 +257,11 @@ def write_dataset(
         # One more generation, without new rows, marks the dataset as complete.
         manifest = Manifest(unit="row", position=num_rows, shards=shards, states=info)
         return _as_dataset(commit(folder, previous, manifest))
+
+
+def _bytes(arrays: Arrays) -> dict[str, bytes]:
+    """Returns arrays as bytes, which compare NaN too."""
+    return {key: array.tobytes() for key, array in arrays.items()}
 
 
 def check_free(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from policykd.agents.policy import Policy, greedy, log_policy, sample
+from policykd.agents.policy import Policy, device_of, greedy, log_policy, sample
 from policykd.envs.atari import make_atari
 from policykd.envs.emulators import action_names
 from policykd.envs.games import canonical_name
@@ -59,7 +59,7 @@ class VideoSettings:
 def play(player: Player, game: str, *, seed: int, protocol: ProtocolName) -> Iterator[Moment]:
     """Yields every agent step of a policy, game after game, without end."""
     rules = PROTOCOLS[protocol]
-    device = _device_of(player.policy)
+    device = device_of(player.policy, default="cpu")
     generator = torch.Generator().manual_seed(seed)
     finished: tuple[float, ...] = ()
     episodic_return = 0.0
@@ -152,9 +152,3 @@ def _quantize(pictures: Sequence[Image.Image]) -> list[Image.Image]:
         sheet.paste(picture, (0, i * picture.height))
     palette = sheet.quantize(64)
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-
-
-def _device_of(policy: Policy) -> torch.device:
-    network = getattr(policy, "net", policy)
-    parameters = getattr(network, "parameters", list)
-    return next((p.device for p in parameters()), torch.device("cpu"))

@@ -14,6 +14,7 @@ import torch
 from policykd.agents.archive import MAX_FILE, MAX_MEMBER, read_archive, read_members
 from policykd.agents.rebuild import rebuild
 from policykd.agents.teacher import load_teacher
+from policykd.io.files import BadFile
 
 BUNDLED = load_teacher(game="Pong").path
 DATA = ("data", b'{"clip_range": 0.2, "zzz": {":serialized:": "gASVAAAA", "n": 3}}')
@@ -80,6 +81,21 @@ def test_a_bad_file_is_one_line_that_names_it(case: str, tmp_path: Path) -> None
         read_archive(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_record_with_two_types_is_refused(tmp_path: Path) -> None:
+    """The same bytes, read as numbers of two types, could be several times as large as the file."""
+    weights = torch.arange(8.0)
+    content = pth({"a": weights[:4], "b": weights[:4].half()})  # two records
+    fixed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(fixed, "w") as target:
+        for member in source.infolist():
+            inner = source.read(member)
+            if member.filename.endswith("data.pkl"):
+                inner = inner.replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+            target.writestr(member.filename, inner)
+    with pytest.raises(BadFile, match="has two types"):
+        read_archive(write(tmp_path / "agent.zip", [DATA, ("policy.pth", fixed.getvalue())]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from policykd.cli.arguments import expand_shorthand, parse_args
-from policykd.losses import AuxiliaryLossWeights, ForwardKL, SoftAndHard
+from policykd.losses import AuxiliaryLossWeights, ForwardKL, SoftAndHard, TwoSidedKL
 from policykd.runs.config import DistillRunConfig
 from policykd.schedules import Cosine, Linear, ReturnGap
 from policykd.states import MixedStates
@@ -66,6 +66,11 @@ def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (["--states", "teacher", "--states.epsilon", "0.05"], ["states:teacher-states", "--states.epsilon", "0.05"]),
         (["--states=blended:a/b"], ["states:blended-states", "--states.path", "a/b"]),
         (["--seed", "1"], ["--seed", "1"]),
+        (["--name", "states", "--folder", "loss.1"], ["--name", "states", "--folder", "loss.1"]),
+        (
+            ["--loss", "two-sided-kl", "--loss.teacher_temperature", "2"],
+            ["loss:two-sided-kl", "--loss.teacher_temperature", "2"],
+        ),
         (["states:mixed-states", "loss:action-nll"], ["loss:action-nll", "states:mixed-states"]),
         (
             ["--states", "student", "--loss=reverse-kl", "--seed", "1"],
@@ -87,6 +92,11 @@ def test_states_without_their_path_are_refused(given: str) -> None:
 def test_invalid_states_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match="invalid; give one of mixed, student"):
         expand_shorthand(DistillRunConfig, words)
+
+
+def test_underscores_in_the_name_of_an_option_are_dashes() -> None:
+    args = parse("--loss", "two-sided-kl", "--loss.teacher_temperature", "2", "--name", "states")
+    assert (args.loss, args.name) == (TwoSidedKL(teacher_temperature=2.0), "states")
 
 
 def test_options_alone_belong_to_the_default_loss() -> None:

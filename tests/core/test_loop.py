@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,36 @@ def test_a_loss_that_is_not_per_state_is_refused(
 
     with pytest.raises(ValueError, match=f"loss_fn loss {message}, expected \\(loss, metrics\\)"):
         problem.train(loss, rounds=1)
+
+
+def test_teacher_and_student_may_write_into_their_input() -> None:
+    """Otherwise the student would learn on observations that no environment shows."""
+
+    class Writing(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, obs: Tensor) -> Tensor:
+            outputs: Tensor = self.net(obs)
+            if not self.training:  # autograd itself refuses it in training
+                obs.zero_()
+            return outputs
+
+    def teacher(obs: Tensor) -> Tensor:
+        outputs = 3.0 * obs
+        obs.zero_()
+        return outputs
+
+    frames = []
+    for student, labels in ((nn.Linear(4, 4), identity_teacher), (Writing(nn.Linear(4, 4)), teacher)):
+        torch.manual_seed(0)
+        for module in student.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        *_, last = distill(labels, student, IdentityEnv(8, 4, 0), replace(SMALL, rounds=2, states=StudentStates()))
+        frames.append(last.state.replay.frames)
+    assert torch.equal(*frames)
 
 
 def test_an_sb3_model_in_memory_teaches_like_its_archive(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ ARGS = (
 )
 
 MIN_CYCLES = 2
-"""of each of the two runs one, however slow the machine is"""
+"""one cycle of each of the two runs, however slow the machine is"""
 
 
 def held(folder: Path) -> dict[str, int]:

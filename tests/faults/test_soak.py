@@ -33,9 +33,10 @@ def test_a_soak_leaks_nothing(seconds: float, tmp_path: Path) -> None:
     for what, most in (("files", 1), ("threads", 1), ("children", 0), ("temporary", 0)):  # one may be ending just then
         counts = [cycle[what] for cycle in cycles]
         assert max(counts) - min(counts) <= most, (what, counts)
-    half = [cycle["rss"] for cycle in cycles[len(cycles) // 2 :]]
     if seconds >= 600:
+        half = [cycle["rss"] for cycle in cycles[len(cycles) // 2 :]]
         slope = np.polyfit(range(len(half)), half, 1)[0]
         assert slope < MAX_KB_PER_CYCLE, (slope, half)
     else:
-        assert half[-1] - half[0] < 40_000, half  # still warming up
+        growth = cycles[-1]["rss"] - cycles[0]["rss"]
+        assert growth < 100_000, growth  # kB; still warming up

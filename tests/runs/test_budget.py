@@ -13,6 +13,7 @@ import pytest
 
 from policykd.cli.main import execute
 from policykd.evaluation.evaluate import periodic_evaluation
+from policykd.io.files import BadFile
 from policykd.runs import budget as module
 from policykd.runs import distill_run as distill_module
 from policykd.runs.budget import BUDGETS, Budget, StageResult, decide, stage_ends
@@ -137,7 +138,30 @@ def test_an_interrupted_evaluation_changes_nothing(
     assert learned(budgeted.folder / "Pong/r") == learned(tmp_path / "whole/Pong/r")
 
 
+@pytest.mark.usefixtures("flickers")
+def test_the_games_that_decide_are_not_those_of_the_result(
+    budgeted: DistillRunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended because of a few lucky games would otherwise report them as its result."""
+    monkeypatch.setitem(BUDGETS, "quick", Budget(0.9, 2))
+    result = distill_run(replace(budgeted, eval_episodes=distill_module.NUM_STAGE_EPISODES))
+    with np.load(budgeted.folder / "Pong/r/evaluations.npz") as arrays:
+        assert tuple(arrays["results"][-1]) != result.student.protocols["noop_sampled"].returns
+
+
+@pytest.mark.usefixtures("flickers")
+def test_a_lost_evaluation_is_one_line(budgeted: DistillRunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_KL_DECREASE", -1e9)
+    distill_run(budgeted)
+    run = budgeted.folder / "Pong/r"
+    (run / "evaluations.npz").unlink()
+    with pytest.raises(BadFile, match="lacks the evaluation after 1 rounds, by which the budget is decided"):
+        execute("resume", [str(run), "--budget", "standard"])
+
+
 def test_periodic_evaluations_are_those_of_the_stages(budgeted: DistillRunConfig) -> None:
-    with pytest.raises(ValueError, match="--eval-every: --budget quick evaluates where the run may end; leave it out"):
+    with pytest.raises(
+        ValueError, match="--eval-every 3: --budget quick evaluates where the run may end; leave it at 5"
+    ):
         distill_run(replace(budgeted, eval_every=3))
     assert not budgeted.folder.exists()

@@ -97,6 +97,15 @@ def test_a_budget_may_grow(tmp_path: Path) -> None:
         lengthen_run(tmp_path, longer, changed(rounds=4))
 
 
+def test_a_budget_of_stages_may_grow_from_its_own_stages(tmp_path: Path) -> None:
+    write_run_config(tmp_path, RECORD)
+    with pytest.raises(ValueError, match="was started with --budget none"):
+        lengthen_run(tmp_path, RECORD, changed(budget="quick"))
+    started = changed(budget="quick")
+    assert lengthen_run(tmp_path, started, changed(budget="full")).settings["budget"] == "full"
+    assert "lengthened from at most 12 to at most 96 rounds" in (tmp_path / NOTES).read_text()
+
+
 def test_every_changed_setting_is_remembered(tmp_path: Path) -> None:
     write_run_config(tmp_path, RECORD)
     moved = replace(

@@ -33,15 +33,20 @@ class TestTeacher:
 
 
 def config_of(game: str) -> DistillConfig:
-    num_states = 80 if game == "identity" else 400
     return DistillConfig(
-        rounds=4, states_per_round=num_states, updates_per_round=4, batch_size=16, learning_rate=1e-3, threads=1
+        rounds=4,
+        states_per_round=400 if game == "Breakout" else 80,
+        updates_per_round=4,
+        batch_size=16,
+        learning_rate=1e-3,
+        optimizer="muon" if "muon" in game else "adam",
+        threads=1,
     )
 
 
 def make(game: str) -> TrainState:
-    envs: VectorEnv = IdentityEnv(4, 4, 0) if game == "identity" else make_atari("Breakout", 4, 0)
-    student = make_student((8,), 4, (4,)) if game == "identity" else make_student("1%", 4)
+    envs: VectorEnv = make_atari("Breakout", 4, 0) if game == "Breakout" else IdentityEnv(4, 4, 0)
+    student = make_student("1%", 4) if game == "Breakout" else make_student((8,), 4, (4,))
     return make_train_state(student, envs, config_of(game))
 
 
@@ -49,7 +54,7 @@ def rounds(state: TrainState, game: str = "identity") -> Iterator[Round]:
     return distill(TestTeacher(), state.student, state.envs, config_of(game), state=state)
 
 
-@pytest.mark.parametrize("game", ["identity", "Breakout"])
+@pytest.mark.parametrize("game", ["identity", "Breakout", "identity with muon"])
 def test_resumed_is_bit_equal_to_uninterrupted(game: str, tmp_path: Path) -> None:
     whole = make(game)
     expected = [(r.train, r.new_states, r.num_updates) for r in rounds(whole, game)]

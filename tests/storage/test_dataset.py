@@ -342,7 +342,8 @@ def test_an_interrupted_import_of_a_source_that_changed_is_refused(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "d", INFO, cut(4), rows_per_shard=20)
     before = contents(tmp_path / "d")
-    for changed in ([points(130, 1)], [points(30)]):
+    extra = {**points(130), "context_only": np.zeros(130, np.bool_)}
+    for changed in ([points(130, 1)], [points(30)], [extra]):
         with pytest.raises(ValueError, match="holds part of another import; use another folder, or remove it first"):
             write_dataset(tmp_path / "d", INFO, changed, rows_per_shard=20)
     assert contents(tmp_path / "d") == before
