@@ -101,7 +101,7 @@ class TrainState:
         """Yields this round's batches: rows of the replay buffer and 64 random bits per state, both int64 `(batch,)`.
 
         Args:
-            config: budget, window and share of stored states.
+            config: number and size of the batches, window and share of stored states.
             end: row after the last that is trained on.
         """
         # The newest rounds only, or everything; states that are held out are behind `end`.

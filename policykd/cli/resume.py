@@ -17,7 +17,8 @@ from policykd.runs.folder import load_run_config
 class ResumeArgs(DebugArgs, TrustArgs):
     """Continues an interrupted run from its last checkpoint, with the flags that it was started with.
 
-    A larger budget lengthens the run, a finished one of `policykd distill` too: its schedules follow the new budget.
+    More rounds or steps lengthen the run, a finished one of `policykd distill` too: its schedules follow the new
+    number.
 
     Typical commands:
       policykd resume runs/Pong/NAME

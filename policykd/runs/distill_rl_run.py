@@ -105,7 +105,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
     # A finished run is shown again, but not lengthened: its learning rate has reached 0.
     results = load_results(run)
     if results:
-        _check_budget(run, config, results)
+        _check_length(run, config, results)
 
     # The teacher, the environments, and frames for the student's input scaling.
     teacher = load_run_teacher(config, started, config.game, config.seed)
@@ -166,7 +166,7 @@ def _distill(run: Path, config: DistillRLConfig, device: torch.device, resources
         return finish_run(run, from_sb3(model, student).to(device), teacher, config.game, cost, options)
 
 
-def _check_budget(run: Path, config: DistillRLConfig, results: RunResult) -> None:
+def _check_length(run: Path, config: DistillRLConfig, results: RunResult) -> None:
     """Raises ValueError if a finished run is asked for more than it has."""
     steps = (results.num_states_labelled or 0) - _offline_steps(config)
     if steps < config.steps:

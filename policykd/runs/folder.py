@@ -127,7 +127,7 @@ def lengthen_run(run: Path, started: RunRecord, now: RunRecord) -> RunRecord:
         ValueError: fewer rounds, or a budget whose first stages are not those of the run.
     """
     before, after = _max_rounds(started.settings), _max_rounds(now.settings)
-    # Schedules stretch over the budget, so rounds that are done cannot be taken back.
+    # Schedules stretch over the whole run, so rounds that are done cannot be taken back.
     if after < before:
         raise ValueError(f"{run}: cannot resume with fewer rounds ({before} before, {after} now); give another --name")
     # The stages that are done must be those of the new budget too.
