@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -280,14 +280,15 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_update_waits_for_the_device() -> None:
+@pytest.mark.parametrize(("optimizer", "step"), [("adam", "_fused_adam_"), ("muon", "lerp_")])
+def test_no_update_waits_for_the_device(optimizer: Literal["adam", "muon"], step: str) -> None:
     """Between the first update of a round and its last nothing is read back or of a size that depends on data."""
-    config = DistillConfig(rounds=1, states_per_round=40, updates_per_round=3, batch_size=8, states=TeacherStates())
+    config = replace(PONG, updates_per_round=3, optimizer=optimizer)
     with Recorded() as recorded:
         list(distill(zero_teacher, make_student("1%", 6), make_atari("Pong", 4, seed=0), config))
     names = recorded.names
-    first = names.index("_fused_adam_")
-    last = len(names) - names[::-1].index("_fused_adam_")
+    first = names.index(step)
+    last = len(names) - names[::-1].index(step)
     updates = names[first + 1 : last]
     assert updates.count("convolution_backward") == 2 * 3
     waiting = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
