@@ -45,7 +45,8 @@ def import_states(
 
     Raises:
         BadFile: not such a source, a damaged or lossy one, or a pickle that is not trusted.
-        ValueError: source not found; the folder holds a dataset, or part of another import.
+        ValueError: source not found, or of another game than `game`; the folder holds a dataset, or part of another
+            import.
         KeyboardInterrupt: a signal has arrived; what is imported stays.
     """
     check_free(folder)

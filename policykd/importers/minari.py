@@ -7,7 +7,6 @@ whatever module it names.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +65,10 @@ def read_minari(data: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arra
     Args:
         data: folder with `metadata.json` and `main_data.hdf5`.
         game: what was played, where the metadata does not record it.
+
+    Raises:
+        BadFile: JPEG-coded images, other spaces than vectors or grey images and discrete actions, a damaged file.
+        ValueError: the metadata names another game.
     """
     metadata = read_json(_Metadata, data / "metadata.json", next_step=_NEXT_STEP)
     shape = metadata.observation_space.shape
@@ -77,16 +80,23 @@ def read_minari(data: Path, game: str | None) -> tuple[StatesInfo, Iterator[Arra
         )
     env_id = metadata.env_spec.id if isinstance(metadata.env_spec, _EnvSpec) else None
     preprocessing = f"that of the environment {env_id or 'unknown'}"
-    # The user's word counts; the id may be that of no Atari game.
-    if not game and env_id:
-        with suppress(ValueError):
-            game = canonical_name(env_id)
-    origin = Origin(f"Minari dataset {metadata.dataset_id}", preprocessing, game)
+    origin = Origin(f"Minari dataset {metadata.dataset_id}", preprocessing, _agreed_game(data, env_id, game))
     try:
         info = states_info(shape, dtype, origin, metadata.action_space.n)
     except BadFile as error:
         raise BadFile(f"{data}: its {error}; {_NEXT_STEP}") from error
     return info, rows(_recordings(data / MAIN_FILE, metadata), data)
+
+
+def _agreed_game(data: Path, env_id: str | None, game: str | None) -> str | None:
+    """Returns the game of the dataset's environment, if that is an Atari game, or else the given one."""
+    try:
+        found = canonical_name(env_id) if env_id else None
+    except ValueError:
+        found = None  # not an Atari game
+    if game and found and game != found:
+        raise ValueError(f"{data}: expected states of {game}, found {found} ({env_id}); give the right --game")
+    return found or game
 
 
 def _recordings(path: Path, metadata: _Metadata) -> Iterator[Recording]:

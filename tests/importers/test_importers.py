@@ -240,6 +240,14 @@ def test_a_lossy_minari_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.M
         import_states(source, tmp_path / "d")
 
 
+def test_a_minari_dataset_of_another_game_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = record("stacks", tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="expected states of Pong, found Breakout"):
+        import_states(source, tmp_path / "d", game="Pong")
+    assert not (tmp_path / "d").exists()
+    assert import_states(source, tmp_path / "d", game="Breakout").info.origin.game == "Breakout"
+
+
 def test_a_damaged_minari_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = record("stacks", tmp_path, monkeypatch)
     file = source / "data" / MAIN_FILE
