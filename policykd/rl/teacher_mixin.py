@@ -6,6 +6,7 @@ Shape suffixes: B batch, A actions, N stored states.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,13 +16,14 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, is_vecenv_wrapped
 from torch import Tensor, nn
 
 from policykd.agents.policy import Policy, log_policy
 from policykd.losses import check_temperature, kl_divergence_B
-from policykd.schedules import Progress, Quantity, Schedule, check_bounds, resolve
+from policykd.schedules import Progress, Quantity, Schedule, check_bounds, follows_return, resolve
 
 LABEL_BATCH_SIZE = 1024
 """states per call of the teacher"""
@@ -89,6 +91,14 @@ class TeacherMixin(BaseAlgorithm):
         Raises:
             FloatingPointError: losses, gradients, weights or outputs are not finite: training has diverged.
         """
+        env = self.get_env()
+        is_monitored = env and (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor)))
+        if follows_return(self.distillation_weight) and not is_monitored:
+            warnings.warn(
+                "nothing reports episodic returns, so a weight that follows the return stays constant; wrap the"
+                " environment in SB3's Monitor or VecMonitor",
+                stacklevel=2,
+            )
         try:
             super().learn(*args, **kwargs)  # type: ignore[safe-super]
             # A sum per tensor: NaN and infinity survive it, and one synchronisation with the device is enough.
@@ -117,7 +127,11 @@ class TeacherMixin(BaseAlgorithm):
 
     @torch.no_grad()
     def teacher_log_policy(self, obs: Tensor) -> Tensor:
-        """Returns the teacher's log softmax(outputs / temperature), float32 `(batch, num_actions)` on our device."""
+        """Returns the teacher's log softmax(outputs / temperature), float32 `(batch, num_actions)` on our device.
+
+        Raises:
+            ValueError: the agent was loaded without its teacher, or the teacher has another number of actions.
+        """
         if self.teacher is None:
             raise ValueError(f"this {type(self).__name__} was loaded without its teacher; load(path, env, teacher=...)")
         teacher_BA = self.teacher(obs).to(self.device, torch.float32)
@@ -188,7 +202,11 @@ class _AddedTerm(torch.autograd.Function):
 
 @contextmanager
 def finite_steps(policy: nn.Module) -> Iterator[None]:
-    """Checks each gradient before the policy's optimizer uses it."""
+    """Checks each gradient before the policy's optimizer uses it.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the weights stay unchanged.
+    """
     optimizer: Any = policy.optimizer
     norms: list[Tensor] = []
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import Tensor, nn
 
 from policykd.rl.qdagger import QDagger
 from policykd.rl.sb3_distillation import KickstartingPPO, ProximalPolicyDistillation, StudentDriven
 from policykd.rl.teacher_mixin import finite_steps
+from policykd.schedules import Linear, Quantity, ReturnGap, ReturnReached
 
 CPU: dict[str, Any] = {"seed": 0, "device": "cpu"}
 SMALL: dict[Any, dict[str, Any]] = {
@@ -120,3 +122,18 @@ def test_an_optimizer_step_that_is_not_finite_is_not_taken() -> None:
     assert torch.equal(policy.weight, before)
     step(policy(torch.ones(1)).sum())
     assert not torch.equal(policy.weight, before)
+
+
+@pytest.mark.parametrize("weight", [ReturnGap(1.0), ReturnReached(1.0, 0.0), Linear(1.0, 0.0)])
+def test_a_weight_that_would_never_change_is_warned_of(weight: Quantity) -> None:
+    how: dict[str, Any] = {"teacher": even, "reference_returns": (0.0, 2.0), "distillation_weight": weight, **CPU}
+    silent = DummyVecEnv([lambda: OneStep(BOX)] * 2)
+    model = StudentDriven("MlpPolicy", silent, **how)
+    if isinstance(weight, Linear):
+        model.learn(20)
+    else:
+        with pytest.warns(UserWarning, match="wrap the environment in SB3's Monitor"):
+            model.learn(20)
+    # SB3 wraps a single environment itself.
+    StudentDriven("MlpPolicy", OneStep(BOX), **how).learn(20)
+    StudentDriven("MlpPolicy", VecMonitor(silent), **how).learn(20)
