@@ -29,7 +29,8 @@ class OnnxPolicy:
 
         Args:
             path: the file; with `content`, only its name in error messages.
-            content: the graph, where it is in memory already.
+            content: a graph that policykd has exported from a network. Its outputs are not checked, so that they are as
+                finite as the network's own.
             num_threads: CPU threads per call; by default torch's.
 
         Raises:
@@ -37,6 +38,7 @@ class OnnxPolicy:
             ValueError: the packages onnx and onnxruntime are not installed.
         """
         self.path = Path(path)
+        self._is_file = content is None
         try:
             import onnxruntime.capi.onnxruntime_pybind11_state as ort  # type: ignore[import-untyped]
 
@@ -66,7 +68,7 @@ class OnnxPolicy:
         Raises:
             ValueError: observations of another shape or dtype, or not finite.
             BadFile: the graph fails on this batch, or returns another shape.
-            FloatingPointError: outputs that are not finite.
+            FloatingPointError: outputs of a file that are not finite.
         """
         check_obs(obs, self.obs_shape)
         rows = self._rows(obs)
@@ -85,7 +87,7 @@ class OnnxPolicy:
                 f" {(len(obs), self.num_actions)}; export it with an open batch"
             )
         finite_B = np.isfinite(outputs_BA).all(axis=1)
-        if not finite_B.all():
+        if self._is_file and not finite_B.all():
             raise FloatingPointError(
                 f"{self.path}: outputs of observation {int(finite_B.argmin())} of {len(obs)} are NaN or infinite; the"
                 " agent is broken, take another one"

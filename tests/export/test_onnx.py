@@ -93,6 +93,20 @@ def test_a_compiled_network_refuses_other_observations(frames: Tensor, random_st
         mlp(torch.full((1, 4), torch.nan))
 
 
+def test_a_compiled_network_returns_outputs_that_are_not_finite() -> None:
+    """As torch does: the collector leaves such states out and counts them, and a few of them end no run."""
+    net = MLP(2, (2,), 2, activation=nn.ReLU)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(2.0 * torch.eye(2) if parameter.ndim == 2 else torch.zeros(2))
+    compiled_net = compile_net(net, torch.eye(2))
+    # The first feature of the second state overflows: 2 x infinity in one output, 0 x infinity in the other.
+    obs = torch.tensor([[1.0, 2.0], [torch.finfo(torch.float32).max, 2.0]])
+    outputs_BA = compiled_net(obs)
+    assert outputs_BA.isfinite().tolist() == [[True, True], [False, False]]
+    torch.testing.assert_close(outputs_BA, net(obs).detach(), equal_nan=True)
+
+
 def test_without_the_extra_torch_stays(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_teacher("bundled", game="Pong")
     for package in ("onnx", "onnxruntime"):
