@@ -183,9 +183,9 @@ def agent_without_env(
     algorithm: Any, policy: str, obs_shape: tuple[int, ...], num_actions: int, **kwargs: Any
 ) -> BaseAlgorithm:
     """Returns an SB3 agent that has spaces but no environment, as SB3's `load` does; it cannot learn."""
-    if issubclass(algorithm, OffPolicyAlgorithm):
-        kwargs.setdefault("buffer_size", 1)  # the default would allocate gigabytes
-    model: BaseAlgorithm = algorithm(policy, None, **kwargs, _init_setup_model=False)
+    # The default replay buffer would take gigabytes.
+    defaults = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
+    model: BaseAlgorithm = algorithm(policy, None, **(defaults | kwargs), _init_setup_model=False)
     low, high, dtype = (0, 255, np.uint8) if len(obs_shape) == 3 else (-np.inf, np.inf, np.float32)
     model.observation_space = spaces.Box(low, high, obs_shape, dtype)
     model.action_space = spaces.Discrete(num_actions)

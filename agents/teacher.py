@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -207,11 +207,8 @@ def load_teachers(
         raise ValueError(f"{ref}: no teacher before or after a +; give REF+REF")
     from policykd.agents.ensemble import make_ensemble, parse_weights
 
-    # A type checker that follows both paths to this module sees two classes.
-    teachers: list[Any] = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
-    measure_any: Any = measure
-    mixture: Any = make_ensemble(teachers, parse_weights(weights, teachers, game, measure_any))
-    return mixture  # type: ignore[no-any-return]
+    teachers = [load_teacher(r, game=game, trust_pickle=trust_pickle) for r in refs]
+    return make_ensemble(teachers, parse_weights(weights, teachers, game, measure))
 
 
 def _load(source: "Source", *, trust_pickle: bool) -> tuple[PolicyNet, Algorithm, str]:

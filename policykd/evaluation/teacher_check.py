@@ -106,15 +106,16 @@ def check_fits(policy: Policy, envs: VectorEnv, ref: str, game: str) -> None:
         ValueError: they differ; the message has both.
     """
     shape = getattr(policy, "shape", policy)  # a student's shape has both
-    if not hasattr(shape, "num_actions"):  # a function
+    num_actions: int | None = getattr(shape, "num_actions", None)
+    if num_actions is None:  # a function
         blank = torch.zeros((1, *envs.obs_shape), dtype=torch.uint8 if len(envs.obs_shape) == 3 else torch.float32)
         if not check_outputs(policy(blank), 1, envs.num_actions, ref).isfinite().all():
             raise BadFile(f"{ref} returns NaN or infinity for a blank observation; fix it first")
         return
     obs_shape = tuple(getattr(shape, "obs_shape", envs.obs_shape))
-    if (shape.num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
+    if (num_actions, obs_shape) != (envs.num_actions, envs.obs_shape):
         raise BadFile(
-            f"{ref}: {shape.num_actions} actions and observations {obs_shape}, but {game} has {envs.num_actions} and"
+            f"{ref}: {num_actions} actions and observations {obs_shape}, but {game} has {envs.num_actions} and"
             f" {envs.obs_shape}; it was made for another game"
         )
 
