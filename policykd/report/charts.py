@@ -90,15 +90,30 @@ def line_chart(title: str, unit: str, series: Sequence[Series], *, x_label: str,
 
 
 def cost_chart(title: str, costs: Mapping[PolicyRole, float], played: Mapping[PolicyRole, ProtocolResult]) -> Chart:
-    """Returns mean returns with intervals against a cost (logarithmic), and a line for random play."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+    """Returns mean returns with intervals against a cost, and a line for random play.
 
-    random_return = played["random"].mean
+    Costs are logarithmic. Returns are logarithmic in the points below the best one, because good policies differ there
+    and random play is far away.
+    """
+    from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
+
+    ends = [played["random"].mean, *(end for role in costs for end in played[role].interval)]
+    # Within `unit` of the top the axis is almost linear; the unit is a power of ten, for round ticks.
+    unit = 10.0 ** math.floor(math.log10(max(max(ends) - min(ends), 1e-6) / 20.0))
+    top = math.ceil(max(ends) / unit) * unit
     with _figure(title, 3.2) as figure:
         ax = figure.subplots()
         ax.set_xscale("log")
-        ax.axhline(random_return, color=COLOURS["random"], linestyle=":")
-        ax.annotate("random play", (1.0, random_return), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
+        ax.set_yscale(
+            "function",
+            functions=(
+                lambda y: -np.log1p(np.maximum(top - y, -0.4 * unit) / unit),
+                lambda place: top - unit * np.expm1(-place),
+            ),
+        )
+        ax.set_ylim(min(ends) - 0.15 * (top - min(ends)), top + 0.25 * unit)
+        ax.axhline(ends[0], color=COLOURS["random"], linestyle=":")
+        ax.annotate("random play", (1.0, ends[0]), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
         for role, cost in costs.items():
             mean = played[role].mean
             ax.errorbar(cost, mean, _errors(played[role]), fmt="o", color=COLOURS[role], ms=8.0)
@@ -111,6 +126,8 @@ def cost_chart(title: str, costs: Mapping[PolicyRole, float], played: Mapping[Po
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        ax.yaxis.set_major_locator(FixedLocator([top - unit * below for below in (0, 1, 2, 5, 10, 20, 40, 100, 200)]))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(PLAIN)
         caption = "; ".join(f"{role} {cost:,.0f}, return {played[role].mean:,.2f}" for role, cost in costs.items())
         return _to_chart(figure, title, caption)

@@ -55,7 +55,7 @@ def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
         raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")
     config = load_run_config(run)
     return RunFiles(
-        game=str(config.settings["game"]),
+        game=str(config.settings.get("game") or run.resolve().parent.name),
         name=run.resolve().name,
         results=results,
         config=config,

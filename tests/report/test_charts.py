@@ -45,9 +45,15 @@ def test_a_histogram_has_a_bar_per_return() -> None:
     assert "] in 43 games" in chart.caption
 
 
-def test_costs_are_logarithmic() -> None:
+def test_a_point_of_return_is_visible_at_the_top_of_the_costs() -> None:
+    """Random play is 40 points away and the student one: on a linear axis they would be one dot."""
     played = {"teacher": result([19.0, 19.2]), "student": result([18.0, 18.2]), "random": result([-20.7])}
     chart = cost_chart("Parameters", {"teacher": 1e6, "student": 1e5}, played)  # type: ignore[arg-type]
+    heights = [
+        float(re.findall(rf'<use href="[^"]*" x="[\d.]+" y="([\d.]+)" style="fill: var\(--{role}\)', chart.svg)[0])
+        for role in ("teacher", "student")
+    ]
+    assert 15 < heights[1] - heights[0] < 60  # 4 on a linear axis
     assert ">100 k<" in chart.svg
 
 

@@ -527,6 +527,16 @@ def test_a_damaged_run_is_one_line_and_has_no_page(
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_config_without_a_game_takes_the_folders_name(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "Breakout" / "run"
+    shutil.copytree(run, copied)
+    config = json.loads((run / "config.json").read_text())
+    del config["settings"]["game"]
+    (copied / "config.json").write_text(json.dumps(config))
+    assert read_run(run).game == "Pong"
+    assert read_run(copied).game == "Breakout"
+
+
 def test_numbers_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:
     content = json.loads((run / "results.json").read_text())
     content["student"]["protocols"]["noop_sampled"]["mean"] = float("nan")
