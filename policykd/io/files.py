@@ -1,4 +1,4 @@
-"""Atomic files: complete under their final name, or absent."""
+"""Atomic files, complete under their final name or absent, and locks that keep other processes out of a folder."""
 
 import contextlib
 import errno
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+LOCK = ".lock"
+"""file in a locked folder; it contains the process and host that hold the lock"""
 _TEMP_NAME = re.compile(r"\..+\.(\d{1,9})\.policykd\.tmp")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _open_temp_files: set[Path] = set()
@@ -101,10 +103,6 @@ def _is_another_process(pid: int) -> bool:
     except OSError:
         return True  # it belongs to another user
     return pid != os.getpid()
-
-
-LOCK = ".lock"
-"""file in a locked folder; it contains the process and host that hold the lock"""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Decoupled KL divergence (Zhao et al., 2022): the best action and the others are compared separately.
+"""Decoupled and standardized KL divergence, two variants of the two-sided KL.
+
+The decoupled one (Zhao et al., 2022) compares the best action and the others separately; the standardized one (Sun et
+al., 2024) compares only the order and the relative gaps of the logits.
 
 Shape suffixes: B batch, A actions.
 """
@@ -12,6 +15,8 @@ from policykd.agents.policy import log_policy, upcast
 from policykd.losses import MAX_TWO_SIDED_TEMPERATURE, PolicyLoss, TwoSided, check_temperature, kl_divergence_B
 from policykd.schedules import Quantity, check_bounds, resolve
 
+MIN_SPREAD = 1e-6
+"""logits that lie closer together than this count as equal"""
 _MAX_WEIGHT = 1e6
 
 
@@ -62,10 +67,6 @@ def best_or_other(log_p_BA: Tensor, action_B: Tensor) -> Tensor:
     """
     log_best_B1 = log_p_BA.gather(-1, action_B[:, None])
     return torch.cat([log_best_B1, drop_action(log_p_BA, action_B).logsumexp(dim=-1, keepdim=True)], dim=-1)
-
-
-MIN_SPREAD = 1e-6
-"""logits that lie closer together than this count as equal"""
 
 
 @dataclass(frozen=True)
