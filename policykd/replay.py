@@ -103,6 +103,9 @@ class Replay:
             episode_starts_B: true where a stack starts from scratch; must be true everywhere at the first call.
             teacher_BA: raw teacher outputs, `(num_envs, num_actions)`.
             valid_B: false where the teacher's outputs are not finite: the row only serves as context; default all true.
+
+        Raises:
+            ValueError: the buffer is full.
         """
         n = self.size
         new = slice(n, n + self.num_envs)
@@ -174,7 +177,11 @@ class Replay:
         return arrays
 
     def extend(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appends the rows of a shard from `arrays`; without `teacher` they are marked as not labelled."""
+        """Appends the rows of a shard from `arrays`; without `teacher` they are marked as not labelled.
+
+        Raises:
+            ValueError: the buffer is too small.
+        """
         first = self.size
         end = first + len(arrays["num_past_frames"])
         if end > self.capacity:

@@ -250,7 +250,11 @@ def parse_schedule(text: str) -> float | Schedule:
 
 
 def format_schedule(quantity: Quantity) -> str:
-    """Returns the text from which `parse_schedule` makes the same quantity."""
+    """Returns the text from which `parse_schedule` makes the same quantity.
+
+    Raises:
+        ValueError: a function of the user's, which has no such text.
+    """
     if isinstance(quantity, int | float):
         return _format_number(quantity)
     # The exact class: a subclass of the user's may compute something else from the same numbers.

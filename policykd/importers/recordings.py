@@ -49,7 +49,11 @@ def frames_first(obs: np.ndarray) -> np.ndarray:
 
 
 def states_info(shape: tuple[int, ...], dtype: np.dtype, origin: Origin, num_actions: int) -> StatesInfo:
-    """Returns the description of recorded observations of `shape`; images of one frame will be stacked."""
+    """Returns the description of recorded observations of `shape`; images of one frame will be stacked.
+
+    Raises:
+        BadFile: neither vectors nor 8-bit images.
+    """
     shape = frames_first(np.empty((0, *shape), dtype)).shape[1:]
     dtypes: dict[str, DType] = {"uint8": "uint8", "float32": "float32", "float64": "float64"}
     if len(shape) == 1 and dtype.name in dtypes:
@@ -62,7 +66,11 @@ def states_info(shape: tuple[int, ...], dtype: np.dtype, origin: Origin, num_act
 
 
 def rows(recordings: Iterator[Recording], source: Path) -> Iterator[Arrays]:
-    """Yields recordings as rows for `Replay.extend`, whose `gather` then returns the recorded observations."""
+    """Yields recordings as rows for `Replay.extend`, whose `gather` then returns the recorded observations.
+
+    Raises:
+        BadFile: images with several channels that are not the last frames.
+    """
     recordings = (recording for recording in recordings if len(recording.obs))
     first = next(recordings, None)
     if first is not None:

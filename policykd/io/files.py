@@ -35,7 +35,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file atomically, but a power cut may undo it until `sync_folder` is called."""
+    """Writes a file atomically, but a power cut may undo it until `sync_folder` is called.
+
+    Raises:
+        OSError: no space left or no permission; no temporary file stays.
+    """
     # The process's id in the name tells later processes whether the writer is still alive.
     temp = path.with_name(f".{path.name}.{os.getpid()}.policykd.tmp")
     _open_temp_files.add(temp)
@@ -78,7 +82,12 @@ def remove_stale_temp_files(folder: Path) -> None:
 
 
 def read_verified(path: Path, sha256: str, next_step: str) -> bytes:
-    """Returns the content of a file whose sha256 is known."""
+    """Returns the content of a file whose sha256 is known.
+
+    Raises:
+        BadFile: not found, or of another content; the line ends with `next_step`.
+        PermissionError: not readable for this user.
+    """
     # A missing file is damage here, because somebody has recorded that it was complete; a lack of rights is not.
     try:
         content = path.read_bytes()

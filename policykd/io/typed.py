@@ -86,7 +86,11 @@ def to_json(value: object, *, indent: int | None = 1) -> bytes:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a dataclass as JSON, atomically."""
+    """Writes a dataclass as JSON, atomically.
+
+    Raises:
+        OSError: no space left or no permission; the previous file stays.
+    """
     write_atomically(path, to_json(value))
 
 
@@ -159,6 +163,9 @@ def unpack_arrays(content: bytes, path: Path, layout: Layout | None = None, num_
         path: its name in error messages.
         layout: dtypes and shapes (without rows) that the arrays may have; checked before memory is allocated for them.
         num_rows: rows that every array must have, given a layout.
+
+    Raises:
+        BadFile: not an `.npz` of plain numbers, or arrays of another layout.
     """
     try:
         if layout is not None:
@@ -184,7 +191,11 @@ def _declared_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def npy_header(stream: IO[bytes] | gzip.GzipFile) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape of a `.npy`, and leaves the stream at its first number."""
+    """Returns dtype and shape of a `.npy`, and leaves the stream at its first number.
+
+    Raises:
+        ValueError: not a `.npy` of plain numbers.
+    """
     read_header = np.lib.format.read_array_header_1_0
     if np.lib.format.read_magic(stream) != (1, 0):
         read_header = np.lib.format.read_array_header_2_0

@@ -34,7 +34,11 @@ class ComparedMethods:
 
 
 def write_comparison_report(folder: Path) -> Path:
-    """Writes `report.html` into the folder of a comparison of compression methods and returns its path."""
+    """Writes `report.html` into the folder of a comparison of compression methods and returns its path.
+
+    Raises:
+        BadFile: compression.json is missing or damaged.
+    """
     comparison = read_comparison(folder)
     # Without random play no episodes were asked for.
     picture = draw_pareto(comparison) if RANDOM in comparison.rows else b""

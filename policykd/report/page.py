@@ -49,7 +49,12 @@ class RunFiles:
 
 
 def read_run(run: Path, results: RunResult | None = None) -> RunFiles:
-    """Returns the content of a run's folder; with `results` given, results.json is not read."""
+    """Returns the content of a run's folder; with `results` given, results.json is not read.
+
+    Raises:
+        BadFile: a file is not found or damaged.
+        ValueError: the run is not finished.
+    """
     results = results or load_results(run)
     if results is None:
         raise ValueError(f"{run}: {RESULTS} not found; give the folder of a finished run, or resume it")

@@ -37,6 +37,9 @@ class FrameReplayBuffer(ReplayBuffer):
         Observations are stacks of frames `(stack, height, width)`, or vectors; actions are discrete. `n_steps` rewards
         are summed before the bootstrap (Sutton, 1988; Hessel et al., 2018), discounted by `gamma`. The other arguments
         are SB3's; `optimize_memory_usage` is ignored.
+
+        Raises:
+            ValueError: the ring is shorter than a sample.
         """
         # SB3 would allocate the arrays that this class replaces: give it a single step per environment.
         kwargs |= {"optimize_memory_usage": False, "handle_timeout_termination": False}

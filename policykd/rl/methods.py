@@ -121,7 +121,11 @@ Args = TypeVar("Args", bound=MethodArgs)
 
 
 def with_method_defaults(args: Args) -> Args:
-    """Returns arguments with the method's own defaults in place of None."""
+    """Returns arguments with the method's own defaults in place of None.
+
+    Raises:
+        ValueError: a flag of another method.
+    """
     method = METHODS[args.method]
     for name in ("reward_weight", "entropy_weight", "offline_steps", "offline_updates"):
         if getattr(args, name) is not None and name not in method.flags:
@@ -134,7 +138,12 @@ def with_method_defaults(args: Args) -> Args:
 
 
 def check_weight(weight: Quantity, random_return: float, teacher_return: float | None) -> None:
-    """Checks a distillation weight all over a run, before the run starts."""
+    """Checks a distillation weight all over a run, before the run starts.
+
+    Raises:
+        ValueError: it is negative or not finite somewhere, or it follows the return of a teacher that is not known to
+            be better than a random policy.
+    """
     # Bounds over the whole run, then whether the returns that it may follow are known.
     check_bounds("--weight", weight, 0.0)
     resolve(weight, Progress(0.0, None, teacher_return, random_return))

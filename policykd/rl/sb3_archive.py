@@ -96,6 +96,9 @@ def write_teacher(model: BaseAlgorithm, path: Path, scaling: InputScaling = Inpu
     """Writes a PPO, A2C, DQN or QR-DQN agent as an SB3 archive (`.zip`) without its optimizer's state.
 
     `scaling` is the one that `centre_input` was given; it is folded into the weights.
+
+    Raises:
+        OSError: no space left or no permission; no partial file is left.
     """
     # SB3's own archive, in memory.
     buffer = io.BytesIO()

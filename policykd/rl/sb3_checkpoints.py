@@ -50,6 +50,10 @@ def save_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path, *, wall_s
     """Writes a checkpoint of the training of `model` on `envs`; of the replay buffer only the new steps.
 
     The model is between two rollouts; `wall_seconds`, the duration of the training so far, is saved too.
+
+    Raises:
+        ValueError: the folder holds the checkpoints of another run.
+        OSError: no space left or no permission; the previous checkpoint stays valid.
     """
     previous = last(folder, "step", max_position=model.num_timesteps)
     shards = previous.manifest.shards if previous else dict[str, ShardEntry]()
@@ -89,6 +93,9 @@ def restore_training(model: BaseAlgorithm, envs: VectorEnv, folder: Path) -> flo
     """Restores a new `model` and its `envs` from the newest checkpoint; returns its `wall_seconds`.
 
     Continue with `model.learn(total - model.num_timesteps, reset_num_timesteps=False)`.
+
+    Raises:
+        BadFile: no checkpoint, or none that is intact.
     """
     generation = recover(folder, "step")
     progress = parse_json(TrainingProgress, generation.read_kind("progress"), folder)

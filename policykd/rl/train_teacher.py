@@ -189,7 +189,11 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
 
 
 def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
-    """Returns a new agent with the zoo's hyperparameters and those of the config."""
+    """Returns a new agent with the zoo's hyperparameters and those of the config.
+
+    Raises:
+        ValueError: an unknown hyperparameter, or an invalid value.
+    """
     # The zoo's for one environment, then the user's.
     settings = ZOO[config.algo] | _parse_hyperparams(config.hyperparams)
     if "buffer_size" in settings:

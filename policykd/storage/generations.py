@@ -191,7 +191,11 @@ class Generation:
         return {**self.manifest.files, **self.manifest.shards}
 
     def read(self, name: str) -> bytes:
-        """Returns the content of one of the files."""
+        """Returns the content of one of the files.
+
+        Raises:
+            Damaged: missing, or not the content that was committed.
+        """
         path = self.folder / name
         entry = self.files[name]
         # The size first: a file that grew, by damage or by intent, is never read into memory.
@@ -212,7 +216,11 @@ class Generation:
 
 
 def has_generations(folder: Path) -> bool:
-    """Returns whether a folder holds a generation, intact or damaged."""
+    """Returns whether a folder holds a generation, intact or damaged.
+
+    Raises:
+        BadFile: it holds files of generations without their manifests.
+    """
     if _numbers(folder):
         return True
     # A first commit that was killed leaves files of number 1 behind; the next commit replaces them.
@@ -266,6 +274,10 @@ def recover(folder: Path, unit: Unit) -> Generation:
     """Returns the newest intact generation, and removes the manifests of newer ones, which are damaged.
 
     The next commit then continues from it.
+
+    Raises:
+        BadFile: see `newest`.
+        OSError: no permission.
     """
     generation = newest(folder, unit)
     for number in _numbers(folder):
@@ -275,7 +287,12 @@ def recover(folder: Path, unit: Unit) -> Generation:
 
 
 def last(folder: Path, unit: Unit, *, max_position: int | None = None) -> Generation | None:
-    """Returns the last generation that was committed; only its manifest is verified."""
+    """Returns the last generation that was committed; only its manifest is verified.
+
+    Raises:
+        BadFile: it is of another kind.
+        ValueError: it is at a later position than the run that asks, so it belongs to another run.
+    """
     for number in _numbers(folder):
         try:
             generation = _read_generation(folder, number, unit)
@@ -305,6 +322,9 @@ def commit(
         files: kind and ending, such as `model.safetensors` -> content.
         new_rows: rows for one more shard, if any.
         first_row: number of the first new row.
+
+    Raises:
+        OSError: no space left or no permission; the previous generation stays intact.
     """
     # New names throughout, so that nothing of a complete generation is ever overwritten.
     number = 1 + max(_numbers(folder), default=0)

@@ -57,7 +57,12 @@ class VideoSettings:
 
 
 def play(player: Player, game: str, *, seed: int, protocol: ProtocolName) -> Iterator[Moment]:
-    """Yields every agent step of a policy, game after game, without end."""
+    """Yields every agent step of a policy, game after game, without end.
+
+    Raises:
+        ValueError: unknown game.
+        FloatingPointError: the policy's outputs are not finite.
+    """
     rules = PROTOCOLS[protocol]
     device = device_of(player.policy, default="cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -107,6 +112,9 @@ def encode_animation(
     """Returns an animation that loops forever at the speed of the game.
 
     WebP is lossless and takes a third of the bytes; GIF is reduced to 64 colours and opens everywhere.
+
+    Raises:
+        ValueError: no pictures.
     """
     frames = list(pictures)
     if not frames:
