@@ -183,9 +183,10 @@ def agent_without_env(
     algorithm: Any, policy: str, obs_shape: tuple[int, ...], num_actions: int, **kwargs: Any
 ) -> BaseAlgorithm:
     """Returns an SB3 agent that has spaces but no environment, as SB3's `load` does; it cannot learn."""
-    # The default replay buffer would take gigabytes.
-    defaults = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
-    model: BaseAlgorithm = algorithm(policy, None, **(defaults | kwargs), _init_setup_model=False)
+    kwargs |= {"policy": policy, "env": None, "_init_setup_model": False}
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        kwargs.setdefault("buffer_size", 1)  # the default would allocate gigabytes
+    model: BaseAlgorithm = algorithm(**kwargs)
     low, high, dtype = (0, 255, np.uint8) if len(obs_shape) == 3 else (-np.inf, np.inf, np.float32)
     model.observation_space = spaces.Box(low, high, obs_shape, dtype)
     model.action_space = spaces.Discrete(num_actions)
