@@ -79,6 +79,7 @@ def expand_shorthand(kind: Any, words: Sequence[str], default: object = None) ->
     # 2. Subcommands, then their options; without a subcommand these belong to the default's.
     tail: list[str] = []
     for field, members in choices.items():
+        member: Any
         if field in given:
             member, path = _member(field, given[field], members)
         elif options[field]:
