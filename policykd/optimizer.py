@@ -4,6 +4,7 @@ The update of a weight matrix is its momentum with all singular values made abou
 learned as fast as frequent ones (Jordan et al., 2024). Shape suffixes: R rows, C columns.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -56,7 +57,7 @@ def _muon(gradient: Tensor, state: dict[str, Tensor], kept: Tensor) -> Tensor:
     momentum = state["momentum"]
     momentum.mul_(1.0 - kept * (1.0 - MOMENTUM)).add_(gradient)
     matrix_RC = orthogonalized((gradient + MOMENTUM * momentum).flatten(1))
-    return (matrix_RC * (UPDATE_RMS * max(matrix_RC.shape) ** 0.5)).reshape(gradient.shape)
+    return (matrix_RC * (UPDATE_RMS * math.sqrt(max(matrix_RC.shape)))).reshape(gradient.shape)
 
 
 def _adam(gradient: Tensor, state: dict[str, Tensor], kept: Tensor) -> Tensor:
@@ -78,12 +79,13 @@ def orthogonalized(matrix_RC: Tensor) -> Tensor:
     bfloat16 would emulate it.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix_RC / (matrix_RC.norm() + 1e-7)
+    x: Tensor = matrix_RC / (matrix_RC.norm() + 1e-7)
     # The smaller of the two Gram matrices.
     is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
+    x = x.t() if is_tall else x
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.t()
         # a x + (b gram + c gram^2) x
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+    orthogonal: Tensor = x.t() if is_tall else x
+    return orthogonal
