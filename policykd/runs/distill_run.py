@@ -17,7 +17,7 @@ from policykd.agents.teacher import Teacher
 from policykd.envs.games import canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import NUM_PERIODIC_EPISODES, derived_seed, periodic_evaluation
-from policykd.evaluation.results import FinalEvaluationOptions
+from policykd.evaluation.results import FinalEvaluationOptions, FinishedGames
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher
 from policykd.io.files import BadFile, lock_folder
 from policykd.io.machine import prepare_device
@@ -28,6 +28,7 @@ from policykd.runs.budget import StageResult, Stop, decide
 from policykd.runs.config import RESUMABLE_CHANGES, DistillRunConfig, check_config, depends_on_return, to_settings
 from policykd.runs.folder import (
     CHECKPOINTS,
+    FINAL_EVALUATION,
     Machine,
     RunRecord,
     RunResult,
@@ -146,6 +147,8 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
         if started is None:
             print(f"warning: the teacher {check.warning}" if check.warning else f"the teacher plays {check}")
             write_run_config(run, replace(record, teacher_check=check))
+        if config.budget != "none":
+            state.teacher_return = _teacher_return(job, state)
 
         # 4. Restore the last checkpoint, train, and log every round.
         if state.replay.num_preloaded:
@@ -223,14 +226,30 @@ def _make_state(job: _Job, check: TeacherCheck) -> tuple[TrainState, LossFn]:
     state = make_train_state(student, job.envs, config.loop_config(job.threads), loss_fn=loss_fn, replay=replay)
     # The two ends of the scale on which schedules see the student's return.
     state.teacher_return, state.random_return = check.goal(config.game)
-    if config.budget != "none" and (state.teacher_return is None or state.teacher_return <= state.random_return):
-        raise ValueError(
-            f"--budget {config.budget}: the teacher's return is not known, or no better than a random policy's"
-            f" ({state.teacher_return} against {state.random_return}); give --rounds alone"
-        )
     if depends_on_return(config):
         _ = state.progress(0.0).return_progress  # raises ValueError if the teacher's return is not known
     return state, loss_fn
+
+
+def _teacher_return(job: _Job, state: TrainState) -> float:
+    """Returns the return that a run with a budget aims at: the reported one, else that of games played once per run."""
+    teacher_return = state.teacher_return
+    if teacher_return is None:
+        games = FinishedGames(job.run / FINAL_EVALUATION)
+        teacher_return = games.play(
+            job.teacher,
+            job.teacher.sha256,
+            job.config.game,
+            "noop_sampled",
+            NUM_STAGE_EPISODES,
+            seed=derived_seed(job.config.seed, 3),
+        ).mean_return
+    if teacher_return <= state.random_return:
+        raise ValueError(
+            f"--budget {job.config.budget}: the teacher's return {teacher_return:.2f} is no better than a random"
+            f" policy's {state.random_return:.2f}; leave it out"
+        )
+    return teacher_return
 
 
 def student_temperature(config: DistillRunConfig, teacher: Teacher) -> float:

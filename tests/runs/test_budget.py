@@ -13,6 +13,7 @@ import pytest
 
 from policykd.cli.main import execute
 from policykd.evaluation.evaluate import periodic_evaluation
+from policykd.evaluation.teacher_check import TeacherCheck
 from policykd.io.files import BadFile
 from policykd.runs import budget as module
 from policykd.runs import distill_run as distill_module
@@ -147,6 +148,30 @@ def test_the_games_that_decide_are_not_those_of_the_result(
     result = distill_run(replace(budgeted, eval_episodes=distill_module.NUM_STAGE_EPISODES))
     with np.load(budgeted.folder / "Pong/r/evaluations.npz") as arrays:
         assert tuple(arrays["results"][-1]) != result.student.protocols["noop_sampled"].returns
+
+
+@pytest.mark.usefixtures("flickers")
+def test_the_games_of_a_teacher_without_a_known_return_are_played_once(
+    budgeted: DistillRunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TeacherCheck, "goal", lambda *_: (None, -100.0))
+    monkeypatch.setitem(BUDGETS, "quick", Budget(0.9, 2))
+    result = distill_run(budgeted)
+    assert result.stop is not None
+    assert result.stop.reason == "reached"
+    assert f"playing {distill_module.NUM_STAGE_EPISODES} games, noop_sampled" in capsys.readouterr().out
+    monkeypatch.setitem(BUDGETS, "standard", Budget(0.9, 3))
+    execute("resume", [str(budgeted.folder / "Pong/r"), "--budget", "standard"])
+    assert f"playing {distill_module.NUM_STAGE_EPISODES} games" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("flickers")
+def test_a_teacher_no_better_than_chance_is_no_goal(
+    budgeted: DistillRunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TeacherCheck, "goal", lambda *_: (None, 1000.0))
+    with pytest.raises(ValueError, match=r"--budget quick: the teacher's return .* is no better than a random policy"):
+        distill_run(budgeted)
 
 
 @pytest.mark.usefixtures("flickers")
