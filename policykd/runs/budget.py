@@ -65,7 +65,8 @@ class Stop:
         if self.reason == "reached":
             return f"Ended {after}: the student is within {tolerance:.0%} of its teacher ({self.score:.1%})."
         why = "it no longer improves" if self.reason == "stalled" else "the budget is spent"
-        next_step = "a larger --student" if self.budget == "full" or self.reason == "stalled" else "--budget full"
+        is_extendable = self.reason == "spent" and self.budget != "full"
+        next_step = "--budget full" if is_extendable else "more --rounds or a larger --student"
         return (
             f"Ended {after}: {why}. The student keeps {self.score:.1%} of its teacher's score, less than the"
             f" {1 - tolerance:.0%} asked for; try {next_step}."

@@ -51,7 +51,7 @@ def test_the_sentence_of_a_result_has_the_next_step() -> None:
     stalled = decide([StageResult(0.5, 0.1), StageResult(0.5, 0.1)], "quick", 4)
     assert str(stalled) == (
         "Ended after 8 of at most 16 rounds: it no longer improves. The student keeps 50.0% of its teacher's score,"
-        " less than the 95% asked for; try a larger --student."
+        " less than the 95% asked for; try more --rounds or a larger --student."
     )
     spent = decide([StageResult(0.1 * k, 1.0 / k) for k in (1, 2, 3)], "quick", 4)
     assert "the budget is spent" in str(spent)
