@@ -62,6 +62,8 @@ class DistillConfig:
         if self.learning_rate == 0:
             raise ValueError("learning_rate must be positive, not 0: nothing would be learned")
         check_temperature("temperature", self.temperature)
+        if self.optimizer not in ("adam", "muon"):
+            raise ValueError(f"optimizer must be adam or muon, not {self.optimizer!r}")
         if follows_return(self.learning_rate):
             raise ValueError("learning_rate must not follow the student's return; use a schedule of the run's progress")
         if self.replay_window_rounds < 0:

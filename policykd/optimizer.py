@@ -31,6 +31,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[Tensor], lr: Tensor) -> None:
         """Optimizes `parameters`; `lr` may be changed in place."""
         super().__init__(parameters, {"lr": lr})
+        self.found_inf = torch.zeros((), device=lr.device)
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]

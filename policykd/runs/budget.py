@@ -33,7 +33,13 @@ MIN_KL_DECREASE = 0.1
 
 
 def stage_ends(budget: BudgetName, rounds: int) -> tuple[int, ...]:
-    """Returns the numbers of rounds after which a run may end; `rounds` is that of the first stage."""
+    """Returns the numbers of rounds after which a run may end; `rounds` is that of the first stage.
+
+    Raises:
+        ValueError: an unknown budget.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, not {budget!r}")
     return tuple(rounds * 2**k for k in range(BUDGETS[budget].num_doublings + 1))
 
 

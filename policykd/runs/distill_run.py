@@ -18,6 +18,7 @@ from policykd.envs.games import canonical_name
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import NUM_PERIODIC_EPISODES, derived_seed, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, FinishedGames
+from policykd.evaluation.statistics import teacher_normalised_score
 from policykd.evaluation.teacher_check import TeacherCheck, check_fits, check_teacher
 from policykd.io.files import BadFile, lock_folder
 from policykd.io.machine import prepare_device
@@ -144,11 +145,11 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
         check = started.teacher_check if started else None
         check = check or check_teacher(teacher, config.game, seed=config.seed, allow_weak=config.allow_weak_teacher)
         state, loss_fn = _make_state(job, check)
+        if config.budget != "none":
+            state.teacher_return = _teacher_return(job, state)
         if started is None:
             print(f"warning: the teacher {check.warning}" if check.warning else f"the teacher plays {check}")
             write_run_config(run, replace(record, teacher_check=check))
-        if config.budget != "none":
-            state.teacher_return = _teacher_return(job, state)
 
         # 4. Restore the last checkpoint, train, and log every round.
         if state.replay.num_preloaded:
@@ -298,9 +299,9 @@ def _stage_result(job: _Job, state: TrainState, logger: RunLogger, num_rounds: i
             )
         _evaluate(job, state, logger)
     returns = logger.evaluation_returns(num_updates)
-    teacher_return = state.teacher_return
-    assert teacher_return is not None  # checked when the state was made
-    score = (sum(returns) / len(returns) - state.random_return) / (teacher_return - state.random_return)
+    assert state.teacher_return is not None  # `_teacher_return` has set it, above that of random play
+    score = teacher_normalised_score(sum(returns) / len(returns), state.teacher_return, state.random_return)
+    assert score is not None
     return StageResult(score, logger.round_metric(num_rounds, "new_kl"))
 
 

@@ -372,6 +372,8 @@ def test_what_does_not_fit_is_refused_in_one_line(problem: Problem) -> None:
         DistillConfig(learning_rate=ReturnGap(1e-3))
     with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
         DistillConfig(learning_rate=0.0)
+    with pytest.raises(ValueError, match="optimizer must be adam or muon, not 'sgd'"):
+        DistillConfig(optimizer="sgd")  # type: ignore[arg-type]
     state = problem.make_state(SMALL)
     with pytest.raises(ValueError, match="state is that of another student"):
         distill(identity_teacher, make_student((16,), 4, (4,)), state.envs, SMALL, state=state)

@@ -58,6 +58,12 @@ def test_the_sentence_of_a_result_has_the_next_step() -> None:
     assert str(spent).endswith("try --budget full.")
 
 
+def test_an_unknown_budget_is_refused(tiny: DistillRunConfig) -> None:
+    with pytest.raises(ValueError, match="--budget must be one of none, quick, standard, full, not 'huge'"):
+        distill_run(replace(tiny, budget="huge"))  # type: ignore[arg-type]
+    assert not tiny.folder.exists()
+
+
 def test_a_larger_budget_begins_with_the_stages_of_a_smaller_one() -> None:
     ends = [stage_ends(name, 3) for name in BUDGETS]
     assert ends[0] == (3,)
@@ -172,6 +178,7 @@ def test_a_teacher_no_better_than_chance_is_no_goal(
     monkeypatch.setattr(TeacherCheck, "goal", lambda *_: (None, 1000.0))
     with pytest.raises(ValueError, match=r"--budget quick: the teacher's return .* is no better than a random policy"):
         distill_run(budgeted)
+    assert not (budgeted.folder / "Pong/r/config.json").exists()
 
 
 @pytest.mark.usefixtures("flickers")
