@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 MAX_STUDENT_BYTES = 1 << 30
 """size cap of student.safetensors, far above any network that deserves the name"""
 
-Size = Literal["25%", "7%", "4%", "1%", "0.3%", "0.1%", "narrow", "strided", "depthwise", "half", "impala"]
+Size = Literal["100%", "25%", "7%", "4%", "1%", "0.3%", "0.1%", "narrow", "strided", "depthwise", "half", "impala"]
 
 SIZES: dict[Size, tuple[Design, tuple[int, ...], int]] = {
+    "100%": ("nature", (32, 64, 64), 512),
     "25%": ("nature", (16, 32, 32), 256),
     "7%": ("nature", (16, 16, 16), 128),
     "4%": ("nature", (16, 16, 16), 64),
@@ -43,8 +44,8 @@ SIZES: dict[Size, tuple[Design, tuple[int, ...], int]] = {
     "half": ("half", (8, 16, 16), 64),
     "impala": ("impala", (4, 8, 8), 64),
 }
-"""name -> (design, convolution widths, dense units); percentages are of the NatureCNN's parameters, the first three are
-the networks of Rusu et al. (2015); the last five save arithmetic rather than parameters (docs/students.md)"""
+"""name -> (design, convolution widths, dense units); percentages are of the parameters of the first, SB3's NatureCNN;
+the next three are the networks of Rusu et al. (2015); the last five save arithmetic rather than parameters (docs/students.md)"""
 
 Width = Annotated[int, Field(ge=1, le=1 << 16)]
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor, nn
 
 from policykd.agents.networks import ConvNet
+from policykd.agents.student import Student
 from policykd.agents.teacher import Teacher
 from policykd.io.files import write_atomically
 
@@ -52,33 +53,37 @@ def centre_input(policy: nn.Module, scaling: InputScaling) -> None:
 
 
 @torch.no_grad()
-def start_from(policy: nn.Module, teacher: Teacher, scaling: InputScaling) -> None:
-    """Copies a teacher's convolutions and features into an SB3 policy, and its heads if both are PPO's or A2C's.
+def start_from(policy: nn.Module, start: Teacher | Student, scaling: InputScaling) -> None:
+    """Copies convolutions and features into an SB3 policy, and both heads into one of PPO or A2C.
 
-    A good policy with a random critic would be unlearned in the first updates, so the critic's head comes along.
+    A good policy with a random critic would be unlearned in the first updates, so the critic's head comes along. The
+    outputs of a DQN's or QR-DQN's teacher are no logits: its head stays behind.
 
     `scaling` is the one that `centre_input` will be given.
 
     Raises:
-        ValueError: the teacher is not a NatureCNN on frames in [0, 1].
+        ValueError: the network is not SB3's NatureCNN.
     """
-    net = teacher.net
-    if not isinstance(net, ConvNet) or (net.widths, net.hidden) != ((32, 64, 64), (512,)) or net.scale != 255.0:
-        raise ValueError(f"--start-from {teacher.ref}: not SB3's NatureCNN on frames in [0, 1]; give another teacher")
+    net = start.net
+    if not isinstance(net, ConvNet) or (net.design, net.widths, net.hidden) != ("nature", (32, 64, 64), (512,)):
+        raise ValueError("--start-from: not SB3's NatureCNN; give another teacher, or a student of size 100%")
     # By position in SB3's NatureCNN: a layer with weights, then a ReLU.
     for extractor in [module for module in policy.modules() if isinstance(module, NatureCNN)]:
-        layers = [extractor.cnn[0], extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]
-        for layer, source in zip(layers, [net.conv1, net.conv2, net.conv3, net.dense[0]], strict=True):
+        layers = [extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]
+        for layer, source in zip(layers, [net.conv2, net.conv3, net.dense[0]], strict=True):
             layer.load_state_dict(source.state_dict())
-    # w (grey / 255) = (w scale / 255) ((grey - centre) / scale) + w (centre / 255)
+    # w grey = (w scale) ((grey - centre) / scale) + w centre
+    weight, bias = net.first_layer()
     for first in first_convolutions(policy):
         assert first.bias is not None
-        first.bias.add_((scaling.centre / 255.0) * first.weight.sum(dim=(1, 2, 3)))
-        first.weight.mul_(scaling.scale / 255.0)
-    if isinstance(policy, ActorCriticPolicy) and teacher.algorithm in ("PPO", "A2C"):
+        first.weight.copy_(weight * scaling.scale)
+        first.bias.copy_(bias + scaling.centre * weight.sum(dim=(1, 2, 3)))
+    is_policy = isinstance(start, Student) or start.algorithm in ("PPO", "A2C")
+    if isinstance(policy, ActorCriticPolicy) and is_policy:
         policy.action_net.load_state_dict(net.dense[-1].state_dict())
-        if isinstance(teacher.critic, nn.Linear):
-            policy.value_net.load_state_dict(teacher.critic.state_dict())
+        critic = start.value_head if isinstance(start, Student) else start.critic
+        if isinstance(critic, nn.Linear):
+            policy.value_net.load_state_dict(critic.state_dict())
 
 
 def fold_input_normalization(policy: nn.Module, scaling: InputScaling) -> dict[str, Tensor]:

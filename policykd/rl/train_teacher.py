@@ -1,5 +1,6 @@
 """Trains a teacher with SB3's own algorithms and the hyperparameters of rl-baselines3-zoo, and writes its card."""
 
+import hashlib
 import shlex
 import sys
 from contextlib import closing
@@ -16,17 +17,18 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import LinearSchedule
 
-from policykd.agents.card import Card, CardProtocol
+from policykd.agents.card import Card, CardProtocol, TeacherRecord
 from policykd.agents.policy import log_policy, policy_temperature
 from policykd.agents.rebuild import Sb3Algorithm
+from policykd.agents.student import Student, packed_weights
 from policykd.agents.teacher import Teacher, load_teacher
 from policykd.agents.trusted import Sb3PolicyNet
 from policykd.envs.atari import make_atari
 from policykd.envs.games import canonical_name
 from policykd.envs.sb3_vec_env import SB3VecEnv
 from policykd.evaluation.evaluate import PROTOCOLS, Evaluation, TemperedPolicy, evaluate_on_atari
+from policykd.evaluation.policies import load_named_policy
 from policykd.evaluation.results import FinishedGames
-from policykd.evaluation.teacher_check import check_fits
 from policykd.io.files import lock_folder
 from policykd.io.machine import prepare_device, versions
 from policykd.io.typed import write_json
@@ -116,8 +118,8 @@ class TrainTeacherConfig(TrainingArgs, MachineArgs, SeedArgs, RunArgs, GameArgs)
     """train on frames centred on the background and scaled by their spread (folded into the weights at the end), which
     leaves Pong's plateau sooner"""
     start_from: str = ""
-    """teacher to start from (Agarwal et al., 2022): its convolutions and features are copied, and both heads of a
-    policy; for DQN and QR-DQN it also fills the replay buffer, with sampled actions in place of random ones"""
+    """teacher, or folder of a `100%` student, to start from (Agarwal et al., 2022): its convolutions and features are
+    copied, and both heads of a policy; for DQN and QR-DQN it also fills the replay buffer, in place of random play"""
     eval_episodes: Positive = 100
     """full episodes per protocol at the end, for the card"""
 
@@ -149,11 +151,10 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
     # 1. The model, with the scaling of its input and the weights of another teacher if asked for.
     started = load_started_run(run, resume=config.resume)
     model = make_model(config, envs, device)
-    start = load_teacher(config.start_from, game=config.game).to(device) if config.start_from else None
+    start, start_record = _load_start(config)
     scaling = measure_scaling(config.game, config.seed) if config.centre else InputScaling()
     if start:
-        check_fits(start, envs.envs, config.start_from, config.game)
-        start_from(model.policy, start, scaling)
+        start_from(model.policy, start.to(device), scaling)
     if config.centre:
         centre_input(model.policy, scaling)
 
@@ -162,7 +163,7 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         subcommand="train-teacher",
         settings=to_settings(config),
         machine=Machine(device=str(device), threads=torch.get_num_threads()),
-        teacher=start.record if start else None,
+        teacher=start_record,
     )
     if started:
         check_resumable(run, started, record, may_change=RESUMABLE_CHANGES)
@@ -186,6 +187,17 @@ def _train(run: Path, config: TrainTeacherConfig, envs: SB3VecEnv, device: torch
         archive = run / f"{config.algo}-{config.game}.zip"
         write_teacher(model, archive, scaling)
         return _write_card(archive, config, training)
+
+
+def _load_start(config: TrainTeacherConfig) -> tuple[Teacher | Student | None, TeacherRecord | None]:
+    """Returns the network that the training starts from, with its identity for the run's record."""
+    if not config.start_from:
+        return None, None
+    policy = load_named_policy(config.start_from, config.game).policy
+    if isinstance(policy, Teacher):
+        return policy, policy.record
+    sha256 = hashlib.sha256(packed_weights(policy)).hexdigest()
+    return policy, TeacherRecord(ref=config.start_from, sha256=sha256, file="student.safetensors")
 
 
 def make_model(config: TrainTeacherConfig, envs: SB3VecEnv, device: torch.device) -> BaseAlgorithm:
@@ -238,7 +250,7 @@ def measure_scaling(game: str, seed: int) -> InputScaling:
     return InputScaling(float(pixels.median()), float(pixels.std().clamp(min=1.0)))
 
 
-def _explore_with(teacher: Teacher, model: OffPolicyAlgorithm) -> None:
+def _explore_with(teacher: Teacher | Student, model: OffPolicyAlgorithm) -> None:
     """Fills the replay buffer with the teacher's steps, where SB3 would take random actions."""
     # Resets the environments; the steps count as training steps, as SB3's random ones do.
     model._setup_learn(model.learning_starts)

@@ -33,6 +33,7 @@ from policykd.io.files import BadFile
 
 # Of each size, with A actions, by hand: outputs of a convolution times what it sees for each, then the dense layers.
 _MACS: dict[Size, Callable[[int], int]] = {
+    "100%": lambda A: 400 * 32 * 256 + 81 * 64 * 512 + 49 * 64 * 576 + 3136 * 512 + 512 * A,
     "25%": lambda A: 400 * 16 * 256 + 81 * 32 * 256 + 49 * 32 * 288 + 1568 * 256 + 256 * A,
     "7%": lambda A: 400 * 16 * 256 + 81 * 16 * 256 + 49 * 16 * 144 + 784 * 128 + 128 * A,
     "4%": lambda A: 400 * 16 * 256 + 81 * 16 * 256 + 49 * 16 * 144 + 784 * 64 + 64 * A,
@@ -256,7 +257,7 @@ def test_sb3s_evaluate_policy_accepts_an_mlp_student() -> None:
 
 
 def test_bad_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"choose from 25%, 7%, 4%, 1%, 0\.3%, 0\.1%, narrow, strided, depth"):
+    with pytest.raises(ValueError, match=r"choose from 100%, 25%, 7%, 4%, 1%, 0\.3%, 0\.1%, narrow, strided, depth"):
         make_student("9%", 6)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is for frames"):
         make_student("7%", 2, (4,))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from policykd.agents.networks import MLP, ConvNet
 from policykd.agents.rebuild import Sb3Algorithm
+from policykd.agents.student import make_student
 from policykd.agents.teacher import load_teacher
 from policykd.agents.trusted import Sb3PolicyNet
 from policykd.envs.atari import make_atari
@@ -89,6 +90,20 @@ def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor
     torch.testing.assert_close(values_B, teacher.values(frames), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_policy_that_starts_from_a_student_is_it(centred: bool, frames: Tensor) -> None:
+    student = make_student("100%", 6, seed=1, value=True).eval()
+    student.fit_input_normalization(frames[:, -1])
+    model = make("PPO")
+    scaling = InputScaling(87.0, 37.0) if centred else InputScaling()
+    start_from(model.policy, student, scaling)
+    if centred:
+        centre_input(model.policy, scaling)
+    torch.testing.assert_close(scores(model, "PPO", frames), student(frames).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
+    values_B = model.policy.predict_values(frames).squeeze(-1)  # type: ignore[operator]
+    torch.testing.assert_close(values_B, student.values(frames), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "net",
     [
@@ -100,7 +115,7 @@ def test_a_policy_that_starts_from_a_teacher_is_it(centred: bool, frames: Tensor
 )
 def test_a_network_of_another_shape_is_no_start(net: ConvNet | MLP) -> None:
     teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), net=net)
-    with pytest.raises(ValueError, match="--start-from bundled:ppo: not SB3's NatureCNN"):
+    with pytest.raises(ValueError, match="--start-from: not SB3's NatureCNN"):
         start_from(make("PPO").policy, teacher, InputScaling())
 
 
