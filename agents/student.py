@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -84,14 +84,21 @@ class StudentCard(Provenance):
 
     format: int
     """version, increased when an older policykd would misread the student: 2 has a temperature or a value head, 3 has
-    another design, a low rank or a module of the user's"""
+    another design, a low rank or a module of the user's, 4 plays several games"""
     sha256: str
     """hash of student.safetensors"""
     shape: Shape
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """game -> outputs that are its actions, of a student of several games"""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.format <= 3:
+        if not 1 <= self.format <= 4:
             raise ValueError(f"format {self.format} is unknown to this policykd, update it")
+        for game, head in self.heads.items():
+            if not head or not set(head) <= set(range(self.shape.num_actions)) or len(set(head)) < len(head):
+                raise ValueError(
+                    f"heads: {game} has {head}, expected different ones of {self.shape.num_actions} outputs"
+                )
 
 
 class Student(nn.Module):
@@ -186,6 +193,21 @@ class Student(nn.Module):
             for weight in net.dense[-1].parameters():
                 weight.div_(self.shape.temperature)
         return net
+
+    @torch.no_grad()
+    def with_outputs(self, outputs: Sequence[int]) -> "Student":
+        """Returns a copy with some of the outputs only, such as the actions of one of its games, in evaluation mode.
+
+        Raises:
+            ValueError: a module of the user's, whose last layer is unknown.
+        """
+        if isinstance(self.net, UserNet):
+            raise ValueError(f"{self.shape.module}: your own module has no known last layer to take outputs from")
+        student = Student(replace(self.shape, num_actions=len(outputs)))
+        last = f"net.dense.{len(self.net.dense) - 1}."
+        tensors = {k: t[list(outputs)] if k.startswith(last) else t for k, t in self.state_dict().items()}
+        student.load_state_dict(tensors)
+        return student.to(next(self.parameters()).device).eval()
 
     def to_sb3(self, env: Any = None, algorithm: Any = "PPO", **kwargs: Any) -> "BaseAlgorithm":
         """Returns an SB3 agent whose policy is this student; see `policykd.agents.sb3_student.to_sb3`."""
@@ -338,8 +360,20 @@ def init_student(shape: Shape, seed: int = 0) -> Student:
     return student
 
 
-def save_student(student: Student, path: str | Path, provenance: Provenance | None = None) -> None:
+def save_student(
+    student: Student,
+    path: str | Path,
+    provenance: Provenance | None = None,
+    *,
+    heads: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Writes `student.safetensors` and `student.json` into a folder, created if missing, each atomically.
+
+    Args:
+        student: the network.
+        path: the folder.
+        provenance: where it comes from.
+        heads: game -> outputs that are its actions, of a student of several games (`policykd.multi_game`).
 
     Raises:
         OSError: no space left or no permission; the previous files stay.
@@ -355,9 +389,12 @@ def save_student(student: Student, path: str | Path, provenance: Provenance | No
         version = 2
     if shape.design != "nature" or shape.rank or shape.module:
         version = 3
+    if heads:
+        version = 4
     provenance = provenance or Provenance()
     origin = {f.name: getattr(provenance, f.name) for f in fields(Provenance)}
-    card = StudentCard(format=version, sha256=hashlib.sha256(weights).hexdigest(), shape=shape, **origin)
+    sha256 = hashlib.sha256(weights).hexdigest()
+    card = StudentCard(format=version, sha256=sha256, shape=shape, heads=dict(heads or {}), **origin)
     write_atomically(folder / "student.json", to_json(card))
 
 
@@ -378,15 +415,16 @@ def read_student_card(path: Path, *, next_step: str = "give the folder of a fini
     return read_json(StudentCard, path, next_step=next_step, max_bytes=MAX_CARD_BYTES)
 
 
-def load_student(path: str | Path, *, module: nn.Module | None = None) -> Student:
+def load_student(path: str | Path, *, game: str = "", module: nn.Module | None = None) -> Student:
     """Returns the student of a run's folder (or of its `student.json`) in evaluation mode.
 
     Args:
         path: the folder.
+        game: of a student of several games, the one whose actions are returned; without it, all outputs are.
         module: for a student made by `Student.of`, an instance of its class; its weights are replaced.
 
     Raises:
-        ValueError: a module is missing, or given for a student that has none.
+        ValueError: a module is missing, or given for a student that has none; a game that the student does not play.
         BadFile: not a student, another format, another module, or weights that are not those that were saved.
     """
     path = Path(path)
@@ -404,6 +442,10 @@ def load_student(path: str | Path, *, module: nn.Module | None = None) -> Studen
         next_step = "copy the folder again" if module is None else "give one made like the student's"
         kind = "Student" if module is None else type(module).__name__
         raise BadFile(f"{folder}: not the tensors of this {kind} ({one_line(str(error))}); {next_step}") from error
+    if game and card.heads:
+        if game not in card.heads:
+            raise ValueError(f"{folder}: plays {', '.join(card.heads)}, not {game}; give one of them")
+        return student.with_outputs(card.heads[game])
     return student.eval()
 
 

@@ -103,6 +103,18 @@ def canonical_name(name: str) -> str:
     return _camel_case(rom_id(name))
 
 
+def canonical_names(names: str) -> tuple[str, ...]:
+    """Returns the names of one game, or of several joined by commas, as papers write them.
+
+    Raises:
+        ValueError: an unknown game, or one that is named twice.
+    """
+    games = tuple(canonical_name(name) for name in names.split(","))
+    if len(set(games)) < len(games):
+        raise ValueError(f"--game {names}: a game is named twice; give each one once")
+    return games
+
+
 def human_normalised_score(game: str, score: float) -> float | None:
     """Returns (score - random) / (human - random), or None for a game outside the table (Mnih et al., 2015)."""
     if (row := RANDOM_AND_HUMAN_SCORES.get(canonical_name(game))) is None:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "policykd.loop",
         "policykd.losses",
         "policykd.methods",
+        "policykd.multi_game",
         "policykd.optimizer",
         "policykd.replay",
         "policykd.schedules",
@@ -36,7 +37,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policykd.compression", "policykd.rl"),
     ("policykd.viewer", "policykd.report"),
     # The whole jobs, which use everything.
-    ("policykd.runs.distill_run", "policykd.runs.distill_rl_run", "policykd.runs.finish"),
+    (
+        "policykd.runs.distill_run",
+        "policykd.runs.multi_game_run",
+        "policykd.runs.distill_rl_run",
+        "policykd.runs.finish",
+    ),
     ("policykd.cli", "policykd.__main__"),
     ("scripts",),
 )

@@ -21,6 +21,7 @@ class DistillArgs(DistillRunConfig):
     Typical commands:
       policykd distill --game Pong
       policykd distill --game Breakout --teacher hub:dqn --student 1% --loss two-sided-kl --loss.temperature linear:4:1
+      policykd distill --game Pong,Breakout,SpaceInvaders --student 25%
       policykd distill --config runs/Pong/NAME/config.json --seed 1
       policykd resume runs/Pong/NAME
     """
@@ -45,10 +46,16 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
 
 def run(args: DistillArgs) -> None:
     """Runs the distillation."""
-    from policykd.runs.distill_run import distill_run  # not for --help
+    # Not for --help.
+    from policykd.runs.distill_run import distill_run
+    from policykd.runs.multi_game_run import distill_games_run
 
     # --config is no setting of a run: what it named is in the other fields.
-    distill_run(DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)}))
+    config = DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)})
+    if len(config.games) > 1:
+        distill_games_run(config)
+    else:
+        distill_run(config)
 
 
 def _load_config(path: Path) -> DistillArgs:

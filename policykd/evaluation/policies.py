@@ -64,10 +64,11 @@ def load_named_policy(
         )
         name = ref
     else:
-        own_game = read_student_card(run / "student.json").game
+        card = read_student_card(run / "student.json")
+        own_game = "" if card.heads else card.game
         if own_game and canonical_name(own_game) != canonical_name(game):
             raise BadFile(f"{ref}: it was made for another game, {own_game}; leave out --game, or give a run of {game}")
-        policy = load_student(run)
+        policy = load_student(run, game=canonical_name(game))
         name = run.resolve().name
     # Before anything is played or measured: a policy of another game would fail later, or play nonsense.
     with closing(make_atari(game, 1, 0)) as envs:
@@ -136,7 +137,10 @@ def infer_game(refs: Sequence[str], given: str = "") -> str:
         return canonical_name(given)
     for ref in refs:
         run = find_run(ref)
-        game = read_student_card(run / "student.json").game if run else _game_of_teacher(ref)
+        card = read_student_card(run / "student.json") if run else None
+        if card and card.heads:
+            raise ValueError(f"{ref}: plays {', '.join(card.heads)}; give --game, or the folder of one, {ref}/GAME")
+        game = card.game if card else _game_of_teacher(ref)
         if game:
             return canonical_name(game)
     raise ValueError(f"{refs[0]}: its game is not recorded; give --game")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
 import tyro
@@ -20,6 +20,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from policykd.agents.student import Size
 from policykd.agents.teacher import TEACHER_HELP, WEIGHTS_HELP
+from policykd.envs.games import canonical_names
 from policykd.io.files import BadFile
 from policykd.io.machine import DeviceName as DeviceName
 from policykd.io.typed import one_line
@@ -297,6 +298,10 @@ class TaskArgs(GameArgs):
 class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillConfig, TeacherArgs, TaskArgs):
     """Settings of a distillation run, the flags of `policykd distill`."""
 
+    game: str
+    """Atari game; Pong, PongNoFrameskip-v4 and ALE/Pong-v5 all mean the same. Several, such as Pong,Breakout, give one
+    student that plays them all (docs/multi_game.md): --teacher then takes as many, and --num-envs, --states-per-round
+    and --updates-per-round count per game"""
     loss: AnyLoss = ForwardKL()  # noqa: RUF009  (frozen)
     """loss to minimise: --loss two-sided-kl and the like (docs/losses.md; docs/methods.md compares them)"""
     states: AnyStates = MixedStates()  # noqa: RUF009  (frozen)
@@ -310,6 +315,8 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
     """weights of auxiliary losses, in addition to that of the policies (docs/auxiliary_losses.md)"""
     num_envs: Positive = 16
     """environments that collect states in parallel"""
+    heads: Literal["separate", "shared"] = "separate"
+    """last layer of a student of several games: one for each game, or one of ALE's 18 actions"""
     budget: BudgetName = "none"
     """none trains for --rounds; the others evaluate the student after --rounds, and double the length of the run until
     the student is within a tolerance of its teacher's score or no longer improves: quick 5 %, at most 4 times --rounds;
@@ -318,6 +325,11 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
     def __post_init__(self) -> None:
         """Takes a folder as text too; leaves the checks to `check_config`, which knows the flags' names."""
         object.__setattr__(self, "folder", Path(self.folder))
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """The games, one or several."""
+        return canonical_names(self.game)
 
     @property
     def is_offline(self) -> bool:
@@ -342,6 +354,8 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
         # By name: the run's config inherits all fields of the loop's, so a new one needs no line here.
         names = {field.name for field in fields(DistillConfig)} - {"threads", "rounds"}
         settings = {name: getattr(self, name) for name in names}
+        for name in ("states_per_round", "updates_per_round"):
+            settings[name] *= len(self.games)
         return DistillConfig(threads=threads, rounds=rounds or self.rounds, **settings)
 
 
@@ -359,7 +373,7 @@ def check_config(config: DistillRunConfig) -> None:
     check_bounds("--min-state-weight", config.min_state_weight, 0.0, 1.0)
     to_settings(config)  # refuses functions of the user's, which config.json cannot hold
     # ... then those that depend on each other. The buffer is allocated at once, so its size is known now.
-    num_states = config.stage_ends[-1] * config.states_per_round
+    num_states = config.stage_ends[-1] * config.states_per_round * len(config.games)
     if (gigabytes := num_states * _GIGABYTES_PER_STATE) > _MAX_GIGABYTES:
         length = "" if config.budget == "none" else f" for up to {config.stage_ends[-1]:,} rounds"
         raise ValueError(
@@ -370,6 +384,7 @@ def check_config(config: DistillRunConfig) -> None:
         raise ValueError(
             f"--states-per-round {config.states_per_round} is not a multiple of --num-envs {config.num_envs}"
         )
+    _check_games(config)
     # An option without effect is more likely a mistake than meant.
     if config.state_weighting == "none" and config.min_state_weight != DistillRunConfig.min_state_weight:
         raise ValueError("--min-state-weight needs --state-weighting entropy, gap or disagreement; leave it out")
@@ -384,6 +399,31 @@ def check_config(config: DistillRunConfig) -> None:
             if getattr(config, name) != getattr(DistillRunConfig, name):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag}: --states dataset:PATH collects no states; leave it out")
+
+
+def _check_games(config: DistillRunConfig) -> None:
+    """Raises ValueError for settings that do not work with several games, or only with several."""
+    games = config.games
+    if len(games) == 1:
+        if config.heads != DistillRunConfig.heads:
+            raise ValueError(f"--heads {config.heads}: for several games; leave it out, or give --game GAME,GAME")
+        return
+    if config.teacher != "auto" and len(config.teacher.split(",")) != len(games):
+        raise ValueError(f"--teacher {config.teacher}: give one per game, {len(games)} references joined by commas")
+    # What compares or weighs all outputs of a state, or reads its rewards, would count those of other games.
+    unsupported = {
+        "loss": isinstance(config.loss, DecoupledKL | StandardizedKL | LogitMSE | LogitHuber),
+        "state-weighting": config.state_weighting != "none",
+        "auxiliary": bool(config.auxiliary.active),
+        "states": isinstance(config.states, DatasetStates | BlendedStates),
+        "budget": config.budget != "none",
+        "teacher-weights": config.teacher_weights != "equal",
+    }
+    for flag, is_given in unsupported.items():
+        if is_given:
+            raise ValueError(f"--{flag}: not for several games at once; leave it out")
+    if depends_on_return(config):
+        raise ValueError("--game: a schedule that follows the return is for one game; give another schedule")
 
 
 def _check_return_schedules(config: DistillRunConfig) -> None:

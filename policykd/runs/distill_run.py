@@ -5,7 +5,8 @@
 
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from policykd.agents.student import Student, make_student
 from policykd.agents.teacher import Teacher
-from policykd.envs.games import canonical_name
+from policykd.envs.games import canonical_names
 from policykd.envs.vector import VectorEnv
 from policykd.evaluation.evaluate import NUM_PERIODIC_EPISODES, derived_seed, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions, FinishedGames
@@ -77,8 +78,32 @@ def distill_run(config: DistillRunConfig) -> RunResult:
         FloatingPointError: too many teacher outputs or updates are not finite.
         KeyboardInterrupt: SIGINT or SIGTERM; the message names the command that resumes the run.
     """
+    with open_run(config) as opened:
+        if len(opened.config.games) > 1:
+            raise ValueError(f"game {config.game}: several; call policykd.runs.multi_game_run.distill_games_run")
+        return _run_in_folder(opened)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose settings are checked and whose folder is locked."""
+
+    folder: Path
+    config: DistillRunConfig
+    device: torch.device
+    threads: int
+
+
+@contextmanager
+def open_run(config: DistillRunConfig) -> Iterator[OpenRun]:
+    """Checks a run's settings and locks its folder; errors inside name the folder or the command that resumes it.
+
+    Raises:
+        ValueError: invalid settings.
+        OSError: another process works in the folder.
+    """
     # Everything that can be refused without reading a file is refused first.
-    config = replace(config, game=canonical_name(config.game))
+    config = replace(config, game=",".join(canonical_names(config.game)))
     check_config(config)
     device = prepare_device(config.device, config.threads)
     check_device(config, device)
@@ -89,7 +114,7 @@ def distill_run(config: DistillRunConfig) -> RunResult:
         # The trainer's own threads share each batch instead of torch's.
         torch.set_num_threads(1)
         try:
-            return _run_in_folder(run, config, device, threads)
+            yield OpenRun(run, config, device, threads)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; the rounds before it are saved in {run}") from error
         except KeyboardInterrupt:
@@ -102,7 +127,7 @@ def distill_run(config: DistillRunConfig) -> RunResult:
 def run_folder(config: DistillRunConfig) -> Path:
     """Returns the folder of a run; without a name, one made of the student's size, the seed and the time."""
     name = f"{config.student.replace('%', 'pct')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(config.folder) / canonical_name(config.game) / (config.name or name)
+    return Path(config.folder) / ",".join(config.games) / (config.name or name)
 
 
 def check_device(config: DistillRunConfig, device: torch.device) -> None:
@@ -113,15 +138,16 @@ def check_device(config: DistillRunConfig, device: torch.device) -> None:
         raise ValueError("--bf16: this CPU has no bfloat16 arithmetic and would take ten times as long; leave it out")
 
 
-def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, threads: int) -> RunResult:
+def _run_in_folder(opened: OpenRun) -> RunResult:
     """Does the steps of a run in order; each of them is skipped or repeated on resume as its result requires."""
     # Emulators, OpenCV and the report: not before the settings are checked.
     from policykd.envs.atari import make_atari
     from policykd.runs.finish import TrainingCost, finish_run
 
+    run, config, device, threads = opened.folder, opened.config, opened.device, opened.threads
     # 1. Load the teacher and start the environments.
     started = load_started_run(run, resume=config.resume)
-    teacher = _load_teacher(config, started, device)
+    teacher = load_distill_teacher(config, started, device)
     # An offline run never steps its environment: it only has the shapes of observations and actions.
     num_envs = 1 if config.is_offline else config.num_envs
     num_workers = 0 if config.is_offline else threads
@@ -171,7 +197,7 @@ def _run_in_folder(run: Path, config: DistillRunConfig, device: torch.device, th
         return finish_run(run, state.student, teacher, config.game, cost, options)
 
 
-def _load_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
+def load_distill_teacher(config: DistillRunConfig, started: RunRecord | None, device: torch.device) -> Teacher:
     """Returns the teacher on the device, with the fastest backend that is installed; from the Hub, at one commit."""
     from policykd.envs.atari import make_atari
     from policykd.export.compiled import compile_policy

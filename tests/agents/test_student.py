@@ -276,9 +276,14 @@ def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"not the file that student\.json describes"):
         load_student(tmp_path)
     weights.write_bytes(good)
-    card.write_text(card.read_text().replace('"format": 1', '"format": 4'))
-    with pytest.raises(BadFile, match="format 4 is unknown to this policykd, update it"):
+    kept = card.read_text()
+    card.write_text(card.read_text().replace('"format": 1', '"format": 5'))
+    with pytest.raises(BadFile, match="format 5 is unknown to this policykd, update it"):
         load_student(tmp_path)
+    for head in ("[0, 0]", "[6]", "[]"):
+        card.write_text(json.dumps(json.loads(kept) | {"heads": {"Pong": json.loads(head)}}))
+        with pytest.raises(BadFile, match=r"heads: Pong has .*, expected some of 6 outputs, each once"):
+            load_student(tmp_path)
     card.write_text("{")
     with pytest.raises(BadFile, match=r"student.json: invalid \("):
         load_student(tmp_path)
