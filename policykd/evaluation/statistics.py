@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+Number = TypeVar("Number", float, np.ndarray)
 
 RESAMPLES = 10_000
 """bootstrap resamples; the interval's ends then vary by about 1 % of its width"""
@@ -78,4 +81,10 @@ def difference_interval(
 
 def teacher_normalised_score(student: float, teacher: float, random: float) -> float | None:
     """Returns (student - random) / (teacher - random), or None if the teacher is no better than a random policy."""
-    return (student - random) / (teacher - random) if teacher > random else None
+    return normalise(student, teacher, random) if teacher > random else None
+
+
+def normalise(returns: Number, teacher: Number, random: Number) -> Number:
+    """Returns (returns - random) / (teacher - random), of numbers or elementwise of arrays."""
+    score: Number = (returns - random) / (teacher - random)
+    return score
