@@ -92,7 +92,7 @@ def aggregate_optimality_gap(scores: np.ndarray) -> np.ndarray:
 
 
 def geometric_mean(scores: np.ndarray) -> np.ndarray:
-    """Returns the geometric mean over games of each game's mean over runs (Rusu et al., 2015, table 2).
+    """Returns the geometric mean over games of each game's mean over runs (Rusu et al., 2015).
 
     Raises:
         ValueError: a game's mean is not positive, and the geometric mean not defined.
