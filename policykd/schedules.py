@@ -149,6 +149,28 @@ class WarmupCosine(Schedule):
 
 
 @dataclass(frozen=True)
+class WarmupStableDecay(Schedule):
+    """Linear warm-up to `peak`, constant, then linear decay to zero (Zhai et al., 2022; Hägele et al., 2024)."""
+
+    peak: float
+    """maximum value"""
+    decay: float = 0.3
+    """fraction of the run that the decay takes"""
+    warmup: float = 0.02
+    """fraction of the run that the warm-up takes"""
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.warmup and 0.0 < self.decay and self.warmup + self.decay <= 1.0):
+            raise ValueError(f"decay and warmup must be positive and at most 1 together, not {self.decay}, {self.warmup}")
+
+    def __call__(self, progress: float, /) -> float:
+        """Returns the value at `progress`."""
+        if progress < self.warmup:
+            return self.peak * progress / self.warmup
+        return self.peak * min(1.0, (1.0 - progress) / self.decay)
+
+
+@dataclass(frozen=True)
 class ReturnGap(Schedule):
     """Weight that falls to 0 as the student's return approaches the teacher's (QDagger; Agarwal et al., 2022).
 
@@ -281,6 +303,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": Cosine,
     "exponential": Exponential,
     "warmup-cosine": WarmupCosine,
+    "warmup-stable-decay": WarmupStableDecay,
     "gap": ReturnGap,
     "reached": ReturnReached,
 }
