@@ -41,7 +41,10 @@ Command = Literal["distill", "distill-rl"]
 
 SHARED = f"--game {GAME} --student 1% --eval-episodes 10 --threads 1"
 # 12,800 labelled states and 1,200 updates of 256. The learning rate is twice the default, because the budget is small.
-DISTILL = "--rounds 8 --states-per-round 1600 --updates-per-round 150 --learning-rate 4e-3 --eval-every 0"
+DISTILL = (
+    "--rounds 8 --states-per-round 1600 --updates-per-round 150 --batch-size 256 --optimizer adam"
+    " --learning-rate warmup-cosine:4e-3 --eval-every 0"
+)
 BUDGETS: dict[Command, str] = {"distill": DISTILL, "distill-rl": "--steps 12800 --eval-every 0"}
 
 LOSSES = {

@@ -7,7 +7,6 @@ A actions, N stored states.
     python examples/distill_pong.py --rounds 10 --states-per-round 4000
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,10 +66,10 @@ def sample(logits_BA: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
-    """Returns 2 % linear warm-up, then cosine decay to 0."""
+    """Returns 2 % linear warm-up, then the peak, then linear decay to 0 over the last 30 %."""
     if progress < 0.02:
         return peak * progress / 0.02
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (progress - 0.02) / 0.98))
+    return peak * min(1.0, (1.0 - progress) / 0.3)
 
 
 def distill(teacher: Teacher, student: Student, envs: VectorEnv, args: Args) -> None:

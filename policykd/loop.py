@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from policykd.agents.policy import as_policy, log_policy
 from policykd.collector import Collector
 from policykd.losses import Batch, LossFn, Metrics, check_temperature, kl_divergence_B, policy_metrics
-from policykd.schedules import Quantity, WarmupCosine, check_bounds, follows_return, resolve, schedule_values
+from policykd.schedules import Quantity, WarmupStableDecay, check_bounds, follows_return, resolve, schedule_values
 from policykd.states import MixedStates, StateSource
 from policykd.train_state import Rollout, TrainState, make_train_state
 from policykd.trainer import Trainer
@@ -23,20 +23,21 @@ from policykd.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Settings of the loop; the defaults are those of the 7 % Pong student in the README."""
+    """Settings of the loop."""
 
-    rounds: int = 10
+    rounds: int = 16
     """rounds of collecting states and training on all collected so far"""
-    states_per_round: int = 8000
+    states_per_round: int = 4000
     """states to collect and label per round: agent steps over all environments"""
-    updates_per_round: int = 700
+    updates_per_round: int = 400
     """gradient steps per round"""
-    batch_size: int = 256
+    batch_size: int = 128
     """states per gradient step"""
-    learning_rate: Quantity = 2e-3
-    """peak learning rate: 2 % linear warm-up, then cosine decay to 0; or a schedule of your own"""
-    optimizer: Literal["adam", "muon"] = "adam"
-    """adam, or muon (Jordan et al., 2024), which needs fewer states and updates for the same KL"""
+    learning_rate: Quantity = 4e-3
+    """peak learning rate: 2 % warm-up, constant, then linear decay to 0 over the last 30 %; or a schedule of your own.
+    Adam wants half of it"""
+    optimizer: Literal["muon", "adam"] = "muon"
+    """muon (Jordan et al., 2024), which needs fewer states and updates for the same KL, or adam"""
     states: StateSource = field(default_factory=MixedStates)
     """who acts while states are collected: by default teacher, then student (DAgger)"""
     replay_window_rounds: int = 0
@@ -151,7 +152,7 @@ def _rounds(collector: Collector, trainer: Trainer, state: TrainState, config: D
     prepare = getattr(loss_fn, "prepare", None)
     # A number is the peak of the default schedule.
     peak = config.learning_rate
-    learning_rate = peak if callable(peak) else WarmupCosine(peak)
+    learning_rate = peak if callable(peak) else WarmupStableDecay(peak)
 
     with trainer, collector:
         while state.round < config.rounds:

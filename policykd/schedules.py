@@ -160,8 +160,8 @@ class WarmupStableDecay(Schedule):
     """fraction of the run that the warm-up takes"""
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.warmup and 0.0 < self.decay and self.warmup + self.decay <= 1.0):
-            raise ValueError(f"decay and warmup must be positive and at most 1 together, not {self.decay}, {self.warmup}")
+        if self.warmup < 0.0 or not 0.0 < self.decay <= 1.0 - self.warmup:
+            raise ValueError(f"decay {self.decay} and warmup {self.warmup} must be positive and at most 1 together")
 
     def __call__(self, progress: float, /) -> float:
         """Returns the value at `progress`."""

@@ -101,6 +101,7 @@ class FineTuning:
             updates_per_round=self.settings.updates // ROUNDS,
             batch_size=self.settings.batch_size,
             learning_rate=learning_rate,
+            optimizer="adam",  # for which the peak rates of all methods were searched
             states=DatasetStates(Path()),  # offline: the states are in the replay buffer already
             # Another seed per part, or a network that is trained in parts would see the same batches in each.
             seed=self.settings.seed + first_round,

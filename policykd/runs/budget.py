@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-BudgetName = Literal["none", "quick", "standard", "full"]
+BudgetName = Literal["auto", "none", "quick", "standard", "full"]
+"""auto is decided when the flags are read (`DistillRunConfig`)"""
 StopReason = Literal["reached", "stalled", "spent"]
 
 
@@ -28,6 +29,8 @@ BUDGETS: dict[BudgetName, Budget] = {
     "standard": Budget(0.02, 3),
     "full": Budget(0.01, 5),
 }
+FIRST_STAGE_ROUNDS = 4
+"""rounds of the first stage, if none are given"""
 MIN_KL_DECREASE = 0.1
 """a student whose KL on new states fell by this share in the last stage still improves, whatever its noisy returns"""
 

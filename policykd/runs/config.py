@@ -39,7 +39,7 @@ from policykd.losses import (
 )
 from policykd.methods.divergences import DecoupledKL, StandardizedKL
 from policykd.methods.state_weights import StateWeighting, weigh_states
-from policykd.runs.budget import BudgetName, stage_ends
+from policykd.runs.budget import FIRST_STAGE_ROUNDS, BudgetName, stage_ends
 from policykd.schedules import Quantity, check_bounds, follows_return, format_schedule, parse_schedule
 from policykd.states import BlendedStates, DatasetStates, MixedStates, StudentStates, TeacherStates, student_acts_alone
 
@@ -317,14 +317,25 @@ class DistillRunConfig(RunArgs, MachineArgs, SeedArgs, EvaluationArgs, DistillCo
     """environments that collect states in parallel"""
     heads: Literal["separate", "shared"] = "separate"
     """last layer of a student of several games: one for each game, or one of ALE's 18 actions"""
-    budget: BudgetName = "none"
-    """none trains for --rounds; the others evaluate the student after --rounds, and double the length of the run until
-    the student is within a tolerance of its teacher's score or no longer improves: quick 5 %, at most 4 times --rounds;
-    standard 2 %, 8 times; full 1 %, 32 times"""
+    rounds: NotNegative = 0
+    """rounds of collecting states and training on all collected so far; 0 leaves their number to --budget"""
+    budget: BudgetName = "auto"
+    """quick, standard and full evaluate the student after --rounds (by default 4), and double the length of the run
+    until it is within a tolerance of its teacher's score or no longer improves: quick 5 %, at most 4 times as long;
+    standard 2 %, 8 times; full 1 %, 32 times. none trains for --rounds (by default 16). auto is standard without
+    --rounds, for one game with live states, else none"""
 
     def __post_init__(self) -> None:
-        """Takes a folder as text too; leaves the checks to `check_config`, which knows the flags' names."""
+        """Takes a folder as text too, and decides what auto means; leaves the checks to `check_config`."""
         object.__setattr__(self, "folder", Path(self.folder))
+        if self.budget == "auto":
+            is_one_game = "," not in self.game
+            follows = follows_return(self.loss, self.min_state_weight, self.auxiliary, self.states)
+            has_rule = not self.rounds and is_one_game and not self.is_offline and not follows
+            object.__setattr__(self, "budget", "standard" if has_rule else "none")
+        if not self.rounds:
+            rounds = DistillConfig.rounds if self.budget == "none" else FIRST_STAGE_ROUNDS
+            object.__setattr__(self, "rounds", rounds)
 
     @property
     def games(self) -> tuple[str, ...]:

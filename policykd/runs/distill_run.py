@@ -274,7 +274,7 @@ def _teacher_return(job: _Job, state: TrainState) -> float:
     if teacher_return <= state.random_return:
         raise ValueError(
             f"--budget {job.config.budget}: the teacher's return {teacher_return:.2f} is no better than a random"
-            f" policy's {state.random_return:.2f}; leave it out"
+            f" policy's {state.random_return:.2f}; give --budget none"
         )
     return teacher_return
 

@@ -208,7 +208,7 @@ def test_stored_states_have_their_share_of_every_batch() -> None:
 
 
 def test_offline_distillation_collects_nothing_and_measures_what_is_held_out() -> None:
-    settings: dict[str, Any] = {"rounds": 3, "states": DatasetStates(Path("stored"))}
+    settings: dict[str, Any] = {"rounds": 3, "states": DatasetStates(Path("stored")), "learning_rate": 5e-2}
     problem = with_stored_states(320, replace(SMALL, **settings))
     seen = RowsSeen()
     rounds = problem.train(seen, **settings)

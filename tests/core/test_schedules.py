@@ -15,6 +15,7 @@ from policykd.schedules import (
     ReturnReached,
     Schedule,
     WarmupCosine,
+    WarmupStableDecay,
     check_bounds,
     follows_return,
     format_schedule,
@@ -32,6 +33,14 @@ def test_anchors() -> None:
     assert rate(0.2) == pytest.approx(2.0)
     assert rate(0.6) == pytest.approx(1.0)
     assert rate(1.0) == pytest.approx(0.0)
+
+
+def test_a_rate_warms_up_stays_and_decays() -> None:
+    rate = WarmupStableDecay(2.0, decay=0.4, warmup=0.1)
+    assert [rate(x) for x in (0.0, 0.05, 0.1, 0.6, 0.8, 1.0)] == pytest.approx([0.0, 1.0, 2.0, 2.0, 1.0, 0.0])
+    for decay, warmup in ((0.0, 0.1), (0.95, 0.1), (0.3, -0.1)):
+        with pytest.raises(ValueError, match="must be positive and at most 1 together"):
+            WarmupStableDecay(1.0, decay, warmup)
 
 
 def test_it_rises_then_falls() -> None:
@@ -135,6 +144,7 @@ def test_bounds_hold_all_over_a_run(quantity: Quantity) -> None:
         ("constant:2", Constant(2.0)),
         ("0.1234567890123", 0.1234567890123),
         ("warmup-cosine:2e-3", WarmupCosine(2e-3)),
+        ("warmup-stable-decay:2e-3", WarmupStableDecay(2e-3)),
         ("linear:1:0", Linear(1.0, 0.0)),
         ("linear:0:1:0.3", Linear(0.0, 1.0, 0.3)),
         ("cosine:4:1", Cosine(4.0, 1.0)),

@@ -18,6 +18,7 @@ def test_the_example_gives_the_same_weights_as_distill(capsys: pytest.CaptureFix
         updates_per_round=args.updates_per_round,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        optimizer="adam",
         seed=args.seed,
     )
     envs = policykd.make_env(args.game, args.num_envs, args.seed)

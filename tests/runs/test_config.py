@@ -53,7 +53,27 @@ def test_every_changed_setting_is_named() -> None:
     assert changes["loss.temperature"] == ("exponential:4:1:0.5", 2.0)
     assert changes["seed"] == (0, 1)
     assert {"states", "overlap", "auxiliary.shift"} <= changes.keys()
-    assert "rounds" not in changes
+    assert "batch_size" not in changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "rounds"),
+    [
+        ({}, "standard", 4),
+        ({"rounds": 10}, "none", 10),  # exactly as many as are asked for
+        ({"budget": "quick"}, "quick", 4),
+        ({"budget": "quick", "rounds": 2}, "quick", 2),
+        ({"budget": "none"}, "none", 16),
+        ({"game": "Pong,Breakout"}, "none", 16),
+        ({"states": DatasetStates(Path("x"))}, "none", 16),
+        ({"loss": SoftAndHard(hard=ReturnGap(0.5)), "states": StudentStates()}, "none", 16),
+    ],
+)
+def test_the_budget_follows_from_the_other_settings(settings: dict[str, Any], budget: str, rounds: int) -> None:
+    config = DistillRunConfig(**({"game": "Pong"} | settings))
+    assert (config.budget, config.rounds) == (budget, rounds)
+    assert from_settings(DistillRunConfig, to_settings(config), "config.json") == config
+    check_config(config)
 
 
 def test_a_function_of_ones_own_is_refused() -> None:
@@ -83,7 +103,7 @@ def test_invalid_settings_are_one_line(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rounds": 0}, "^--rounds must be at least 1, not 0"),
+        ({"rounds": -1}, "^--rounds must be at least 0, not -1"),
         ({"seed": 2**32}, "--seed must be at least 0 and at most 4294967295"),
         ({"name": "../x"}, "--name must be the name of a folder"),
         ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, not nan"),
