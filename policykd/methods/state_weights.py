@@ -1,7 +1,7 @@
 """Weighted states.
 
 A state's weight lies in [0, 1] and is a constant to the gradient. A batch of half the weight has half the gradient,
-which Adam undoes: what counts is how states weigh relative to each other. Shape suffixes: B batch, A actions.
+which the optimizer undoes: what counts is how states weigh relative to each other. Shape suffixes: B batch, A actions.
 """
 
 import math

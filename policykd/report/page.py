@@ -119,7 +119,7 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str, Look, str], ...]], ...]
         ("eval/mean_reward", "student alone, 16 episodes", "student", "o"))),
     ("Distillation weight", "relative to the reward", "linear", (
         ("train/distillation_weight", "weight", "student", "-"),)),
-    ("Learning rate", "Adam", "linear", (
+    ("Learning rate", "of the optimizer", "linear", (
         ("train/learning_rate", "learning rate", "student", "-"),)),
 )  # fmt: skip
 
