@@ -104,7 +104,7 @@ ERRORS = {
         "--game Pong --teacher bundled:ppo+bundled:dqn --teacher-weights 1,2,3",
         "3 teacher weights for 2 teachers",
     ),
-    "no rounds": ("--game Pong --rounds 0", "rounds must be at least 1"),
+    "fewer than no rounds": ("--game Pong --rounds -1", "rounds must be at least 0"),
     "a name that is a path": ("--game Pong --name ../x", "--name must be the name of a folder"),
     "a missing config": ("--config nowhere.json", "nowhere.json: No such file"),
     "a device that is not available": ("--game Pong --device cuda", "use --device cpu"),

@@ -71,7 +71,7 @@ def test_the_games_are_those_of_their_own_environments(envs: MultiGameEnvs) -> N
             assert torch.equal(step.obs, torch.cat([e.obs for e in expected]))
             assert torch.equal(step.rewards_B, torch.cat([e.rewards_B for e in expected]))
         # A held environment stands still, those beside it do not.
-        before = step.obs
+        before = envs.step(torch.tensor([2, 3, 7, 9])).obs
         after = envs.step(torch.tensor([-1, 3, -1, 6])).obs
         assert [bool((before[i] == after[i]).all()) for i in range(4)] == [True, False, True, False]
 

@@ -463,7 +463,7 @@ def test_without_an_intact_checkpoint_nothing_is_started_again(warm: Warm, stopp
     other = ROUNDS.replace("--states-per-round 32", "--states-per-round 64") + " --learning-rate 0.1"
     code, said = warm(runs, other)
     assert code == USAGE, said
-    assert "states_per_round was 32, is 64; learning_rate was 0.002, is 0.1" in said.splitlines()[-1]
+    assert "states_per_round was 32, is 64; learning_rate was 0.004, is 0.1" in said.splitlines()[-1]
     assert tree(runs) == before
     for path in (runs / "Pong/r/checkpoints").glob("model-*"):
         flipped(path)

@@ -70,7 +70,8 @@ def test_every_changed_setting_is_named() -> None:
     ],
 )
 def test_the_budget_follows_from_the_other_settings(settings: dict[str, Any], budget: str, rounds: int) -> None:
-    config = DistillRunConfig(**({"game": "Pong"} | settings))
+    named: dict[str, Any] = {"game": "Pong"} | settings
+    config = DistillRunConfig(**named)
     assert (config.budget, config.rounds) == (budget, rounds)
     assert from_settings(DistillRunConfig, to_settings(config), "config.json") == config
     check_config(config)
