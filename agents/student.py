@@ -45,7 +45,7 @@ SIZES: dict[Size, tuple[Design, tuple[int, ...], int]] = {
     "impala": ("impala", (4, 8, 8), 64),
 }
 """name -> (design, convolution widths, dense units); percentages are of the parameters of the first, SB3's NatureCNN;
-next three are the networks of Rusu et al. (2015); the last five save arithmetic, not parameters (docs/students.md)"""
+the next three are Rusu et al.'s (2015) networks; the last five save arithmetic, not parameters (docs/students.md)"""
 
 Width = Annotated[int, Field(ge=1, le=1 << 16)]
 

@@ -34,8 +34,7 @@ class DistillConfig:
     batch_size: int = 128
     """states per gradient step"""
     learning_rate: Quantity = 4e-3
-    """peak learning rate: 2 % warm-up, constant, then linear decay to 0 over the last 30 %; or a schedule of your own.
-    Adam wants half of it"""
+    """peak learning rate: 2 % warm-up, constant, linear decay to 0 over the last 30 %; or a schedule of your own"""
     optimizer: Literal["muon", "adam"] = "muon"
     """muon (Jordan et al., 2024), which needs fewer states and updates for the same KL, or adam"""
     states: StateSource = field(default_factory=MixedStates)

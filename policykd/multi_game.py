@@ -75,8 +75,13 @@ class MultiGameEnvs:
         """index of each environment's game"""
         self.available_EA = torch.zeros(self.num_envs, self.num_actions, dtype=torch.bool)
         """whether an output is an action of the environment's game"""
+        self._own_actions_A: dict[str, Tensor] = {}
+        """by game, its own number of each output; -1 where it has none"""
         for game, rows in self.rows.items():
-            self.available_EA[rows, list(self.heads[game])] = True
+            head = list(self.heads[game])
+            self.available_EA[rows, head] = True
+            self._own_actions_A[game] = torch.full((self.num_actions,), -1)
+            self._own_actions_A[game][head] = torch.arange(len(head))
 
     @property
     def rows(self) -> dict[str, slice]:
@@ -97,13 +102,10 @@ class MultiGameEnvs:
         steps: list[Step] = []
         episodes: list[Episode] = []
         for game, rows in self.rows.items():
-            # The game's own number of each output; -1 where it has none.
-            own_A = torch.full((self.num_actions,), -1)
-            own_A[list(self.heads[game])] = torch.arange(len(self.heads[game]))
             outputs = actions_B[rows]
-            actions = torch.where(outputs < 0, outputs, own_A[outputs.clamp(min=0)])
+            actions = torch.where(outputs < 0, outputs, self._own_actions_A[game][outputs.clamp(min=0)])
             if ((actions < 0) & (outputs >= 0)).any():
-                raise ValueError(f"outputs {outputs.tolist()}: not all of them are actions of {game}, {own_A.tolist()}")
+                raise ValueError(f"outputs {outputs.tolist()}: not all are actions of {game}, {self.heads[game]}")
             step = self.envs[game].step(actions)
             steps.append(step)
             episodes += [Episode(rows.start + e.env, e.episodic_return, e.length, e.truncated) for e in step.episodes]
@@ -149,8 +151,15 @@ class MultiGameTeacher:
 
     temperature = 1.0
 
-    def __init__(self, teachers: Mapping[str, Policy], envs: MultiGameEnvs) -> None:
+    def __init__(
+        self, teachers: Mapping[str, Policy], envs: MultiGameEnvs, *, temperature: float | None = None
+    ) -> None:
         """Assigns teachers to games.
+
+        Args:
+            teachers: one for every game.
+            envs: the games' environments.
+            temperature: divides the outputs of all teachers; by default each one's own does.
 
         Raises:
             ValueError: not one teacher for every game.
@@ -159,6 +168,7 @@ class MultiGameTeacher:
             raise ValueError(f"teachers of {', '.join(teachers)} for the games {', '.join(envs.games)}; give one each")
         self.teachers = tuple(teachers[game] for game in envs.games)
         self.envs = envs
+        self._temperatures = [temperature or float(getattr(t, "temperature", 1.0)) for t in self.teachers]
 
     def __call__(self, obs: Tensor) -> Tensor:
         """Returns `(num_envs, num_actions)` of one observation per environment, in their order.
@@ -170,11 +180,11 @@ class MultiGameTeacher:
         if len(obs) != envs.num_envs:
             raise ValueError(f"{len(obs)} observations for {envs.num_envs} environments: their games are unknown")
         outputs_BA = torch.full((envs.num_envs, envs.num_actions), UNAVAILABLE, device=obs.device)
-        for teacher, (game, rows) in zip(self.teachers, envs.rows.items(), strict=True):
+        for teacher, own, (game, rows) in zip(self.teachers, self._temperatures, envs.rows.items(), strict=True):
             head = list(envs.heads[game])
             raw = check_outputs(teacher(obs[rows]), envs.num_per_game, len(head), f"the teacher of {game}")
             # Logits and Q-values of different teachers only mean the same as log-probabilities.
-            outputs_BA[rows, head] = log_policy(raw, float(getattr(teacher, "temperature", 1.0))).to(obs.device)
+            outputs_BA[rows, head] = log_policy(raw, own).to(obs.device)
         return outputs_BA
 
 

@@ -46,15 +46,16 @@ def parse(words: Sequence[str], prog: str) -> DistillArgs:
 
 def run(args: DistillArgs) -> None:
     """Runs the distillation."""
-    # Not for --help.
-    from policykd.runs.distill_run import distill_run
-    from policykd.runs.multi_game_run import distill_games_run
-
     # --config is no setting of a run: what it named is in the other fields.
     config = DistillRunConfig(**{field.name: getattr(args, field.name) for field in fields(DistillRunConfig)})
+    # Each is imported where it is needed, and not for --help.
     if len(config.games) > 1:
+        from policykd.runs.multi_game_run import distill_games_run
+
         distill_games_run(config)
     else:
+        from policykd.runs.distill_run import distill_run
+
         distill_run(config)
 
 

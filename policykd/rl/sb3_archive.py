@@ -66,7 +66,8 @@ def start_from(policy: nn.Module, start: Teacher | Student, scaling: InputScalin
     """
     net = start.net
     if not isinstance(net, ConvNet) or (net.design, net.widths, net.hidden) != ("nature", (32, 64, 64), (512,)):
-        raise ValueError("--start-from: not SB3's NatureCNN; give another teacher, or a student of size 100%")
+        name = start.ref if isinstance(start, Teacher) else "the student"
+        raise ValueError(f"--start-from: {name} is not SB3's NatureCNN; give another teacher, or a 100% student")
     # By position in SB3's NatureCNN: a layer with weights, then a ReLU.
     for extractor in [module for module in policy.modules() if isinstance(module, NatureCNN)]:
         layers = [extractor.cnn[2], extractor.cnn[4], extractor.linear[0]]

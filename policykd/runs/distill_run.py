@@ -78,9 +78,9 @@ def distill_run(config: DistillRunConfig) -> RunResult:
         FloatingPointError: too many teacher outputs or updates are not finite.
         KeyboardInterrupt: SIGINT or SIGTERM; the message names the command that resumes the run.
     """
+    if len(config.games) > 1:
+        raise ValueError(f"game {config.game}: several; call policykd.runs.multi_game_run.distill_games_run")
     with open_run(config) as opened:
-        if len(opened.config.games) > 1:
-            raise ValueError(f"game {config.game}: several; call policykd.runs.multi_game_run.distill_games_run")
         return _run_in_folder(opened)
 
 

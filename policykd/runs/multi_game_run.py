@@ -5,18 +5,19 @@ ordinary run: its own curves, evaluations, results, report, and the student with
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from policykd.agents.card import Provenance, TeacherRecord
 from policykd.agents.student import Student, make_student, save_student
 from policykd.agents.teacher import Teacher
 from policykd.envs.emulators import action_names
+from policykd.evaluation.aggregate import geometric_mean
 from policykd.evaluation.evaluate import PROTOCOLS, periodic_evaluation
 from policykd.evaluation.results import FinalEvaluationOptions
 from policykd.evaluation.teacher_check import check_fits, check_teacher
@@ -86,7 +87,8 @@ def _run_in_folder(opened: OpenRun) -> dict[str, RunResult]:
     # 1. Load the teachers and start the environments.
     started = load_started_run(run, resume=config.resume)
     refs = [config.teacher] * len(games) if config.teacher == "auto" else config.teacher.split(",")
-    configs = {game: replace(config, game=game, teacher=ref) for game, ref in zip(games, refs, strict=True)}
+    # What a run of each game alone would have: its folder is that of one.
+    configs = {g: replace(config, game=g, teacher=ref, heads="separate") for g, ref in zip(games, refs, strict=True)}
     records = {game: load_run_config(run / game) for game in games if started and (run / game / CONFIG).is_file()}
     teachers = {game: load_distill_teacher(c, records.get(game), opened.device) for game, c in configs.items()}
     with ExitStack() as stack:
@@ -116,13 +118,14 @@ def _run_in_folder(opened: OpenRun) -> dict[str, RunResult]:
         for game, teacher in teachers.items():
             if game not in records:
                 check = check_teacher(teacher, game, seed=config.seed, allow_weak=config.allow_weak_teacher)
-                print(f"{game}: the teacher {check.warning}" if check.warning else f"{game}: the teacher plays {check}")
-                settings = to_settings(configs[game])
-                records[game] = replace(record, settings=settings, teacher=teacher.record, teacher_check=check)
+                warning = f"warning: {game}: the teacher {check.warning}"
+                print(warning if check.warning else f"{game}: the teacher plays {check}")
+                records[game] = replace(record, teacher=teacher.record, teacher_check=check)
         if started is None:
             write_run_config(run, record)
         for game in games:
-            write_run_config(run / game, records[game])
+            # A resumed run may have been given more rounds.
+            write_run_config(run / game, replace(records[game], settings=to_settings(configs[game])))
 
         # 4. Restore the last checkpoint, train, and log every round.
         job = _Job(opened, teachers, envs)
@@ -178,7 +181,7 @@ def _train(job: _Job, state: TrainState, loggers: Mapping[str, RunLogger]) -> No
     loop_config = config.loop_config(job.opened.threads)
     loop_config = replace(loop_config, states=MultiGameStates(loop_config.states, job.envs), temperature=None)
     loss_fn = MultiGameLoss(config.policy_loss, job.envs)
-    teacher = MultiGameTeacher(job.teachers, job.envs)
+    teacher = MultiGameTeacher(job.teachers, job.envs, temperature=config.temperature)
     _evaluate_if_due(job, state, loggers)
     rounds = distill(teacher, state.student, job.envs, loop_config, loss_fn=loss_fn, state=state)
     with tqdm(rounds, total=config.rounds, initial=state.round, unit="round", desc="+".join(config.games)) as bar:
@@ -267,15 +270,13 @@ def summary(results: Mapping[str, RunResult]) -> str:
                 f"{result.student.protocols[protocol].mean:.2f} / {result.teacher.protocols[protocol].mean:.2f}"
             )
             cells.append("-" if share is None else f"{share:.1%}")
-            kept[protocol].append(math.nan if share is None else share)
+            kept[protocol].append(0.0 if share is None else share)
         lines.append("| " + " | ".join(cells) + " |")
-    noop, sticky = (geometric_mean(kept[protocol]) for protocol in PROTOCOLS)
+    noop, sticky = (_geometric_mean(kept[protocol]) for protocol in PROTOCOLS)
     lines.append(f"| geometric mean | | {noop} | | {sticky} |")
     return "\n".join(lines) + "\n"
 
 
-def geometric_mean(shares: list[float]) -> str:
-    """Returns the geometric mean in per cent, or a dash where a share is not positive."""
-    if not all(share > 0 for share in shares):
-        return "-"
-    return f"{math.prod(shares) ** (1 / len(shares)):.1%}"
+def _geometric_mean(shares: list[float]) -> str:
+    """Returns the geometric mean in per cent, or a dash where it is not defined."""
+    return f"{geometric_mean(np.array([shares])):.1%}" if min(shares) > 0.0 else "-"

@@ -70,7 +70,7 @@ def test_the_games_are_those_of_their_own_environments(envs: MultiGameEnvs) -> N
             expected = [pong.step(torch.tensor([2, 3])), breakout.step(torch.tensor([1, 3]))]
             assert torch.equal(step.obs, torch.cat([e.obs for e in expected]))
             assert torch.equal(step.rewards_B, torch.cat([e.rewards_B for e in expected]))
-        # A held environment stands still, those beside it do not.
+        # A held environment stands still, the others do not.
         before = envs.step(torch.tensor([2, 3, 7, 9])).obs
         after = envs.step(torch.tensor([-1, 3, -1, 6])).obs
         assert [bool((before[i] == after[i]).all()) for i in range(4)] == [True, False, True, False]
@@ -78,7 +78,7 @@ def test_the_games_are_those_of_their_own_environments(envs: MultiGameEnvs) -> N
 
 def test_an_output_of_another_game_is_refused(envs: MultiGameEnvs) -> None:
     envs.reset()
-    with pytest.raises(ValueError, match=r"outputs \[6, 7\]: not all of them are actions of Pong"):
+    with pytest.raises(ValueError, match=r"outputs \[6, 7\]: not all are actions of Pong"):
         envs.step(torch.tensor([6, 7, 6, 7]))
 
 
@@ -106,6 +106,9 @@ def test_each_teacher_labels_its_own_game_at_its_own_temperature(envs: MultiGame
     outputs = make_teacher(envs)(obs)
     torch.testing.assert_close(outputs[:2, :6], Bright(6)(obs[:2]).log_softmax(1))
     torch.testing.assert_close(outputs[2:, 6:], (Bright(4)(obs[2:]) / 0.5).log_softmax(1))
+    given = MultiGameTeacher({"Breakout": Bright(4, temperature=0.5), "Pong": Bright(6)}, envs, temperature=0.25)(obs)
+    torch.testing.assert_close(given[:2, :6], (Bright(6)(obs[:2]) / 0.25).log_softmax(1))
+    torch.testing.assert_close(given[2:, 6:], (Bright(4)(obs[2:]) / 0.25).log_softmax(1))
     assert (outputs[:2, 6:] == UNAVAILABLE).all()
     assert (outputs[2:, :6] == UNAVAILABLE).all()
     with pytest.raises(ValueError, match="3 observations for 4 environments"):

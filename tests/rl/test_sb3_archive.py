@@ -115,7 +115,7 @@ def test_a_policy_that_starts_from_a_student_is_it(centred: bool, frames: Tensor
 )
 def test_a_network_of_another_shape_is_no_start(net: ConvNet | MLP) -> None:
     teacher = dataclasses.replace(load_teacher("bundled", game="Pong"), net=net)
-    with pytest.raises(ValueError, match="--start-from: not SB3's NatureCNN"):
+    with pytest.raises(ValueError, match="--start-from: bundled:ppo is not SB3's NatureCNN"):
         start_from(make("PPO").policy, teacher, InputScaling())
 
 

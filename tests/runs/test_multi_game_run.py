@@ -17,10 +17,10 @@ from policykd.losses import LogitMSE
 from policykd.report.page import read_run
 from policykd.runs import finish
 from policykd.runs import multi_game_run as module
-from policykd.runs.config import DistillRunConfig, check_config
+from policykd.runs.config import DistillRunConfig, check_config, from_settings
 from policykd.runs.distill_run import distill_run
-from policykd.runs.folder import load_results
-from policykd.runs.multi_game_run import distill_games_run, geometric_mean
+from policykd.runs.folder import load_results, load_run_config
+from policykd.runs.multi_game_run import distill_games_run
 from policykd.states import DatasetStates
 
 GAMES = "Pong,Qbert"
@@ -63,6 +63,7 @@ def test_a_run_leaves_a_shared_student_and_an_ordinary_run_per_game(two_games: D
     assert teachers[0]["noop_sampled"].num_episodes == 200  # of the card of Pong's; the other has none
     assert teachers[1]["noop_sampled"].num_episodes == 2
     assert "| geometric mean |" in (run / "results.md").read_text()
+    assert load_run_config(run / "Pong").teacher_check is not None
     with pytest.raises(ValueError, match=f"plays Pong, Qbert; give --game, or the folder of one, {run}/GAME"):
         infer_game([str(run)])
 
@@ -76,6 +77,8 @@ def test_a_run_leaves_a_shared_student_and_an_ordinary_run_per_game(two_games: D
 def test_both_games_share_one_head_of_all_actions(two_games: DistillRunConfig) -> None:
     distill_games_run(replace(two_games, heads="shared"))
     run = two_games.folder / GAMES / "r"
+    settings = load_run_config(run / "Qbert").settings
+    check_config(from_settings(DistillRunConfig, settings, "config.json"))  # a game alone can be repeated from it
     shared = load_student(run)
     assert shared.shape.num_actions == 13  # up to LEFTFIRE, Pong's last in ALE's order
     obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
@@ -142,6 +145,6 @@ def test_one_game_and_several_have_their_own_function(two_games: DistillRunConfi
 
 
 def test_the_geometric_mean_needs_positive_shares() -> None:
-    assert geometric_mean([0.5, 2.0]) == "100.0%"
-    assert geometric_mean([0.25, 1.0, 1.0]) == "63.0%"
-    assert geometric_mean([1.0, -0.1]) == "-"
+    assert module._geometric_mean([0.5, 2.0]) == "100.0%"
+    assert module._geometric_mean([0.25, 1.0, 1.0]) == "63.0%"
+    assert module._geometric_mean([1.0, -0.1]) == "-"
